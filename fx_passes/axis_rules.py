@@ -1,0 +1,421 @@
+"""The table of ops that are known to treat tokens one by one, and under which conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from torch.fx import Node
+
+from kvpass.fx_passes.axes import (
+    Axes,
+    Dim,
+    Factor,
+    Kind,
+    MixesTokens,
+    broadcast,
+    is_free,
+    is_score,
+    kinds_in,
+    merge_dims,
+    plain,
+    relabel,
+)
+from kvpass.fx_passes.contraction import contract, contraction_of
+from kvpass.fx_passes.graph import expression, shape_of
+from kvpass.fx_passes.indexing_rules import INDEXING_RULES
+from kvpass.fx_passes.infer_axes import AxisRule, Inference, Several, along, checked, pointwise
+from kvpass.fx_passes.shape_values import Dependence
+
+
+def reshape(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    return relabel(inference.axes(node.args[0]), shape_of(node))
+
+
+def permute(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = inference.axes(named["self"])
+    return tuple(axes[d % len(axes)] for d in named["dims"])
+
+
+def transpose(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = list(inference.axes(named["self"]))
+    a, b = named["dim0"], named["dim1"]
+    axes[a], axes[b] = axes[b], axes[a]
+    return tuple(axes)
+
+
+def unsqueeze(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = list(inference.axes(named["self"]))
+    axes.insert(named["dim"] % (len(axes) + 1), ())
+    return tuple(axes)
+
+
+def squeeze(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = inference.axes(named["self"])
+    dims = named.get("dim")
+    chosen = range(len(axes)) if dims is None else [d % len(axes) for d in ([dims] if isinstance(dims, int) else dims)]
+    return tuple(dim for i, dim in enumerate(axes) if dim or i not in chosen)
+
+
+def expand(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = inference.axes(named["self"])
+    shape = shape_of(node)
+    padded: list[Dim] = [()] * (len(shape) - len(axes)) + list(axes)
+    return checked([dim or inference.dim_of_size(size) for dim, size in zip(padded, shape, strict=True)])
+
+
+def repeat(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = inference.axes(named["self"])
+    repeats = named["repeats"]
+    padded: list[Dim] = [()] * (len(repeats) - len(axes)) + list(axes)
+    out: list[Dim] = []
+    for dim, times, size in zip(padded, repeats, shape_of(node), strict=True):
+        if expression(times) == 1:
+            out.append(dim)
+        elif not dim:
+            out.append(inference.dim_of_size(size))
+        elif is_free(dim):
+            out.append(plain(size))
+        else:
+            raise MixesTokens("repeats the sequence")
+    return checked(out)
+
+
+def repeat_interleave(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = list(inference.axes(named["self"]))
+    if named.get("dim") is None or not isinstance(named["repeats"], int):
+        raise MixesTokens("repeats entries a number of times that depends on data")
+    d = named["dim"] % len(axes)
+    axes[d] = (
+        (*axes[d], Factor(Kind.PLAIN, expression(named["repeats"])))
+        if axes[d] and not is_free(axes[d])
+        else plain(shape_of(node)[d])
+    )
+    return tuple(axes)
+
+
+def cat(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    operands = [n for n in named["tensors"] if shape_of(n) != (0,)]
+    shape = shape_of(node)
+    d = named["dim"] % len(shape)
+    scores = [n for n in operands if inference.is_data(n) and is_score(inference.axes(n))]
+    if scores:
+        return _beside_scores(inference, scores, operands, d, shape)
+    all_axes = [inference.axes(n) for n in operands]
+    joined = [axes[d] for axes in all_axes]
+    rest = broadcast([tuple(dim for i, dim in enumerate(axes) if i != d) for axes in all_axes], len(shape) - 1)
+    if not all(is_free(dim) for dim in joined):
+        raise MixesTokens("joins tensors along the token axis")
+    return (*rest[:d], plain(shape[d]), *rest[d:])
+
+
+def _beside_scores(
+    inference: Inference, scores: list[Node], operands: list[Node], d: int, shape: tuple[sympy.Expr, ...]
+) -> Axes:
+    """A column of sinks beside the keys; what it holds, the reader of the softmax checks."""
+    axes = inference.axes(scores[0])
+    key = axes[d]
+    others = [n for n in operands if n is not scores[0]]
+    if len(key) != 1 or key[0].kind not in (Kind.LEFT, Kind.RIGHT) or any(inference.is_data(n) for n in others):
+        raise MixesTokens("joins scores with something else than constant columns")
+    return (*axes[:d], (Factor(key[0].kind, shape[d]),), *axes[d + 1 :])
+
+
+def stack(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    shape = shape_of(node)
+    rest = broadcast([inference.axes(n) for n in named["tensors"]], len(shape) - 1)
+    d = named["dim"] % len(shape)
+    return (*rest[:d], plain(shape[d]), *rest[d:])
+
+
+def narrow(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """``slice``, ``narrow`` and ``unfold`` along dims that hold no tokens; scores may lose key columns."""
+    axes = list(inference.axes(named["self"]))
+    d = named.get("dim", named.get("dimension", 0)) % len(axes)
+    size = shape_of(node)[d]
+    if len(axes[d]) == 1 and axes[d][0].kind in (Kind.LEFT, Kind.RIGHT):
+        axes[d] = (Factor(axes[d][0].kind, size),)
+        return tuple(axes)
+    if not is_free(axes[d]):
+        raise MixesTokens("takes a part of the sequence")
+    axes[d] = plain(size)
+    return (*axes, plain(shape_of(node)[-1])) if len(shape_of(node)) > len(axes) else tuple(axes)
+
+
+def select(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = list(inference.axes(named["self"]))
+    d = named["dim"] % len(axes)
+    if not is_free(axes[d]):
+        raise MixesTokens("picks out one token or one sequence")
+    del axes[d]
+    return tuple(axes)
+
+
+def split(inference: Inference, node: Node, named: dict[str, Any]) -> Several:
+    axes = inference.axes(named["self"])
+    d = named["dim"] % len(axes)
+    if not is_free(axes[d]):
+        raise MixesTokens("splits the sequence")
+    parts = []
+    for value in node.meta["val"]:
+        kept = list(axes)
+        if value.dim() == len(axes):
+            kept[d] = plain(expression(value.shape[d]))
+        else:
+            del kept[d]
+        parts.append(tuple(kept))
+    return Several(parts)
+
+
+def slice_scatter(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """Writes ``src`` into a part of ``self``, along a dim that holds no tokens."""
+    axes, source = inference.axes(named["self"]), inference.axes(named["src"])
+    d = named["dim"] % len(axes)
+    if not (is_free(axes[d]) and (d >= len(source) or is_free(source[d]))):
+        raise MixesTokens("writes into a part of the sequence")
+    if "index" in named:
+        source = (*source[:d], (), *source[d:])
+    rest = [merge_dims([a, s]) for a, s in zip(axes, source, strict=True)]
+    rest[d] = axes[d]
+    return checked(rest)
+
+
+def reduction(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
+    """Sums, maxima, norms: the dims worked along vanish, or are 1."""
+    if "other" in named:  # max and min of two tensors share the name
+        return pointwise(inference, node, named)
+    source = named.get("self", named.get("x"))
+    axes = inference.axes(source)
+    chosen = along(inference, node, axes, named.get("dim"))
+    keep = bool(named.get("keepdim", False))
+    kept: list[Dim] = [() if i in chosen else dim for i, dim in enumerate(axes) if keep or i not in chosen]
+    val = node.meta["val"]
+    return Several([tuple(kept)] * len(val)) if isinstance(val, (tuple, list)) else tuple(kept)
+
+
+def along_dim(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
+    """Ops that work along one dim and keep the shape, or change that dim's size: softmax, cumsum, sort, topk, glu."""
+    axes = list(inference.axes(named["self"]))
+    dims = named.get("dim", named.get("dims", -1))
+    chosen = along(inference, node, tuple(axes), dims)
+    val = node.meta["val"]
+    results = val if isinstance(val, (tuple, list)) else [val]
+    outs: list[Axes] = []
+    for value in results:
+        out = list(axes)
+        for d in chosen:
+            if is_free(out[d]):
+                out[d] = plain(expression(value.shape[d]))
+        outs.append(tuple(out))
+    return Several(outs) if isinstance(val, (tuple, list)) else outs[0]
+
+
+def normalise_last(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
+    """Layer norm and RMS norm over the last dims."""
+    source = named.get("input", named.get("self"))
+    axes = inference.axes(source)
+    width = len(named["normalized_shape"])
+    along(inference, node, axes, list(range(len(axes) - width, len(axes))))
+    if isinstance(node.meta["val"], (tuple, list)):
+        statistics = (*axes[: len(axes) - width], *([()] * width))
+        return Several([axes, *([statistics] * (len(node.meta["val"]) - 1))])
+    return axes
+
+
+def group_norm(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = inference.axes(named["input"])
+    along(inference, node, axes, list(range(1, len(axes))))
+    return axes
+
+
+def batch_norm(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """With running statistics it is elementwise."""
+    if named.get("training"):
+        raise MixesTokens("normalises over the batch and the tokens")
+    return inference.axes(named["input"])
+
+
+def product(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """Matrix products of every spelling."""
+    contraction = contraction_of(node)
+    assert contraction is not None
+    axes = contract(inference, contraction)
+    if contraction.added is not None:
+        axes = (
+            broadcast([axes, inference.axes(contraction.added)], len(axes))
+            if not _is_bias(inference, contraction.added, axes)
+            else axes
+        )
+    return axes
+
+
+def _is_bias(inference: Inference, added: Node, axes: Axes) -> bool:
+    scores = any(f.kind in (Kind.LEFT, Kind.RIGHT) for dim in axes for f in dim)
+    return scores and inference.kinds[added] is not Dependence.DATA
+
+
+def attention(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """A dense attention: rows are those of the query, each from its own token and those that the mask shows it."""
+    query, key, value = (inference.axes(named[name]) for name in ("query", "key", "value"))
+    for axes in (query, key, value):
+        if kinds_in(axes[-2]) != {Kind.TOKEN} or not is_free(axes[-1]):
+            raise MixesTokens("is an attention over something else than tokens")
+    return (*query[:-1], value[-1])
+
+
+def convolution(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """A convolution with kernel 1 is a linear map of each token; any other looks at neighbours."""
+    axes = inference.axes(named["input"])
+    kernel = shape_of(named["weight"])[2:]
+    numbers = (*named.get("padding", ()), *named.get("output_padding", ()))
+    if any(k != 1 for k in kernel) or any(s != 1 for s in named["stride"]) or any(p != 0 for p in numbers):
+        raise MixesTokens("is a convolution: it reads neighbouring positions")
+    return (axes[0], plain(shape_of(node)[1]), *axes[2:])
+
+
+def pad(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = list(inference.axes(named["self"]))
+    amounts = named["pad"]
+    for i in range(0, len(amounts), 2):
+        if (amounts[i], amounts[i + 1]) != (0, 0):
+            d = len(axes) - 1 - i // 2
+            if not is_free(axes[d]):
+                raise MixesTokens("pads, and so shifts, the token axis")
+            axes[d] = plain(shape_of(node)[d])
+    return tuple(axes)
+
+
+def as_complex(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    axes = inference.axes(named["self"])
+    return axes[:-1]
+
+
+def as_real(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    return (*inference.axes(named["self"]), plain(2))
+
+
+def filled(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """Tensors made of one number."""
+    return tuple(plain(s) if s.is_number else (Factor(Kind.ANY, s),) for s in shape_of(node))
+
+
+def one_hot(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    return (*inference.axes(named["self"]), plain(shape_of(node)[-1]))
+
+
+def first_operand(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """Elementwise in the first operand; the others are parameters of the op."""
+    if any(inference.is_data(n) for n in inference.tensors(node)[1:]):
+        raise MixesTokens("takes its parameters from the tokens")
+    return inference.axes(node.args[0])
+
+
+RULES: dict[str, AxisRule] = {
+    "pointwise": pointwise,
+    **dict.fromkeys(
+        (
+            "aten::where",
+            "aten::masked_fill",
+            "aten::_to_copy",
+            "aten::copy",
+            "aten::to",
+            "aten::clone",
+            "aten::polar",
+            "aten::complex",
+            "aten::real",
+            "aten::imag",
+            "aten::view_as_real_copy",
+            "aten::__and__",
+            "aten::__or__",
+            "aten::__xor__",
+            "aten::floor_divide",
+            "aten::true_divide",
+            "aten::clamp",
+            "aten::softplus",
+            "aten::outer",
+        ),
+        pointwise,
+    ),
+    **dict.fromkeys(("aten::reshape", "aten::view", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"), reshape),
+    **dict.fromkeys(("aten::bucketize", "aten::prelu"), first_operand),
+    "aten::permute": permute,
+    "aten::transpose": transpose,
+    "aten::unsqueeze": unsqueeze,
+    "aten::squeeze": squeeze,
+    "aten::expand": expand,
+    "aten::repeat": repeat,
+    "aten::repeat_interleave": repeat_interleave,
+    "aten::cat": cat,
+    "aten::stack": stack,
+    **dict.fromkeys(("aten::slice", "aten::narrow", "aten::unfold"), narrow),
+    "aten::select": select,
+    **dict.fromkeys(
+        ("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"), split
+    ),
+    **dict.fromkeys(("aten::slice_scatter", "aten::select_scatter"), slice_scatter),
+    **dict.fromkeys(
+        (
+            "aten::sum",
+            "aten::mean",
+            "aten::amax",
+            "aten::amin",
+            "aten::max",
+            "aten::min",
+            "aten::argmax",
+            "aten::argmin",
+            "aten::var",
+            "aten::std",
+            "aten::var_mean",
+            "aten::std_mean",
+            "aten::norm",
+            "aten::linalg_vector_norm",
+            "aten::logsumexp",
+            "aten::prod",
+            "aten::any",
+            "aten::all",
+            "aten::nansum",
+            "aten::median",
+            "aten::count_nonzero",
+            "aten::kthvalue",
+            "aten::mode",
+        ),
+        reduction,
+    ),
+    **dict.fromkeys(
+        (
+            "aten::softmax",
+            "aten::_softmax",
+            "aten::log_softmax",
+            "aten::_log_softmax",
+            "aten::_safe_softmax",
+            "aten::cumsum",
+            "aten::cumprod",
+            "aten::cummax",
+            "aten::cummin",
+            "aten::logcumsumexp",
+            "aten::sort",
+            "aten::argsort",
+            "aten::topk",
+            "aten::flip",
+            "aten::roll",
+            "aten::glu",
+        ),
+        along_dim,
+    ),
+    **dict.fromkeys(
+        ("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm"), normalise_last
+    ),
+    "aten::group_norm": group_norm,
+    **dict.fromkeys(("aten::batch_norm", "aten::_native_batch_norm_legit_no_training"), batch_norm),
+    **dict.fromkeys(
+        ("aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::mv"), product
+    ),
+    **dict.fromkeys(("kvpass::dense_attention", "aten::scaled_dot_product_attention"), attention),
+    **dict.fromkeys(("aten::convolution", "aten::conv1d", "aten::conv2d"), convolution),
+    **dict.fromkeys(("aten::constant_pad_nd", "aten::pad"), pad),
+    "aten::view_as_complex": as_complex,
+    "aten::view_as_real": as_real,
+    **dict.fromkeys(("aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::scalar_tensor"), filled),
+    "aten::one_hot": one_hot,
+    **INDEXING_RULES,
+}

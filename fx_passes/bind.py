@@ -1,0 +1,64 @@
+"""``bind``: a paged graph becomes a module that takes one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kvpass.fx_passes.insert_cache import PagedGraph
+from kvpass.types import CachePlan, StepInputs
+
+
+class PagedModule(nn.Module):
+    """The rewritten model: one flattened step of T tokens, prefill and decode in any mix.
+
+    It keeps no state but the model's own parameters: keys and values live in tensors that the caller owns and hands
+    in at every step. Allocate them with :func:`kvpass.kernels.formats.allocate_cache`, one pair for each spec of
+    ``plan.caches``, and own the blocks as you like; :class:`kvpass.Engine` is one such owner.
+
+    Attributes:
+        graph_module: the rewritten graph.
+        plan: what is cached, in the order of the ``caches`` argument.
+    """
+
+    def __init__(self, paged: PagedGraph) -> None:
+        super().__init__()
+        self.graph_module = paged.module
+        self.plan: CachePlan = paged.plan
+        tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        inputs = [node.name for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+        self.takes_position_ids = inputs[1] != "positions"
+        self.eval()
+
+    def forward(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Compute one step.
+
+        Args:
+            step: the tokens of the step and where they belong, see :class:`kvpass.types.StepInputs`.
+            caches: keys ``[B, Hkv, P, D]`` and values ``[B, Hkv, P, Dv]`` of every cache; changed in place at
+                ``step.slot_mapping``.
+
+        Returns:
+            logits ``[R, V]`` of the rows ``step.logits_index``, in the model's dtype.
+        """
+        logits = self.graph_module(*self.arguments(step, caches))
+        result = logits[0] if isinstance(logits, (tuple, list)) else logits
+        assert isinstance(result, Tensor)
+        return result[0]
+
+    def arguments(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The step as the rewritten graph takes it: token ids ``[1, T]``, the step's tensors, the caches' tensors."""
+        return [
+            step.token_ids.unsqueeze(0),
+            *([step.positions.unsqueeze(0)] if self.takes_position_ids else []),
+            step.positions,
+            step.slot_mapping,
+            step.block_tables,
+            step.seq_lens,
+            step.query_start,
+            step.logits_index,
+            *(tensor for pair in caches for tensor in pair),
+        ]

@@ -1,0 +1,225 @@
+"""The graph that the passes share, and the few things that every pass asks of it.
+
+A :class:`CapturedGraph` is an ATen graph of one whole forward: placeholders are the model's inputs, parameters and
+buffers are ``get_attr`` nodes, and every node carries a fake tensor in ``meta["val"]`` whose shape is written in the
+two symbols of the capture, batch and length.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from kvpass.types import Refusal
+
+aten = torch.ops.aten
+FULL = 2**63 - 1  # how ATen writes "to the end" in a slice
+ARRANGING = {
+    aten.reshape, aten.expand, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.repeat, aten.full,
+    aten.full_like, aten.new_full, aten.zeros, aten.ones, aten.new_ones, aten.new_zeros, aten.where, aten.masked_fill,
+    aten._to_copy, aten.cat, aten.stack, aten.cumsum, aten.sym_size,
+}  # fmt: skip
+
+
+@dataclass
+class CapturedGraph:
+    """One captured forward.
+
+    Attributes:
+        module: the graph and the tensors it reads; the tensors are the model's own, not copies.
+        batch: symbol of the batch size in every node's shape.
+        length: symbol of the number of tokens in every node's shape.
+        input_ids: placeholder of the token ids, int64 ``[batch, length]``.
+        position_ids: placeholder of the positions where the model demands them, else None.
+        max_length: longest sequence that the capture allows, where the model limits it.
+        path_prefix: module path of the adapter around the user's model, left out of reports.
+    """
+
+    module: GraphModule
+    batch: sympy.Symbol
+    length: sympy.Symbol
+    input_ids: Node
+    position_ids: Node | None = None
+    max_length: int | None = None
+    path_prefix: str = ""
+    size_nodes: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.module.graph
+
+    @property
+    def output(self) -> Node:
+        """The node of the logits."""
+        (result,) = next(n for n in reversed(self.graph.nodes) if n.op == "output").args
+        node = result[0] if isinstance(result, (tuple, list)) else result
+        assert isinstance(node, Node)
+        return node
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        val = self.input_ids.meta["val"]
+        assert isinstance(val, FakeTensor)
+        return val.fake_mode
+
+    def size(self, which: str) -> Node:
+        """Node of the batch size (``"batch"``) or the length (``"length"``), at the top of the graph."""
+        if which not in self.size_nodes:
+            anchor = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+            with self.graph.inserting_before(anchor):
+                dim = 0 if which == "batch" else 1
+                self.size_nodes[which] = emit(self, aten.sym_size.int, self.input_ids, dim)
+        return self.size_nodes[which]
+
+    def tidy(self) -> None:
+        """Drop dead nodes and recompile; the graph is checked to be well formed."""
+        self.graph.eliminate_dead_code()
+        self.size_nodes = {k: n for k, n in self.size_nodes.items() if not n._erased}
+        self.graph.lint()
+        self.module.recompile()
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: whether it changed the graph, and what it could not prove."""
+
+    rewritten: int = 0
+    refusals: tuple[Refusal, ...] = ()
+
+
+def emit(captured: CapturedGraph, target: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
+    """Insert a call at the graph's insertion point and give it its fake value; origin is taken from ``like``."""
+    node = captured.graph.call_function(target, args, kwargs)
+    values, named = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with captured.fake_mode, torch.no_grad():
+        node.meta["val"] = target(*values, **named)
+    if like is not None:
+        node.meta.update({k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta})
+    return node
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """Whether ``node`` calls one of ``targets``, given as overloads or as overload packets."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    return any(node.target is t or (packet is not None and packet is t) for t in targets)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Arguments of an ATen call by the names of its schema, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+    named: dict[str, Any] = {}
+    for i, argument in enumerate(schema.arguments):
+        if i < len(node.args) and not argument.kwarg_only:
+            named[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            named[argument.name] = node.kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value
+    return named
+
+
+def tensor_value(node: Node) -> torch.Tensor | None:
+    """The node's fake tensor, or None when it is no single tensor."""
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def expression(value: Any) -> sympy.Expr:
+    """A size (int, SymInt, or node of one) as an expression in the capture's symbols."""
+    if isinstance(value, Node):
+        value = value.meta["val"]
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    return sympy.sympify(value)
+
+
+def shape_of(node: Node) -> tuple[sympy.Expr, ...]:
+    """Shape of a tensor node in the capture's symbols."""
+    val = tensor_value(node)
+    assert val is not None, f"{node} is no tensor"
+    return tuple(expression(s) for s in val.shape)
+
+
+def is_symbolic_scalar(value: object) -> bool:
+    """Whether an argument is a node that holds a number which depends on the input's shape."""
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def numbers_in(nodes: set[Node], captured: CapturedGraph) -> set[int]:
+    """Whole numbers that ``nodes`` compute with, and the sizes and one-entry tensors that they read.
+
+    Dims, shapes and fill values are left out: no index is compared with them.
+    """
+    found: set[int] = set()
+    for node in nodes:
+        if node.op == "get_attr":
+            tensor = read_attribute(captured.module, str(node.target))
+            found.update(int(s) for s in tensor.shape)
+            if tensor.numel() == 1 and not tensor.dtype.is_complex:
+                found.update(_whole(tensor.item()))
+        if getattr(node.target, "overloadpacket", None) in ARRANGING:
+            continue
+        for value in _leaves((node.args, dict(node.kwargs))):
+            found.update(_whole(value))
+    return {n for n in found if 1 < n < FULL}
+
+
+def read_attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node names."""
+    value = operator.attrgetter(path)(module)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def module_path(node: Node, captured: CapturedGraph) -> str:
+    """Dotted path of the module whose forward made the node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    prefix = captured.path_prefix
+    if prefix and (path == prefix or path.startswith(prefix + ".")):
+        path = path[len(prefix) :].lstrip(".")
+    return path
+
+
+def describe(node: Node) -> str:
+    """``softmax_2 [aten.softmax.int]``."""
+    return f"{node.name} [{node.target}]" if node.op == "call_function" else node.name
+
+
+def refuse(captured: CapturedGraph, node: Node, reason: str, pass_name: str) -> Refusal:
+    """A refusal that says where it stands: node, module path, and line of the user's code."""
+    trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    lines = [line.strip() for line in trace if line.lstrip().startswith("File ")]
+    source = ""
+    if lines:
+        parts = lines[-1].split(", ")
+        source = ":".join((parts[0].removeprefix('File "').rstrip('"'), parts[1].removeprefix("line ")))
+    return Refusal(reason, describe(node), module_path(node, captured), pass_name, source)
+
+
+def _whole(value: object) -> set[int]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return set()
+    return {abs(int(value))} if value == value and abs(value) < FULL and float(value).is_integer() else set()
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    else:
+        yield value

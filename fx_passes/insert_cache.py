@@ -1,0 +1,217 @@
+"""``insert_cache``: the graph of a whole sequence becomes the graph of one paged step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from kvpass.fx_passes.arrange import arrange
+from kvpass.fx_passes.axes import Factor, Kind
+from kvpass.fx_passes.find_positions import SOURCE, Tabulated
+from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
+from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan, StoredHeads, live_nodes
+from kvpass.fx_passes.prove_token_axis import token_axes_of
+from kvpass.fx_passes.select_logits import select_logits
+from kvpass.kernels.formats import find_format
+from kvpass.types import CachePlan
+
+STEP_INPUTS = ("positions", "slot_mapping", "block_tables", "seq_lens", "query_start", "logits_index")
+
+
+@dataclass
+class PagedGraph:
+    """A graph of one step.
+
+    Attributes:
+        module: takes token ids ``[1, T]``, the step's tensors in the order of :data:`STEP_INPUTS`, then keys and
+            values of every cache; returns logits ``[1, R, V]``.
+        plan: the caches.
+        site_outputs: name of each attention site and of the node that holds its result ``[1, Hq, T, Dv]``.
+    """
+
+    module: GraphModule
+    plan: CachePlan
+    site_outputs: dict[str, str]
+
+
+def insert_cache(captured: CapturedGraph, plan: GraphPlan) -> PagedGraph:
+    """Rewrite a planned graph to paged form; ``captured`` is used up.
+
+    Before: ``kvpass::dense_attention`` over sequences; positions counted from the length.
+    After: token ids are ``[1, T]``: the tokens of all sequences of the step in one row. Keys and values are written
+        to their cache by ``kvpass::write_cache``, attention is ``kvpass::paged_attention``, positions are an input,
+        and only the rows asked for go through what follows the last attention.
+    Requires: that no pass refused.
+    """
+    device = captured.input_ids.meta["val"].device
+    live = live_nodes(captured)
+    step = _add_inputs(captured, plan, device)
+    _replace_positions(captured, plan, live, step["positions"])
+    written: set[int] = set()
+    outputs: dict[str, str] = {}
+    for site in plan.sites:
+        with captured.graph.inserting_before(site.node):
+            if site.cache not in written:
+                _write(captured, plan, plan.stored[site.cache], site, step)
+                written.add(site.cache)
+            replacement = _attend(captured, plan, site, step)
+        outputs[site.name] = replacement.name
+        site.node.replace_all_uses_with(replacement)
+        captured.graph.erase_node(site.node)
+    captured.tidy()
+    select_logits(captured, step["logits_index"])
+    captured.tidy()
+    return PagedGraph(captured.module, plan.cache_plan, outputs)
+
+
+def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) -> dict[str, Node]:
+    graph = captured.graph
+    nodes: dict[str, Node] = {}
+    last = captured.position_ids or captured.input_ids
+    length = captured.input_ids.meta["val"].shape[1]
+
+    def add(name: str, shape: list[Any], dtype: torch.dtype) -> None:
+        nonlocal last
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)
+        with captured.fake_mode:
+            last.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+        nodes[name] = last
+
+    shapes: dict[str, list[Any]] = {
+        "positions": [length],
+        "slot_mapping": [length],
+        "block_tables": [2, 2],
+        "seq_lens": [2],
+        "query_start": [3],
+        "logits_index": [2],
+    }
+    for name in STEP_INPUTS:
+        add(name, shapes[name], torch.int64)
+    for i, spec in enumerate(plan.cache_plan.caches):
+        block = plan.cache_plan.block_size
+        for part, dim, form in (("key", spec.key_dim, spec.key_format), ("value", spec.value_dim, spec.value_format)):
+            add(f"{part}_cache_{i}", [2, spec.num_kv_heads, block, dim], find_format(form).dtype)
+    return nodes
+
+
+def _replace_positions(captured: CapturedGraph, plan: GraphPlan, live: set[Node], positions: Node) -> None:
+    sources = [n for n in captured.graph.nodes if n in live and SOURCE in n.meta and n.users]
+    for node in sources:
+        source = node.meta[SOURCE]
+        if isinstance(source, Tabulated):
+            length = plan.cache_plan.max_length
+            assert length is not None
+            source = Tabulated(plan.evaluator.evaluate(node, 1, length).contiguous(), source.dim)
+        place = node if node.op != "placeholder" else next(iter(sorted(node.users)))
+        with captured.graph.inserting_before(place):
+            node.replace_all_uses_with(source.rebuild(captured, node, positions))
+
+
+def _write(
+    captured: CapturedGraph, plan: GraphPlan, stored: StoredHeads, site: SitePlan, step: dict[str, Node]
+) -> None:
+    key = _rows(captured, plan, stored, stored.key_places, site.node, "key")
+    value = _rows(captured, plan, stored, stored.value_places, site.node, "value")
+    caches = (step[f"key_cache_{site.cache}"], step[f"value_cache_{site.cache}"])
+    emit(captured, torch.ops.kvpass.write_cache.default, key, value, *caches, step["slot_mapping"], like=site.node)
+
+
+def _rows(captured: CapturedGraph, plan: GraphPlan, stored: StoredHeads, places: Tensor, like: Node, part: str) -> Node:
+    """The stored heads of every token, ``[T, Hkv, D]``, from the nodes of the cut."""
+    cut = stored.cut
+    ends = [*cut.offsets[1:], cut.width]
+    low, high = int(places.min()), int(places.max())
+    used = [i for i, (start, end) in enumerate(zip(cut.offsets, ends, strict=True)) if start <= high and end > low]
+    parts = [_row_of(captured, plan, cut.nodes[i], like) for i in used]
+    row = parts[0] if len(parts) == 1 else emit(captured, aten.cat.default, parts, 2, like=like)
+    wanted = places.flatten() - cut.offsets[used[0]]
+    if not torch.equal(wanted, torch.arange(ends[used[-1]] - cut.offsets[used[0]])):
+        row = _pick(captured, row, wanted, like, f"{part}_{like.name}")
+    return emit(captured, aten.reshape.default, row, [-1, *places.shape], like=like)
+
+
+def _row_of(captured: CapturedGraph, plan: GraphPlan, node: Node, like: Node) -> Node:
+    axes = token_axes_of(plan.inference, node)
+    atoms = [f for dim in axes for f in dim]
+    batch = next(f for f in atoms if f.kind is Kind.BATCH)
+    tokens = next(f for f in atoms if f.kind is Kind.TOKEN)
+    named = tuple(tuple(_named(f, i, j) for j, f in enumerate(dim)) for i, dim in enumerate(axes))
+    rest = [f for dim in named for f in dim if f.kind not in (Kind.BATCH, Kind.TOKEN)]
+    return arrange(captured, node, named, [[batch], [tokens], rest], like)
+
+
+def _named(factor: Factor, i: int, j: int) -> Factor:
+    """Plain factors by their place, so that no two are equal."""
+    return factor if factor.kind in (Kind.BATCH, Kind.TOKEN) else replace(factor, tag=i * 64 + j)
+
+
+def _pick(captured: CapturedGraph, row: Node, wanted: Tensor, like: Node, name: str) -> Node:
+    index = _constant(captured, f"_places_{name}", wanted.to(like.meta["val"].device))
+    return emit(captured, aten.index_select.default, row, 2, index, like=like)
+
+
+def _constant(captured: CapturedGraph, name: str, value: Tensor) -> Node:
+    """A node that reads a tensor of the rewrite's own."""
+    captured.module.register_buffer(name, value, persistent=False)
+    node = captured.graph.get_attr(name)
+    node.meta["val"] = captured.fake_mode.from_tensor(value, static_shapes=True)
+    return node
+
+
+def _attend(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, step: dict[str, Node]) -> Node:
+    """The paged attention of a site; its result is in the canonical layout."""
+    node, mask = site.node, site.mask
+    named = arguments(node)
+    order = None if site.head_order is None else torch.tensor(site.head_order, device=node.meta["val"].device)
+    query, sinks = named["query"], named["sinks"]
+    slopes, bias = mask.slopes, mask.bias
+    heads, head_dim = (int(query.meta["val"].shape[i]) for i in (1, 3))
+    width = int(node.meta["val"].shape[3])
+    if order is not None:
+        index = _constant(captured, f"_head_order_{node.name}", order)
+        query = emit(captured, aten.index_select.default, query, 1, index, like=node)
+        sinks = None if sinks is None else emit(captured, aten.index_select.default, sinks, 0, index, like=node)
+        slopes = None if slopes is None else slopes.to(order.device)[order]
+        bias = bias if bias is None or bias.shape[0] == 1 else bias.to(order.device)[order]
+    flat = emit(captured, aten.transpose.int, query, 1, 2, like=node)
+    flat = emit(captured, aten.reshape.default, flat, [-1, heads, head_dim], like=node)
+    paged = emit(
+        captured,
+        torch.ops.kvpass.paged_attention.default,
+        flat,
+        step[f"key_cache_{site.cache}"],
+        step[f"value_cache_{site.cache}"],
+        step["block_tables"],
+        step["seq_lens"],
+        step["query_start"],
+        named["scale"],
+        named["softcap"],
+        mask.window,
+        _table(captured, slopes, f"_slopes_{node.name}", node),
+        sinks,
+        _table(captured, bias, f"_bias_{node.name}", node),
+        like=node,
+    )
+    sizes = [captured.size("batch"), captured.size("length"), heads, width]
+    result = emit(captured, aten.reshape.default, paged, sizes, like=node)
+    result = emit(captured, aten.transpose.int, result, 1, 2, like=node)
+    if order is not None:
+        inverse = _constant(captured, f"_head_places_{node.name}", torch.argsort(order))
+        result = emit(captured, aten.index_select.default, result, 1, inverse, like=node)
+    return result
+
+
+def _table(captured: CapturedGraph, value: Tensor | None, name: str, like: Node) -> Node | None:
+    """A tensor of the mask's meaning; sites with one and the same tensor share it."""
+    if value is None:
+        return None
+    for known, buffer in captured.module.named_buffers():
+        if buffer is value:
+            name = known
+            break
+    return _constant(captured, name, value)

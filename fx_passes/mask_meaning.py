@@ -1,0 +1,192 @@
+"""Read what a mask or bias means from its values, whatever operations computed it.
+
+The bias of an attention is a function of nothing but the batch and the length. Evaluated at well chosen lengths it is
+compared with the known meanings, narrowest first: causal, sliding window, ALiBi (Press et al., "Train Short, Test
+Long"), a bias that depends on the distance of query and key alone (T5), and at last any function of the two positions,
+kept exactly as a table. What is none of these is refused, with the first place at which it goes wrong.
+
+How far a meaning holds:
+
+- It is proven for every length up to the longest that was evaluated, given that the matrices at all probed lengths are
+  corners of one another. Above that it holds as long as no integer of the mask's graph can change it, so lengths just
+  beyond each of them are probed.
+- An integer too large to be probed may change the mask from that length on: the limit is one token below it.
+- An integer that showed no effect by itself may act through another one, as in ``(q // 64 - k // 64) < 32``. Sums and
+  products of such an integer with the others count as integers of the graph too.
+- bfloat16 and float16 cannot count beyond 256 and 2048, so these two lengths are always exceeded.
+- A table holds for its own length, and a mask that has no value beyond some length, such as a buffer of fixed size,
+  holds up to there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from math import inf, isqrt
+
+import torch
+from torch import Tensor
+
+from kvpass.fx_passes.mask_probe import (
+    BEYOND,
+    LONGEST,
+    PROBE_ENTRIES,
+    ROUNDED_FROM,
+    BiasMatrix,
+    MaskProbe,
+    NotProvenError,
+    differs,
+    probe_lengths,
+)
+from kvpass.types import MaskMeaning
+
+DEFAULT_TABLE_LENGTH = 2048
+# 512 MiB of float32.
+TABLE_ENTRIES = 2**27
+# No sequence is this long: such an integer is "to the end" of a slice, or what a mask writes for minus infinity.
+ENDLESS = 2**24
+# Smaller integers are dims, signs and off-by-ones far more often than sizes that hide behind another one.
+SMALLEST_SIZE = 8
+
+
+def read_mask_meaning(
+    evaluate: Callable[[int, int], Tensor],
+    *,
+    thresholds: Collection[int],
+    absolute_scores: bool,
+    num_heads: int,
+    max_length: int | None,
+) -> MaskMeaning | str:
+    """The meaning of a mask, or one sentence that says why it has none that could be proven.
+
+    Args:
+        evaluate: ``evaluate(batch, length)`` computes the additive bias, in any floating dtype, broadcastable to
+            ``[batch, Hq, length, length]``. What it raises means that the mask has no value there.
+        thresholds: every integer constant of the graph that computes the mask.
+        absolute_scores: the softmax has sinks: a constant added to a row counts, and a row may see no key at all.
+        num_heads: query heads Hq.
+        max_length: length that a tabulated bias has to cover; 2048 when None.
+
+    Returns:
+        The meaning, its tensors on the device on which the mask was evaluated, or the reason for refusal.
+    """
+    sizes = sorted({abs(threshold) for threshold in thresholds if abs(threshold) < ENDLESS})
+    try:
+        probe = MaskProbe(evaluate, num_heads, absolute_scores)
+        return _read(probe, sizes, max_length)
+    except NotProvenError as reason:
+        return str(reason)
+
+
+def _read(probe: MaskProbe, sizes: list[int], max_length: int | None) -> MaskMeaning:
+    longest = min(LONGEST, probe.longest)
+    for length in probe_lengths([*sizes, *ROUNDED_FROM], longest):
+        probe.extend(length)
+    meaning = recognise(probe.largest)
+    may_act = {*sizes, *ROUNDED_FROM}
+    if meaning.bias is None:
+        combined = _combined(sizes, meaning.window)
+        may_act |= combined
+        farthest = max((size for size in combined if size < longest), default=0)
+        if farthest >= probe.largest.length:
+            meaning = recognise(probe.extend(min(farthest + BEYOND, longest)))
+    if meaning.bias is not None:
+        meaning = _tabulated(probe, meaning.bias, max_length)
+    slopes = None if meaning.slopes is None else meaning.slopes.repeat(probe.num_heads // len(meaning.slopes))
+    limit, reason = _limit(probe, meaning.limit, may_act)
+    return replace(meaning, slopes=slopes, limit=limit, evidence=probe.evidence() + reason)
+
+
+def recognise(matrix: BiasMatrix) -> MaskMeaning:
+    """The narrowest known meaning that reproduces ``matrix``, as far as it reaches; a table needs its limit still."""
+    if not matrix.depends_on_distance_only():
+        return MaskMeaning(window=_window(matrix.reach(), matrix.length), bias=matrix.values)
+    by_distance = matrix.values[:, -1].flip(-1)
+    visible = by_distance > -inf
+    reach = int((visible.any(0) * torch.arange(1, matrix.length + 1, device=visible.device)).max())
+    window = _window(reach, matrix.length)
+    if bool(visible[:, :reach].all()) and reach:
+        near = by_distance[:, :reach]
+        if not bool(near.any()):
+            return MaskMeaning(window=window)
+        slopes = _slopes(near, matrix)
+        if slopes is not None:
+            return MaskMeaning(window=window, slopes=slopes)
+    return MaskMeaning(window=window, bias=by_distance)
+
+
+def _window(reach: int, length: int) -> int | None:
+    """Every key at this distance or more is hidden from every query; None when that is none of the keys."""
+    return max(1, reach) if reach < length else None
+
+
+def _slopes(by_distance: Tensor, matrix: BiasMatrix) -> Tensor | None:
+    """Slopes ``[1 | Hq]`` with ``by_distance[h, d] == -slopes[h] * d`` up to float32 rounding, or None.
+
+    A bias computed in bfloat16 or float16 is rounded by far more, and stays as it is: the model was trained with it.
+    """
+    reach = by_distance.shape[-1]
+    if reach < 2:
+        return None
+    # Slopes are least blurred in the row from which least was subtracted: the first one for slope * k, the last one for
+    # slope * (k - (S - 1)).
+    first_is_clearer = matrix.shift[:, 1].abs() <= matrix.shift[:, -1].abs()
+    slopes = -torch.where(first_is_clearer, matrix.values[:, 1, 0], by_distance[:, -1] / (reach - 1))
+    distances = torch.arange(reach, device=by_distance.device, dtype=torch.float32)
+    linear = -slopes[:, None] * distances
+    if bool(differs(by_distance, linear, matrix.shift[:, -1:], matrix.magnitude).any()):
+        return None
+    return slopes
+
+
+def _tabulated(probe: MaskProbe, found: Tensor, max_length: int | None) -> MaskMeaning:
+    """The meaning at the length that the table has to cover; ``found`` is the bias at the largest probed length."""
+    length = max_length or DEFAULT_TABLE_LENGTH
+    if probe.fails_at is not None:
+        length = min(length, probe.fails_at - 1)
+    _check_size(found, length, probe.longest)
+    matrix = probe.extend(length)
+    meaning = recognise(matrix)
+    if meaning.bias is not None:
+        _check_size(meaning.bias, matrix.length, probe.longest)
+    # A table shorter than what was probed may look simpler than the mask is: the limit holds all the same.
+    return replace(meaning, limit=matrix.length)
+
+
+def _check_size(bias: Tensor, length: int, longest: int) -> None:
+    """Refuse a bias whose evaluation, or whose table, would be too large at ``length``."""
+    by_distance = bias.dim() == 2
+    most = longest if by_distance else min(longest, isqrt(TABLE_ENTRIES // bias.shape[0]))
+    if length > most:
+        of = "the distance" if by_distance else "the positions"
+        allowed = f"evaluated in {PROBE_ENTRIES >> 18} MiB" if by_distance else f"held in {TABLE_ENTRIES >> 18} MiB"
+        raise NotProvenError(
+            f"the mask is a bias table over {of} of query and key, and one for {length} tokens cannot be {allowed}: "
+            f"pass CacheConfig(max_length={most}) or less"
+        )
+
+
+def _combined(sizes: Iterable[int], window: int | None) -> set[int]:
+    """Distances at which a size that showed no effect by itself may act through another one."""
+    sizes = [size for size in sizes if size > 1]
+    silent = [size for size in sizes if size >= SMALLEST_SIZE and (window is None or abs(size - window) > 1)]
+    products = {one * other for one in silent for other in sizes}
+    sums = {one + other for one in silent for other in sizes if one != other}
+    return {size for size in products | sums if size < ENDLESS}
+
+
+def _limit(probe: MaskProbe, tabulated: int | None, may_act: Iterable[int]) -> tuple[int | None, str]:
+    """Longest length for which the meaning is proven, or None for every length, and a word for the evidence.
+
+    ``tabulated`` is the length of its table, if it has one.
+    """
+    proven = probe.largest.length
+    limits = []
+    if tabulated is not None:
+        limits.append((tabulated, ""))
+    if probe.fails_at is not None:
+        limits.append((proven, f"; has no value at {probe.fails_at}"))
+    unprobed = min((size for size in may_act if size >= proven), default=None)
+    if unprobed is not None:
+        limits.append((max(proven, unprobed - 1), f"; may change at {unprobed}"))
+    return min(limits, key=lambda limit: limit[0], default=(None, ""))

@@ -1,0 +1,54 @@
+"""The passes, in order: a captured graph becomes a proven one, or a list of refusals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvpass.config import CacheConfig
+from kvpass.fx_passes.canonicalize import Canonicalize
+from kvpass.fx_passes.dense import attention_sites
+from kvpass.fx_passes.find_attention import FindAttention
+from kvpass.fx_passes.graph import CapturedGraph, PassResult
+from kvpass.fx_passes.prove_token_axis import ProveTokenAxis
+from kvpass.fx_passes.read_masks import ReadMasks
+from kvpass.types import Refusal
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    @property
+    def name(self) -> str:
+        """Kebab-case name."""
+
+    def apply(self, captured: CapturedGraph) -> PassResult:
+        """Rewrite or check the graph; a second run changes nothing."""
+
+
+def passes(config: CacheConfig) -> tuple[Pass, ...]:
+    """The passes that prove a graph, in order."""
+    return (Canonicalize(), FindAttention(), ReadMasks(config.max_length), ProveTokenAxis())
+
+
+@dataclass
+class PassLog:
+    """What a run of passes gave: refusals, and seconds by pass."""
+
+    refusals: list[Refusal] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_passes(captured: CapturedGraph, ordered: Sequence[Pass]) -> PassLog:
+    """Apply passes one after the other. All are run, so that a report names everything that stands in the way."""
+    log = PassLog()
+    for step in ordered:
+        start = time.perf_counter()
+        log.refusals += step.apply(captured).refusals
+        log.seconds[step.name] = time.perf_counter() - start
+    if not log.refusals and not attention_sites(captured):
+        reason = "no attention was found: there is nothing to cache"
+        log.refusals.append(Refusal(reason, pass_name="find-attention"))
+    return log

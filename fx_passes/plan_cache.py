@@ -1,0 +1,242 @@
+"""``plan_cache``: for each attention what is stored, in which heads and format, and for how long sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvpass.config import CacheConfig
+from kvpass.fx_passes.dense import attention_sites
+from kvpass.fx_passes.find_positions import SOURCE, Lookup, Tabulated, longest_valid
+from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of
+from kvpass.fx_passes.infer_axes import Inference
+from kvpass.fx_passes.narrow_cut import Cut, narrowest_cut
+from kvpass.fx_passes.prove_token_axis import token_axes
+from kvpass.fx_passes.read_masks import MASK
+from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
+from kvpass.kernels.formats import format_for_dtype
+from kvpass.types import CachePlan, CacheSpec, MaskMeaning
+
+DEFAULT_TABLE_LENGTH = 2048
+LOOKUPS = (aten.embedding, aten.index_select, aten.index, aten.gather)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredHeads:
+    """Which entries of a token's row are the stored heads.
+
+    Attributes:
+        cut: the nodes that the row is made of.
+        key_places: int64 ``[Hkv, D]``.
+        value_places: int64 ``[Hkv, Dv]``.
+    """
+
+    cut: Cut
+    key_places: Tensor
+    value_places: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """One attention and the cache it reads.
+
+    Attributes:
+        node: the canonical attention.
+        name: unique name of the site, from its module path.
+        cache: index of its cache in the plan.
+        mask: what its mask means.
+        head_order: query heads ordered so that those of one KV head stand together; None when they do already.
+    """
+
+    node: Node
+    name: str
+    cache: int
+    mask: MaskMeaning
+    head_order: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class GraphPlan:
+    """What the rewrite will do: the part that the runtime sees, and the nodes that it is about."""
+
+    cache_plan: CachePlan
+    sites: tuple[SitePlan, ...]
+    stored: tuple[StoredHeads, ...]
+    inference: Inference
+    evaluator: ShapeEvaluator
+
+
+def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) -> GraphPlan:
+    """Plan the caches of a proven graph.
+
+    Args:
+        captured: a graph after ``find-attention``, ``read-masks`` and ``prove-token-axis``, none of which refused.
+        config: formats and block size.
+        vocab_size: number of token ids.
+    """
+    inference = token_axes(captured)
+    evaluator = ShapeEvaluator(captured, inference.kinds)
+    stored: list[StoredHeads] = []
+    readers: list[list[str]] = []
+    windows: list[list[int | None]] = []
+    sites: list[SitePlan] = []
+    for node in attention_sites(captured):
+        named = arguments(node)
+        cut = narrowest_cut(inference, evaluator, named["key"], named["value"])
+        heads, group_of = _stored_heads(cut, int(shape_of(named["query"])[1]))
+        index = _find_equal(stored, heads)
+        if index == len(stored):
+            stored.append(heads)
+            readers.append([])
+            windows.append([])
+        name = _unique(module_path(node, captured) or "attention", {s.name for s in sites})
+        mask = node.meta[MASK]
+        readers[index].append(name)
+        windows[index].append(mask.window)
+        sites.append(SitePlan(node, name, index, mask, _head_order(group_of)))
+    specs = tuple(
+        _spec(heads, names, wins, config) for heads, names, wins in zip(stored, readers, windows, strict=True)
+    )
+    limit, reason = _longest(captured, inference, evaluator, sites, config)
+    plan = CachePlan(specs, config.block_size, vocab_size, limit, reason)
+    return GraphPlan(plan, tuple(sites), tuple(stored), inference, evaluator)
+
+
+def _stored_heads(cut: Cut, query_heads: int) -> tuple[StoredHeads, list[int]]:
+    """The distinct heads among those that the attention reads, and which of them each query head reads."""
+    repeat = query_heads // cut.key_map.shape[0]
+    pairs = [(tuple(k), tuple(v)) for k, v in zip(cut.key_map.tolist(), cut.value_map.tolist(), strict=True)]
+    distinct = list(dict.fromkeys(pairs))
+    group_of = [distinct.index(pairs[h // repeat]) for h in range(query_heads)]
+    sizes = {group_of.count(g) for g in range(len(distinct))}
+    if len(sizes) > 1:  # groups of different sizes have no grouped form: every query head gets its own
+        distinct = [pairs[h // repeat] for h in range(query_heads)]
+        group_of = list(range(query_heads))
+    keys = torch.tensor([k for k, _ in distinct])
+    values = torch.tensor([v for _, v in distinct])
+    return StoredHeads(cut, keys, values), group_of
+
+
+def _head_order(group_of: list[int]) -> tuple[int, ...] | None:
+    order = tuple(sorted(range(len(group_of)), key=lambda h: (group_of[h], h)))
+    return None if order == tuple(range(len(order))) else order
+
+
+def _find_equal(stored: list[StoredHeads], heads: StoredHeads) -> int:
+    """Index of a cache that holds the same already: layers that share keys and values share one cache."""
+    for i, other in enumerate(stored):
+        same = other.cut.nodes == heads.cut.nodes
+        if (
+            same
+            and torch.equal(other.key_places, heads.key_places)
+            and torch.equal(other.value_places, heads.value_places)
+        ):
+            return i
+    return len(stored)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 2
+    while candidate in taken:
+        candidate, count = f"{name}#{count}", count + 1
+    return candidate
+
+
+def _spec(heads: StoredHeads, names: list[str], windows: list[int | None], config: CacheConfig) -> CacheSpec:
+    key_format, value_format = (
+        format_for_dtype(_stored_dtype(heads.cut, places)) if config.dtype == "auto" else config.dtype
+        for places in (heads.key_places, heads.value_places)
+    )
+    known = [w for w in windows if w is not None]
+    return CacheSpec(
+        name=names[0],
+        num_kv_heads=heads.key_places.shape[0],
+        key_dim=heads.key_places.shape[1],
+        value_dim=heads.value_places.shape[1],
+        key_format=key_format,
+        value_format=value_format,
+        window=max(known) if len(known) == len(windows) else None,
+        sites=tuple(names),
+    )
+
+
+def _stored_dtype(cut: Cut, places: Tensor) -> torch.dtype:
+    """The dtype that holds exactly what the cut's nodes hold."""
+    low, high = int(places.min()), int(places.max())
+    dtype: torch.dtype | None = None
+    ends = [*cut.offsets[1:], cut.width]
+    for node, start, end in zip(cut.nodes, cut.offsets, ends, strict=True):
+        if start <= high and end > low:
+            own = node.meta["val"].dtype
+            dtype = own if dtype is None else torch.promote_types(dtype, own)
+    assert dtype is not None
+    return dtype
+
+
+def live_nodes(captured: CapturedGraph) -> set[Node]:
+    """Nodes that the logits depend on once the masks are read: all but those behind a bias."""
+    seen: set[Node] = set()
+    stack = [captured.output]
+    sites = set(attention_sites(captured))
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in sites:
+            named = arguments(node)
+            stack.extend(named[k] for k in ("query", "key", "value", "sinks") if isinstance(named[k], Node))
+        elif isinstance(node.meta.get(SOURCE), Lookup):
+            stack.append(node.meta[SOURCE].table)
+        elif SOURCE not in node.meta:
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _longest(
+    captured: CapturedGraph,
+    inference: Inference,
+    evaluator: ShapeEvaluator,
+    sites: list[SitePlan],
+    config: CacheConfig,
+) -> tuple[int | None, str]:
+    """The longest sequence for which everything was proven, and what limits it."""
+    limits: list[tuple[int, str]] = []
+    if captured.max_length is not None:
+        limits.append((captured.max_length, "the captured graph holds for sequences up to that length"))
+    if config.max_length is not None:
+        limits.append((config.max_length, "CacheConfig(max_length=...)"))
+    for site in sites:
+        if site.mask.limit is not None:
+            why = f"the mask of {site.name} ({site.mask.describe()}) was proven up to that length"
+            limits.append((site.mask.limit, f"{why}; a bias table can be made longer with CacheConfig(max_length=...)"))
+    for node in live_nodes(captured):
+        limit = _table_limit(captured, inference, evaluator, node, config)
+        if limit is not None:
+            where = module_path(node, captured)
+            limits.append((limit, f"a table of positions{f' in {where}' if where else ''} has no more rows"))
+    return min(limits, default=(None, ""))
+
+
+def _table_limit(
+    captured: CapturedGraph,
+    inference: Inference,
+    evaluator: ShapeEvaluator,
+    node: Node,
+    config: CacheConfig,
+) -> int | None:
+    source = node.meta.get(SOURCE)
+    if isinstance(source, Tabulated):
+        return longest_valid(evaluator, node, config.max_length or captured.max_length or DEFAULT_TABLE_LENGTH)
+    if isinstance(source, Lookup):
+        return int(shape_of(source.table)[source.dim]) - source.start
+    if not is_call(node, *LOOKUPS) or inference.kinds[node] is not Dependence.SHAPE:
+        return None
+    table = node.args[0]
+    assert isinstance(table, Node)
+    upper = max(int(s) for s in shape_of(table)) + 1 if all(s.is_number for s in shape_of(table)) else 1
+    found = longest_valid(evaluator, node, upper)
+    return found if found < upper else None

@@ -1,0 +1,151 @@
+"""From the weights over keys back to the softmaxes they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from kvpass.fx_passes.axes import Kind
+from kvpass.fx_passes.graph import arguments, aten, is_call, shape_of
+from kvpass.fx_passes.read_scores import NotUnderstood, ScoreReader
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax over keys.
+
+    Attributes:
+        node: the softmax.
+        scores: its input, without the column of sinks.
+        sinks: shape-only node of the extra column, where there is one.
+        sinks_first: the column stands before the keys.
+    """
+
+    node: Node
+    scores: Node
+    sinks: Node | None = None
+    sinks_first: bool = False
+
+
+@dataclass(frozen=True)
+class Term:
+    """One softmax, multiplied with coefficients that have no key axis."""
+
+    softmax: Softmax
+    coefficients: tuple[Node | float, ...] = ()
+
+
+def read_terms(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
+    """Weights over keys as a sum of softmaxes with coefficients.
+
+    Raises:
+        NotUnderstood: if they are anything else.
+    """
+    if is_call(node, aten.softmax, aten._softmax, aten._safe_softmax):
+        softmax = _read_softmax(reader, node, key)
+        if softmax.sinks is not None:
+            raise NotUnderstood("the column of sinks takes part in the product with values", node)
+        return [Term(softmax)]
+    if is_call(
+        node, aten._to_copy, aten.clone, aten.reshape, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze
+    ):
+        terms = read_terms(reader, _input(node), key)
+        moved = not is_call(node, aten._to_copy, aten.clone)
+        if moved and any(isinstance(c, Node) for term in terms for c in term.coefficients):
+            raise NotUnderstood("weights over keys are reshaped after they were scaled", node)
+        return terms
+    if is_call(node, aten.slice, aten.narrow):
+        return [Term(_without_sinks(reader, node, key))]
+    if is_call(node, aten.add, aten.sub):
+        return _sum(reader, node, key)
+    if is_call(node, aten.mul):
+        return _scaled(reader, node, key)
+    raise NotUnderstood("the weights of this attention are no softmax over keys", node)
+
+
+def _input(node: Node) -> Node:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
+def _read_softmax(reader: ScoreReader, node: Node, key: Kind) -> Softmax:
+    source = _input(node)
+    axes = reader.inference.axes(source)
+    d = arguments(node)["dim"] % len(axes)
+    if not (len(axes[d]) == 1 and axes[d][0].kind is key):
+        raise NotUnderstood("the softmax does not run over the keys", node)
+    current = source
+    while is_call(current, aten._to_copy, aten.clone) or _is_shift(reader, current):
+        current = _input(current)
+    if not is_call(current, aten.cat):
+        return Softmax(node, source)
+    parts = arguments(current)["tensors"]
+    scores = [n for n in parts if reader.is_scores(n)]
+    others = [n for n in parts if n not in scores]
+    if len(scores) != 1 or len(others) != 1 or reader.inference.is_data(others[0]):
+        raise NotUnderstood("the scores are joined with something else than one column of sinks", current)
+    return Softmax(node, scores[0], others[0], sinks_first=parts[0] is others[0])
+
+
+def _is_shift(reader: ScoreReader, node: Node) -> bool:
+    """``x - max(x)``: the same for all keys, the column of sinks included."""
+    if not is_call(node, aten.sub):
+        return False
+    named = arguments(node)
+    inner, other = named["self"], named["other"]
+    row = (
+        isinstance(other, Node)
+        and reader.inference.is_data(other)
+        and not reader.has(reader.kinds_of(other, node), reader.key)
+    )
+    return row and reader.is_scores(inner)
+
+
+def _without_sinks(reader: ScoreReader, node: Node, key: Kind) -> Softmax:
+    """A softmax whose column of sinks is cut off again."""
+    current = _input(node)
+    while is_call(current, aten._to_copy, aten.clone):
+        current = _input(current)
+    if not is_call(current, aten.softmax, aten._softmax):
+        raise NotUnderstood("only a part of the weights over keys is used", node)
+    softmax = _read_softmax(reader, current, key)
+    named = arguments(node)
+    axes = reader.inference.axes(current)
+    d = named["dim"] % len(axes)
+    start = named["start"] or 0
+    offset = 1 if softmax.sinks_first else 0
+    cut = len(axes[d]) == 1 and axes[d][0].kind is key and shape_of(node)[d] == reader.captured.length
+    if softmax.sinks is None or not cut or start != offset or named.get("step", 1) != 1:
+        raise NotUnderstood("only a part of the weights over keys is used", node)
+    return softmax
+
+
+def _sum(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
+    named = arguments(node)
+    sign = -1.0 if is_call(node, aten.sub) else 1.0
+    sign *= float(named.get("alpha", 1))
+    operands = (named["self"], named["other"])
+    if not all(reader.is_scores(n) for n in operands):
+        raise NotUnderstood("something is added to the weights over keys", node)
+    second = [
+        replace(t, coefficients=(*t.coefficients, sign)) if sign != 1 else t
+        for t in read_terms(reader, operands[1], key)
+    ]
+    return read_terms(reader, operands[0], key) + second
+
+
+def _scaled(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
+    """A factor without a key axis may as well multiply the result."""
+    named = arguments(node)
+    a, b = named["self"], named["other"]
+    weights, other = (a, b) if reader.is_scores(a) and reader.has(reader.inference.axes(a), key) else (b, a)
+    if not reader.is_scores(weights):
+        raise NotUnderstood("the weights of this attention are no softmax over keys", node)
+    if isinstance(other, Node):
+        kinds = reader.kinds_of(other, node)
+        last = reader.inference.axes(node)[-1]
+        if reader.has(kinds, key) or not (len(last) == 1 and last[0].kind is key):
+            raise NotUnderstood("the weights over keys are multiplied with another tensor over keys", node)
+    return [replace(t, coefficients=(*t.coefficients, other)) for t in read_terms(reader, weights, key)]

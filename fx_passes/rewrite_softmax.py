@@ -1,0 +1,213 @@
+"""An attention written out with a softmax and two products, in canonical form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from kvpass.fx_passes.arrange import arrange, spread
+from kvpass.fx_passes.axes import Axes, Dim, Factor, Kind, MixesTokens, kinds_in
+from kvpass.fx_passes.contraction import Contraction, contraction_of, operand_dims, tagged_operands
+from kvpass.fx_passes.dense import DenseInputs, emit_dense, factors_of, one_factor
+from kvpass.fx_passes.graph import CapturedGraph, aten, emit, shape_of
+from kvpass.fx_passes.infer_axes import Blocked, Inference
+from kvpass.fx_passes.read_probabilities import Softmax, Term, read_terms
+from kvpass.fx_passes.read_scores import NotUnderstood, ScoreReader, Scores
+from kvpass.fx_passes.shape_values import ShapeEvaluator
+
+
+def key_side(inference: Inference, contraction: Contraction) -> tuple[Node, Kind] | None:
+    """The operand of a product that holds weights over keys, and the kind of the keys."""
+    try:
+        left, right = operand_dims(inference, contraction)
+    except (MixesTokens, Blocked):
+        return None
+    for weights, mine, other in ((contraction.left, left[-1], right[-2]), (contraction.right, right[-2], left[-1])):
+        if kinds_in(other) == {Kind.TOKEN} and len(mine) == 1 and mine[0].kind in (Kind.LEFT, Kind.RIGHT):
+            return weights, mine[0].kind
+    return None
+
+
+def rewrite_softmax(captured: CapturedGraph, inference: Inference, evaluator: ShapeEvaluator, node: Node) -> Node:
+    """Rewrite a product of softmax weights with values; returns the node that takes its place."""
+    contraction = contraction_of(node)
+    assert contraction is not None
+    side = key_side(inference, contraction)
+    assert side is not None
+    weights, key = side
+    reader = ScoreReader(captured, inference, evaluator, key)
+    total: Node | None = None
+    for term in read_terms(reader, weights, key):
+        out = _attend(captured, inference, reader, contraction, weights, term, node)
+        total = out if total is None else emit(captured, aten.add.Tensor, total, out, like=node)
+    assert total is not None
+    return total
+
+
+def _attend(
+    captured: CapturedGraph,
+    inference: Inference,
+    reader: ScoreReader,
+    contraction: Contraction,
+    weights: Node,
+    term: Term,
+    node: Node,
+) -> Node:
+    softmax = term.softmax
+    if weights is not contraction.left and any(isinstance(c, Node) for c in term.coefficients):
+        raise NotUnderstood("weights over keys are scaled by a tensor and stand right of the values", node)
+    scores = reader.read(softmax.scores)
+    if softmax.sinks is not None and scores.shifted:
+        raise NotUnderstood("scores are shifted before a column of sinks joins them", softmax.node)
+    product = scores.contraction
+    left, right = tagged_operands(inference, product)
+    sides = {Kind.LEFT: (product.left, left), Kind.RIGHT: (product.right, right)}
+    (query, query_axes), (keys, key_axes) = sides[reader.query], sides[reader.key]
+    heads = _heads(inference.axes(product.node))
+    batch, queries = one_factor(query_axes, Kind.BATCH), one_factor(query_axes, reader.query)
+    tokens, features = one_factor(key_axes, reader.key), factors_of(query_axes, Kind.FEATURE)
+    q = arrange(captured, query, query_axes, [[batch], heads, [queries], features], node)
+    k = arrange(
+        captured,
+        keys,
+        key_axes,
+        [[one_factor(key_axes, Kind.BATCH)], heads, [tokens], factors_of(key_axes, Kind.FEATURE)],
+        node,
+    )
+    q, k = _fold_factors(
+        captured, reader, scores, (q, k), ([[batch], heads, [queries], []], [[batch], heads, [tokens], []]), node
+    )
+    v, value_axes = _values(captured, inference, contraction, weights, heads, tokens, node)
+    bias = _canonical_bias(captured, reader, scores, softmax, [[batch], heads, [queries], [tokens]], node)
+    sinks = _sinks(captured, reader, softmax, [[batch], heads, [queries], [tokens]], node)
+    inputs = DenseInputs(q, k, v, bias, _scale(scores), scores.cap, sinks)
+    dense = emit_dense(captured, inputs, node, "softmax")
+    out_axes = _output_axes(inference, contraction, weights, value_axes)
+    out = spread(captured, dense, [[batch], heads, [queries], factors_of(value_axes, Kind.FEATURE)], out_axes, node)
+    for coefficient in term.coefficients:
+        out = emit(captured, aten.mul.Tensor, out, coefficient, like=node)
+    wanted = node.meta["val"].dtype
+    return (
+        out if out.meta["val"].dtype == wanted else emit(captured, aten._to_copy.default, out, dtype=wanted, like=node)
+    )
+
+
+def _scale(scores: Scores) -> float:
+    return scores.scale * (scores.cap if scores.cap is not None else 1.0)
+
+
+def _heads(axes: Axes) -> list[Factor]:
+    return sorted((f for dim in axes for f in dim if f.kind is Kind.HEAD), key=lambda f: f.tag)
+
+
+def _fold_factors(
+    captured: CapturedGraph,
+    reader: ScoreReader,
+    scores: Scores,
+    operands: tuple[Node, Node],
+    groups: tuple[Any, Any],
+    node: Node,
+) -> tuple[Node, Node]:
+    """Tensors that scale the scores of a query, or of a key, scale that query or key instead."""
+    q, k = operands
+    for factor, axes in scores.factors:
+        if reader.has(axes, reader.key):
+            arranged = arrange(captured, factor, axes, groups[1], node)
+            k = emit(captured, aten.mul.Tensor, k, arranged, like=node)
+        else:
+            arranged = arrange(captured, factor, axes, groups[0], node)
+            q = emit(captured, aten.mul.Tensor, q, arranged, like=node)
+    return q, k
+
+
+def _values(
+    captured: CapturedGraph,
+    inference: Inference,
+    contraction: Contraction,
+    weights: Node,
+    heads: list[Factor],
+    tokens: Factor,
+    node: Node,
+) -> tuple[Node, Axes]:
+    """Values in canonical layout, and the axes of the graph's value operand with the heads' names."""
+    left, right = operand_dims(inference, contraction)
+    weights_left = weights is contraction.left
+    mine, theirs = (left, right) if weights_left else (right, left)
+    batch = mine[:-2]
+    own = theirs[:-2]
+    named: list[Dim] = []
+    for i, dim in enumerate(own):
+        shared = batch[i - len(own) + len(batch)] if i - len(own) + len(batch) >= 0 else ()
+        if dim and not shared:
+            raise MixesTokens("has heads in its values that its scores do not have")
+        named.append(shared if dim else ())
+    width = tuple(Factor(Kind.FEATURE, f.size) for f in (theirs[-1] if weights_left else theirs[-2]))
+    axes: list[Dim] = [*named, (tokens,), width] if weights_left else [*named, width, (tokens,)]
+    operand = contraction.right if weights_left else contraction.left
+    if contraction.right_is_transposed and weights_left:
+        axes[-1], axes[-2] = axes[-2], axes[-1]
+    value_batch = one_factor(tuple(axes), Kind.BATCH)
+    groups = [[value_batch], heads, [tokens], list(width)]
+    return arrange(captured, operand, tuple(axes), groups, node), tuple(axes)
+
+
+def _output_axes(inference: Inference, contraction: Contraction, weights: Node, value_axes: Axes) -> Axes:
+    """Axes of the product with values, heads by their names."""
+    left, right = operand_dims(inference, contraction)
+    weights_left = weights is contraction.left
+    mine, theirs = (left, right) if weights_left else (right, left)
+    width = next((dim for dim in value_axes if kinds_in(dim) == {Kind.FEATURE}), ())
+    rank = max(len(mine), len(theirs)) - 2
+    batch: list[Dim] = [()] * (rank - len(mine) + 2) + list(mine[:-2])
+    rows = mine[-2] if weights_left else mine[-1]
+    return (*batch, rows, width) if weights_left else (*batch, width, rows)
+
+
+def _canonical_bias(
+    captured: CapturedGraph, reader: ScoreReader, scores: Scores, softmax: Softmax, groups: Any, node: Node
+) -> Node | None:
+    bias, gate = scores.bias, scores.gate
+    if gate is not None:
+        bias = _gated(captured, bias, gate, node)
+    if bias is None:
+        return None
+    axes = reader.kinds_of(bias, softmax.scores)
+    arranged = arrange(captured, bias, axes, groups, node)
+    return (
+        arranged
+        if arranged.meta["val"].is_floating_point()
+        else emit(captured, aten._to_copy.default, arranged, dtype=torch.float32, like=node)
+    )
+
+
+def _gated(captured: CapturedGraph, bias: Node | None, gate: Node, node: Node) -> Node:
+    """Zeros of the gate wipe a score out: right only where the bias hides the key as well. NaN marks what is not."""
+    if bias is None:
+        raise NotUnderstood("scores are multiplied with a mask, which hides nothing from a softmax", gate)
+    hidden = emit(captured, aten.le.Scalar, bias, -1e4, like=node)
+    wiped = emit(captured, aten.where.Scalar, hidden, float("-inf"), float("nan"), like=node)
+    open_ = emit(captured, aten.eq.Scalar, gate, 1, like=node)
+    closed = emit(captured, aten.eq.Scalar, gate, 0, like=node)
+    known = emit(captured, aten.logical_or.default, open_, closed, like=node)
+    value = emit(captured, aten.where.self, open_, bias, wiped, like=node)
+    return emit(captured, aten.where.ScalarOther, known, value, float("nan"), like=node)
+
+
+def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, groups: Any, node: Node) -> Node | None:
+    """The extra logit of each head, ``[Hq]``: it must be the same for every query and sequence."""
+    if softmax.sinks is None:
+        return None
+    axes = reader.kinds_of(softmax.sinks, softmax.scores)
+    arranged = arrange(captured, softmax.sinks, axes, groups, node)
+    heads = 1
+    for factor in groups[1]:
+        heads = heads * factor.size
+    sizes = [shape_of(arranged)[0], shape_of(arranged)[2], shape_of(arranged)[3]]
+    if sizes[2] != 1:
+        raise NotUnderstood("there is more than one column of sinks", softmax.node)
+    flat = arranged
+    for dim in (0, 1, 1):
+        flat = emit(captured, aten.select.int, flat, dim, 0, like=node)
+    return emit(captured, aten.expand.default, flat, [int(heads)], like=node)

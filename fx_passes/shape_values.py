@@ -1,0 +1,155 @@
+"""What a node depends on, and the values of those that depend on shapes alone.
+
+Masks, biases and positions are computed from sizes, ``arange`` and constants. They can be evaluated at any batch size
+and length without running the model: that is how kvpass learns what they mean.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, expression, read_attribute, tensor_value
+
+
+class Dependence(Enum):
+    """What the values of a node depend on."""
+
+    CONSTANT = 0  # parameters, buffers and literals
+    SHAPE = 1  # batch size and length as well
+    DATA = 2  # the tokens, or random numbers
+
+
+SHAPE_READERS = {aten.sym_size, aten.sym_numel, aten.sym_stride}
+NEW = {aten.new_ones, aten.new_zeros, aten.new_full, aten.new_empty, aten.new_empty_strided}
+LIKES = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
+RANDOM = {aten.rand_like, aten.randn_like, aten.bernoulli, aten.rand, aten.randn, aten.randint, aten.randperm}
+
+
+class CannotEvaluate(Exception):
+    """A node's value depends on more than shapes."""
+
+
+def reads_shape_only(node: Node) -> bool:
+    """Whether the op takes nothing from its tensor input but shape, dtype and device."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in SHAPE_READERS or packet in NEW or packet in LIKES
+
+
+def is_random(node: Node) -> bool:
+    """Whether the op draws random numbers."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is aten.scaled_dot_product_attention and not arguments(node)["dropout_p"]:
+        return False
+    return packet in RANDOM or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def classify(captured: CapturedGraph) -> dict[Node, Dependence]:
+    """What every node of the graph depends on. Position ids count as shapes: they are 0, 1, 2, ..."""
+    kinds: dict[Node, Dependence] = {}
+    for node in captured.graph.nodes:
+        if node.op == "get_attr":
+            kind = Dependence.CONSTANT
+        elif node.op == "placeholder":
+            kind = Dependence.SHAPE if node is captured.position_ids else Dependence.DATA
+        elif node.op == "output" or is_random(node):
+            kind = Dependence.DATA
+        elif reads_shape_only(node):
+            kind = Dependence.SHAPE
+        else:
+            kind = max((kinds[n] for n in node.all_input_nodes), key=lambda k: k.value, default=Dependence.CONSTANT)
+        kinds[node] = kind
+    return kinds
+
+
+class ShapeEvaluator:
+    """Evaluates shape-only nodes at a batch size and length of choice."""
+
+    def __init__(self, captured: CapturedGraph, kinds: dict[Node, Dependence]) -> None:
+        self.captured = captured
+        self.kinds = kinds
+        self.order = {node: i for i, node in enumerate(captured.graph.nodes)}
+
+    def evaluate(self, node: Node, batch: int, length: int) -> Tensor:
+        """Value of a shape-only tensor node.
+
+        Raises:
+            CannotEvaluate: if it depends on the tokens or on random numbers.
+            Exception: whatever its ops raise, for example where a table is too short for ``length``.
+        """
+        return self.evaluate_all([node], batch, length)[node]
+
+    def evaluate_all(self, nodes: list[Node], batch: int, length: int) -> dict[Node, Tensor]:
+        """Values of several shape-only tensor nodes, their common part computed once."""
+        needed: set[Node] = set()
+        for node in nodes:
+            needed |= self.needed(node)
+        ordered = sorted(needed, key=self.order.__getitem__)
+        uses = {n: sum(m in needed for m in n.users) + (n in nodes) for n in ordered}
+        env: dict[Node, Any] = {}
+        with torch.no_grad():
+            for node in ordered:
+                env[node] = self._run(node, env, batch, length)
+                for used in node.all_input_nodes:
+                    if used in uses:
+                        uses[used] -= 1
+                        if not uses[used]:
+                            env.pop(used, None)
+        return {node: env[node] for node in nodes}
+
+    def needed(self, node: Node) -> set[Node]:
+        """The nodes whose values a shape-only node is computed from, itself included."""
+        found: set[Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in found:
+                continue
+            if self.kinds[current] is Dependence.DATA:
+                raise CannotEvaluate(f"{current} depends on the tokens or on random numbers")
+            found.add(current)
+            if not reads_shape_only(current):
+                stack.extend(current.all_input_nodes)
+            else:
+                stack.extend(n for n in current.all_input_nodes if tensor_value(n) is None)
+        return found
+
+    def _run(self, node: Node, env: dict[Node, Any], batch: int, length: int) -> Any:
+        if node.op == "get_attr":
+            return read_attribute(self.captured.module, str(node.target))
+        if node is self.captured.position_ids:
+            device = node.meta["val"].device
+            return torch.arange(length, device=device).expand(batch, length)
+        val = node.meta.get("val")
+        if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.number(val, batch, length)
+
+        def resolve(n: Node) -> Any:
+            if n in env:
+                return env[n]
+            return self._stand_in(n, batch, length)
+
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), resolve)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def _stand_in(self, node: Node, batch: int, length: int) -> Tensor:
+        """An empty tensor of the shape, dtype and device of a node whose values do not matter."""
+        val = tensor_value(node)
+        if val is None:
+            raise CannotEvaluate(f"{node} is no tensor")
+        shape = [self.number(s, batch, length) for s in val.shape]
+        return torch.empty(shape, dtype=val.dtype, device=val.device)
+
+    def number(self, value: Any, batch: int, length: int) -> Any:
+        """A symbolic number at a batch size and length."""
+        result = expression(value).subs({self.captured.batch: batch, self.captured.length: length})
+        if not result.is_number and result not in (True, False):
+            raise CannotEvaluate(f"the size {value} depends on the tokens")
+        if isinstance(value, torch.SymBool) or result in (True, False):
+            return bool(result)
+        return float(result) if isinstance(value, torch.SymFloat) else int(result)

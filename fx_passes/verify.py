@@ -1,0 +1,222 @@
+"""``verify``: original and rewritten graph, run against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from kvpass.fx_passes.bind import PagedModule
+from kvpass.fx_passes.graph import CapturedGraph
+from kvpass.fx_passes.insert_cache import PagedGraph
+from kvpass.kernels.formats import allocate_cache, find_format
+from kvpass.types import CachePlan, StepInputs
+
+# Largest difference of logits over their largest magnitude, and the share of rows that has to keep to it: in low
+# precision the order of a sum may turn a close choice of experts, and with it a whole row.
+TOLERANCE = {
+    torch.float64: (1e-6, 1.0),
+    torch.float32: (5e-4, 1.0),
+    torch.float16: (3e-2, 0.9),
+    torch.bfloat16: (1e-1, 0.9),
+}
+LONGEST = 640
+
+
+@dataclass
+class Comparison:
+    """How far the rewritten graph is from the original.
+
+    Attributes:
+        errors: for each check, its name and the largest difference over the rows that have to hold, relative to the
+            largest logit.
+        site_errors: the same for the result of each attention.
+        tolerance: bound on every error.
+        history_effect: change of the last logits when the first token is another one, on the same scale.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    site_errors: dict[str, float] = field(default_factory=dict)
+    tolerance: float = 0.0
+    history_effect: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Every error is a number within the tolerance."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+
+def with_sites(module: GraphModule, graph: Graph, names: Sequence[str]) -> GraphModule:
+    """The same graph, over the same tensors, that also returns the nodes called ``names``."""
+    copied = Graph()
+    known: dict[Node, Node] = {}
+    result = copied.graph_copy(graph, known)
+    logits = result[0] if isinstance(result, (tuple, list)) else result
+    by_name = {node.name: node for node in known}
+    copied.output((logits, *(known[by_name[name]] for name in names)))
+    return GraphModule(module, copied)
+
+
+def reference_graph(captured: CapturedGraph, names: Sequence[str]) -> GraphModule:
+    """The canonical graph before caches are inserted, with the results of its attentions."""
+    return with_sites(captured.module, captured.graph, names)
+
+
+@torch.no_grad()
+def verify(
+    original: Callable[[Tensor], Tensor],
+    reference: GraphModule,
+    paged: PagedGraph,
+    module: PagedModule,
+) -> Comparison:
+    """Run a ragged batch through the paged module in chunks and by single tokens, and the original on each sequence.
+
+    Unused slots and foreign blocks hold NaN, blocks are in random order, and one sequence reads the prefix of another
+    from the other's blocks.
+
+    Args:
+        original: the user's model: token ids ``[1, S]`` to logits ``[1, S, V]``.
+        reference: from :func:`reference_graph`.
+        paged: the rewritten graph.
+        module: the rewritten graph, bound.
+    """
+    run = _Run(paged, module)
+    found = Comparison(tolerance=run.tolerance[0])
+    wanted = [original(ids.unsqueeze(0))[0].float() for ids in run.sequences]
+    scale = max(float(w.abs().max()) for w in wanted) or 1.0
+    for name, index, rows, logits in run.steps():
+        found.errors[name] = max(
+            found.errors.get(name, 0.0), _error(logits, wanted[index][rows], scale, run.tolerance[1])
+        )
+    sites = reference(run.sequences[0].unsqueeze(0), *run.position_ids(reference))[1:]
+    for name, site, rows in zip(paged.site_outputs, sites, run.site_rows(), strict=True):
+        magnitude = float(site.float().abs().max()) or 1.0
+        found.site_errors[name] = _error(rows.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
+    found.history_effect = _history_effect(original, run.sequences[0], wanted[0], scale, module.plan.vocab_size)
+    return found
+
+
+def _error(got: Tensor, wanted: Tensor, scale: float, share: float) -> float:
+    """Largest relative difference of a row, over the ``share`` of the rows that fit best; NaN counts as infinite."""
+    rows = (got.float() - wanted).abs().flatten(1).amax(1) / scale
+    rows = torch.where(torch.isfinite(rows), rows, float("inf")).sort().values
+    return float(rows[max(0, int(len(rows) * share + 0.5) - 1)])
+
+
+def _history_effect(
+    original: Callable[[Tensor], Tensor], ids: Tensor, wanted: Tensor, scale: float, vocab: int
+) -> float:
+    spoilt = ids.clone()
+    spoilt[0] = (spoilt[0] + vocab // 2 + 1) % vocab
+    return float((original(spoilt.unsqueeze(0))[0, -1].float() - wanted[-1]).abs().max()) / scale
+
+
+class _Run:
+    """The sequences of one verification, their blocks, and the schedule of steps."""
+
+    def __init__(self, paged: PagedGraph, module: PagedModule) -> None:
+        self.plan: CachePlan = module.plan
+        self.module = module
+        self.device = module.device
+        self.observed = with_sites(paged.module, paged.module.graph, list(paged.site_outputs.values()))
+        self.tolerance = TOLERANCE[_coarsest(module)]
+        block = self.plan.block_size
+        windows = [s.window for s in self.plan.caches if s.window is not None and s.window < LONGEST - 16]
+        longest = max([2 * block + 9, 41, *(w + 9 for w in windows)])
+        longest = min(longest, LONGEST, self.plan.max_length or LONGEST)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.plan.vocab_size, (3, longest), generator=generator).to(self.device)
+        self.shared = (longest - 1) // 2 // block * block
+        second = torch.cat([ids[0, : self.shared], ids[1, : max(1, longest - self.shared - 5)]])
+        self.sequences = [ids[0], second, ids[2, : max(1, longest // 3)]]
+        self._allocate(generator)
+        self.first_rows: list[list[Tensor]] = [[] for _ in paged.site_outputs]
+
+    def _allocate(self, generator: torch.Generator) -> None:
+        block = self.plan.block_size
+        counts = [-(-len(s) // block) for s in self.sequences]
+        free = torch.randperm(sum(counts) + 2, generator=generator).tolist()
+        self.tables = [[free.pop() for _ in range(n)] for n in counts]
+        self.tables[1][: self.shared // block] = self.tables[0][: self.shared // block]
+        self.caches = []
+        for spec in self.plan.caches:
+            pair = allocate_cache(spec, sum(counts) + 2, block, self.device)
+            for tensor in pair:
+                tensor.fill_(float("nan"))
+            self.caches.append(pair)
+
+    def position_ids(self, reference: GraphModule) -> tuple[Tensor, ...]:
+        """Position ids of the first sequence, where the captured graph takes them."""
+        inputs = [n for n in reference.graph.nodes if n.op == "placeholder"]
+        return (torch.arange(len(self.sequences[0]), device=self.device).unsqueeze(0),) if len(inputs) > 1 else ()
+
+    def steps(self) -> list[tuple[str, int, slice, Tensor]]:
+        """Run everything; gives name of the check, sequence, rows and logits of each piece."""
+        a, b, c = (len(s) for s in self.sequences)
+        cut = max(1, a - 7)
+        start = min(self.shared, b - 1)
+        done: list[tuple[str, int, slice, Tensor]] = []
+        done += self._step("prefill", {0: (0, cut // 2)})
+        done += self._step("ragged prefill in chunks", {2: (0, max(1, c - 2)), 0: (cut // 2, cut)})
+        done += self._step("shared prefix", {1: (start, b), 0: (cut, min(cut + 1, a))})
+        for i in range(cut + 1, a):
+            tail = {2: (c - 1, c)} if i == cut + 1 and c > 2 else {}
+            before = {2: (c - 2, c - 1)} if i == cut + 1 and c > 2 else {}
+            if before:
+                done += self._step("decode", before)
+            done += self._step("decode", {0: (i, i + 1), **tail})
+        return done
+
+    def _step(self, name: str, work: dict[int, tuple[int, int]]) -> list[tuple[str, int, slice, Tensor]]:
+        work = {i: span for i, span in work.items() if span[1] > span[0]}
+        if not work:
+            return []
+        logits, *sites = self.observed(*self._arguments(work))
+        pieces, row = [], 0
+        for index, (start, end) in work.items():
+            pieces.append((name, index, slice(start, end), logits[0, row : row + end - start]))
+            if index == 0:
+                for kept, site in zip(self.first_rows, sites, strict=True):
+                    kept.append(site[0, :, row : row + end - start].float())
+            row += end - start
+        return pieces
+
+    def _arguments(self, work: dict[int, tuple[int, int]]) -> list[Tensor]:
+        block = self.plan.block_size
+        width = max(len(t) for t in self.tables)
+        tokens, positions, slots, tables, lengths, starts = [], [], [], [], [], [0]
+        for index, (start, end) in work.items():
+            table = torch.tensor(self.tables[index])
+            where = torch.arange(start, end)
+            tokens.append(self.sequences[index][start:end])
+            positions.append(where)
+            slots.append(table[where // block] * block + where % block)
+            tables.append(torch.nn.functional.pad(table, (0, width - len(table))))
+            lengths.append(end)
+            starts.append(starts[-1] + end - start)
+        step = StepInputs(
+            torch.cat(tokens),
+            torch.cat(positions).to(self.device),
+            torch.cat(slots).to(self.device),
+            torch.stack(tables).to(self.device),
+            torch.tensor(lengths, device=self.device),
+            torch.tensor(starts, device=self.device),
+            torch.arange(starts[-1], device=self.device),
+        )
+        return self.module.arguments(step, self.caches)
+
+    def site_rows(self) -> list[Tensor]:
+        """Results of each attention on the first sequence, ``[Hq, S, Dv]``."""
+        return [torch.cat(rows, 1) for rows in self.first_rows]
+
+
+def _coarsest(module: PagedModule) -> torch.dtype:
+    """The least precise dtype that takes part."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    for spec in module.plan.caches:
+        dtypes |= {find_format(spec.key_format).dtype, find_format(spec.value_format).dtype}
+    known = [d for d in dtypes if d in TOLERANCE]
+    return max(known, key=lambda d: TOLERANCE[d][0], default=torch.float32)

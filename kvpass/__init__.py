@@ -1,0 +1,44 @@
+"""kvpass: any PyTorch decoder, rewritten to run with a paged KV cache and proven equal to the original."""
+
+from kvpass.compiler import compile
+from kvpass.config import CacheConfig
+from kvpass.engine import Engine
+from kvpass.errors import (
+    CapacityError,
+    CaptureError,
+    ConfigError,
+    InputError,
+    IntegrityError,
+    KvpassError,
+    RefusedError,
+    VerificationError,
+)
+from kvpass.fx_passes.bind import PagedModule
+from kvpass.kernels import ops as _ops  # registers the kvpass:: ops
+from kvpass.report import RewriteReport, SiteReport
+from kvpass.types import CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheConfig",
+    "CachePlan",
+    "CacheSpec",
+    "CapacityError",
+    "CaptureError",
+    "ConfigError",
+    "Engine",
+    "InputError",
+    "IntegrityError",
+    "KvpassError",
+    "MaskMeaning",
+    "PagedModule",
+    "Refusal",
+    "RefusedError",
+    "RewriteReport",
+    "Sampling",
+    "SiteReport",
+    "StepInputs",
+    "VerificationError",
+    "compile",
+]

@@ -1,0 +1,176 @@
+"""The front door's view of a user's model: how to call it, and what it returns.
+
+The passes see a module that takes token ids (and position ids, where the model demands them) and returns logits.
+Conveniences for transformers live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpass.errors import InputError
+from kvpass.fx_passes.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH
+
+MODEL = "model"  # attribute of the adapter that holds the user's module
+IDS = ("input_ids", "ids", "tokens", "token_ids", "idx", "x")
+POSITIONS = ("position_ids", "positions", "pos_ids", "pos")
+
+
+class LogitsModel(nn.Module):
+    """Calls the user's model and hands out its logits.
+
+    ``forward(input_ids [B, S], position_ids [B, S] | None) -> logits [B, S, V]``.
+    """
+
+    def __init__(self, model: nn.Module, takes_positions: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.ids_name, self.positions_name, self.fixed = _call_form(model, takes_positions)
+        self.train(model.training)
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model is called with position ids."""
+        return self.positions_name is not None
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Logits ``[B, S, V]`` of token ids ``[B, S]``."""
+        named = dict(self.fixed)
+        if self.positions_name is not None:
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            named[self.positions_name] = position_ids
+        if self.ids_name is None:
+            return logits_of(self.model(input_ids, **named))
+        return logits_of(self.model(**{self.ids_name: input_ids}, **named))
+
+
+class TwoInputs(nn.Module):
+    """A :class:`LogitsModel` whose forward takes exactly the inputs that are captured."""
+
+    def __init__(self, inner: LogitsModel) -> None:
+        super().__init__()
+        self.model = inner
+        self.train(inner.training)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Logits ``[B, S, V]``."""
+        logits: Tensor = self.model(input_ids, position_ids)
+        return logits
+
+
+class OneInput(nn.Module):
+    """A :class:`LogitsModel` that is captured with token ids alone."""
+
+    def __init__(self, inner: LogitsModel) -> None:
+        super().__init__()
+        self.model = inner
+        self.train(inner.training)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits ``[B, S, V]``."""
+        logits: Tensor = self.model(input_ids)
+        return logits
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a forward returns: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple.
+
+    Raises:
+        InputError: if there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits  # type: ignore[no-any-return]
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        logits: Tensor = output["logits"]
+        return logits
+    if isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise InputError(
+        f"the model returns {type(output).__name__}: kvpass needs a tensor of logits, an object with .logits, a dict "
+        'with "logits", or a tuple whose first item is the logits'
+    )
+
+
+def _call_form(model: nn.Module, takes_positions: bool) -> tuple[str | None, str | None, dict[str, Any]]:
+    """Names under which token ids and position ids are passed, and arguments that are always the same."""
+    parameters = inspect.signature(model.forward).parameters
+    names = list(parameters)
+    ids = next((name for name in IDS if name in names), None)
+    if ids is not None and parameters[ids].kind is inspect.Parameter.POSITIONAL_ONLY:
+        ids = None
+    positions = next((name for name in POSITIONS if name in names and name != ids), None)
+    demanded = positions is not None and parameters[positions].default is inspect.Parameter.empty
+    if takes_positions and positions is None:
+        raise InputError(f"example_inputs holds position ids, but the model's forward takes none of {POSITIONS}")
+    fixed: dict[str, Any] = {}
+    if "use_cache" in parameters:
+        fixed["use_cache"] = False
+    if "return_dict" in parameters:
+        fixed["return_dict"] = True
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = {ids or (names[0] if names else ""), positions}
+    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in kinds and n not in known]
+    if missing:
+        raise InputError(
+            f"the model's forward demands {', '.join(missing)}: wrap it in a module whose forward takes token ids "
+            "(and position_ids) and returns logits"
+        )
+    return ids, positions if demanded or takes_positions else None, fixed
+
+
+def for_capture(model: LogitsModel) -> nn.Module:
+    """A module to export: a copy of the user's module tree that shares every parameter and buffer.
+
+    Being exported changes some modules (they keep masks or counters as attributes); the user's own stays as it was.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        copied = copy.deepcopy(model, dict(shared))
+    except Exception:  # a module that cannot be copied is captured as it is
+        copied = model
+    return TwoInputs(copied) if model.takes_positions else OneInput(copied)
+
+
+def example_for(model: LogitsModel, device: torch.device) -> tuple[Tensor, ...]:
+    """Token ids 0 of the example's shape, and position ids where the model takes them."""
+    ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.int64, device=device)
+    if not model.takes_positions:
+        return (ids,)
+    return ids, torch.arange(EXAMPLE_LENGTH, device=device).repeat(EXAMPLE_BATCH, 1)
+
+
+def check_example(example: Any) -> bool:
+    """Whether ``example_inputs`` holds position ids.
+
+    Raises:
+        InputError: if it is not token ids ``[B, S]``, alone or with position ids of the same shape.
+    """
+    values = list(example.values()) if isinstance(example, Mapping) else example
+    values = [values] if isinstance(values, Tensor) else list(values)
+    good = 1 <= len(values) <= 2 and all(isinstance(v, Tensor) and v.dim() == 2 for v in values)
+    if not good or any(v.is_floating_point() or v.shape != values[0].shape for v in values):
+        raise InputError(
+            "example_inputs must be token ids [batch, length], or a pair of token ids and position ids of one shape, "
+            "as integer tensors"
+        )
+    return len(values) == 2
+
+
+def end_of_sequence(model: nn.Module) -> tuple[int, ...]:
+    """Token ids that end a sequence, where the model's own configuration names them."""
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        value = getattr(holder, "eos_token_id", None)
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
+            return tuple(value)
+    return ()

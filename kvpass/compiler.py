@@ -1,0 +1,146 @@
+"""``kvpass.compile``: from a decoder without a cache to an engine with a paged one, proven equal."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvpass.adapters import MODEL, LogitsModel, check_example, end_of_sequence, example_for, for_capture
+from kvpass.config import CacheConfig
+from kvpass.engine import Engine
+from kvpass.errors import CaptureError, InputError, RefusedError, VerificationError
+from kvpass.fx_passes.bind import PagedModule
+from kvpass.fx_passes.capture import capture
+from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
+from kvpass.fx_passes.insert_cache import insert_cache
+from kvpass.fx_passes.passes import passes, run_passes
+from kvpass.fx_passes.plan_cache import plan_cache
+from kvpass.fx_passes.verify import Comparison, reference_graph, verify
+from kvpass.report import RewriteReport, Verification
+from kvpass.site_reports import site_reports
+from kvpass.types import Refusal
+
+
+def compile(
+    model: nn.Module,
+    config: CacheConfig | None = None,
+    *,
+    example_inputs: Any = None,
+    verify: bool = True,
+) -> Engine:
+    """Rewrite a decoder to run with a paged, shared KV cache.
+
+    Args:
+        model: a decoder whose forward takes token ids int64 ``[batch, length]`` (and ``position_ids``, where it
+            demands them) and returns logits ``[batch, length, V]``: a tensor, an object with ``.logits``, a dict, or a
+            tuple. In eval mode, on one device. Its parameters are used as they are, not copied.
+        config: formats and size of the cache.
+        example_inputs: token ids ``[B, S]``, or a pair of token ids and position ids when the model should be captured
+            with position ids that it takes but does not demand.
+        verify: run original and rewritten model against each other before handing out the engine.
+
+    Returns:
+        the engine; ``engine.report`` says what was done.
+
+    Raises:
+        InputError: if the model cannot be used as it is.
+        RefusedError: if the rewrite could not be proven; carries the report.
+        VerificationError: if it was proven but the outputs differ; carries the report.
+    """
+    config = config or CacheConfig()
+    if not isinstance(config, CacheConfig):
+        raise InputError(f"config is a {type(config).__name__}: pass kvpass.CacheConfig(...)")
+    device = check_model(model)
+    adapter = LogitsModel(model, example_inputs is not None and check_example(example_inputs))
+    adapter.eval()
+    module, report = rewrite(adapter, config, device, verify)
+    return Engine(module, module.plan, config, report, end_of_sequence(model))
+
+
+def check_model(model: nn.Module) -> torch.device:
+    """The device of the model.
+
+    Raises:
+        InputError: if it is no module, is in training mode, or lives on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"kvpass.compile needs a torch.nn.Module, not a {type(model).__name__}")
+    training = [name or "the model" for name, m in model.named_modules() if m.training]
+    if training:
+        raise InputError(f"{training[0]} is in training mode, where dropout is on: call model.eval() first")
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise InputError(f"the model lives on several devices ({names}): move it to one with model.to(device)")
+    device = devices.pop() if devices else torch.device("cpu")
+    if device.type == "meta":
+        raise InputError("the model's weights are on the meta device: load them before kvpass.compile")
+    return device
+
+
+def rewrite(
+    model: LogitsModel, config: CacheConfig, device: torch.device, check: bool = True
+) -> tuple[PagedModule, RewriteReport]:
+    """Run the passes on an adapted model; gives the paged module and the report."""
+    start = time.perf_counter()
+    try:
+        with torch.no_grad():
+            captured = capture(for_capture(model), example_for(model, device), path_prefix=f"{MODEL}.{MODEL}")
+    except CaptureError as error:
+        report = RewriteReport(refusals=(Refusal(str(error), pass_name="capture"),))
+        raise RefusedError(f"kvpass could not capture the model. {error}", report) from error
+    seconds = {"capture": time.perf_counter() - start}
+    log = run_passes(captured, passes(config))
+    seconds |= log.seconds
+    if log.refusals:
+        report = RewriteReport(refusals=tuple(log.refusals), seconds=seconds)
+        listed = "\n".join(f"- {refusal}" for refusal in log.refusals[:8])
+        raise RefusedError(f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}", report)
+    start = time.perf_counter()
+    plan = plan_cache(captured, config, _vocabulary(captured))
+    reference = reference_graph(captured, [site.node.name for site in plan.sites])
+    report = RewriteReport(
+        sites=site_reports(captured, plan),
+        max_length=plan.cache_plan.max_length,
+        max_length_reason=plan.cache_plan.max_length_reason,
+    )
+    paged = insert_cache(captured, plan)
+    module = PagedModule(paged)
+    seconds["insert-cache"] = time.perf_counter() - start
+    if check:
+        start = time.perf_counter()
+        report = _with_verification(report, verify(model, reference, paged, module))
+        seconds["verify"] = time.perf_counter() - start
+    report = replace(report, seconds=seconds)
+    if report.verification is not None and not report.verification.passed:
+        lines = "\n".join(report.verification.checks)
+        raise VerificationError(f"the rewritten model differs from the original, and is not used:\n{lines}", report)
+    return module, report
+
+
+def _with_verification(report: RewriteReport, found: Comparison) -> RewriteReport:
+    worst = max(found.errors.values())
+    checks = tuple(
+        f"verified {name}: logits within {error:.1e} of the original's (bound {found.tolerance:.0e})"
+        if error <= found.tolerance
+        else f"FAILED {name}: logits differ by {error:.1e} (bound {found.tolerance:.0e})"
+        for name, error in found.errors.items()
+    )
+    effect = f"spoiling the first token moves the last logits by {found.history_effect:.1e}"
+    verification = Verification(found.passed, (*checks, effect), worst, found.tolerance, found.history_effect)
+    sites = tuple(replace(site, error=found.site_errors[site.name]) for site in report.sites)
+    return replace(report, sites=sites, verification=verification)
+
+
+def _vocabulary(captured: CapturedGraph) -> int:
+    """Number of token ids that the model can look up; the width of its logits where no table says."""
+    rows = [
+        int(shape_of(user.args[0])[0])
+        for user in captured.input_ids.users
+        if is_call(user, aten.embedding) and user.args[1] is captured.input_ids
+    ]
+    return min(rows, default=int(shape_of(captured.output)[-1]))

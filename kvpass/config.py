@@ -1,0 +1,95 @@
+"""Options of the cache and the checks that they are usable."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvpass.errors import ConfigError
+from kvpass.types import Sampling
+
+BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_MEMORY = "1GiB"
+
+
+def parse_bytes(text: str | int) -> int:
+    """Number of bytes in ``"512MiB"``, ``"1.5GB"`` or ``4096``.
+
+    Raises:
+        ConfigError: if the text is no positive amount with a known unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if match is None or match[2].upper() not in BYTE_UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"memory={text!r} is not an amount of memory: write for example '512MiB' or '2GiB'")
+    return int(float(match[1]) * BYTE_UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How the cache is stored and how much of it there is.
+
+    Attributes:
+        dtype: format of keys and values; ``"auto"`` keeps the dtype that the model computes them in.
+        block_size: tokens per block, a power of two.
+        memory: bytes for all caches together, such as ``"1GiB"``; excludes ``num_blocks``. When neither is given,
+            1 GiB.
+        num_blocks: number of blocks, instead of ``memory``.
+        prefix_sharing: reuse blocks of equal prefixes, within a batch and across calls.
+        max_batch_tokens: tokens computed in one step, prefill and decode together; longer prompts are cut in chunks.
+        max_sequences: sequences that run at once; more are queued.
+        max_length: longest sequence that will be asked for. Needed only where a bias has to be tabulated; by default
+            the model's own limit, or 2048 for a table.
+
+    Raises:
+        ConfigError: on construction, for values that cannot be used.
+    """
+
+    dtype: str = "auto"
+    block_size: int = 32
+    memory: str | int | None = None
+    num_blocks: int | None = None
+    prefix_sharing: bool = True
+    max_batch_tokens: int = 2048
+    max_sequences: int = 256
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in CACHE_DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is not a cache dtype: choose one of {', '.join(CACHE_DTYPES)}")
+        size = self.block_size
+        if not _is_count(size) or size & (size - 1):
+            raise ConfigError(f"block_size={size!r} is not a power of two: choose for example 16, 32 or 64")
+        if self.memory is not None and self.num_blocks is not None:
+            raise ConfigError("memory and num_blocks both say how large the cache is: give one of them")
+        if self.memory is not None:
+            parse_bytes(self.memory)
+        for name in ("num_blocks", "max_batch_tokens", "max_sequences", "max_length"):
+            value = getattr(self, name)
+            if value is None and name in ("num_blocks", "max_length"):
+                continue
+            if not _is_count(value):
+                raise ConfigError(f"{name}={value!r} is not a whole number of at least 1")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes for all caches together; meaningful when ``num_blocks`` is None."""
+        return parse_bytes(DEFAULT_MEMORY if self.memory is None else self.memory)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise :class:`ConfigError` if an option of ``sampling`` cannot be used."""
+    if not sampling.temperature >= 0 or sampling.temperature == float("inf"):
+        raise ConfigError(f"temperature={sampling.temperature!r} must be 0 (greedy) or a positive number")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"top_p={sampling.top_p!r} must lie in (0, 1]")
+    if not 0 <= sampling.min_p <= 1:
+        raise ConfigError(f"min_p={sampling.min_p!r} must lie in [0, 1]")
+    if sampling.top_k != 0 and not _is_count(sampling.top_k):
+        raise ConfigError(f"top_k={sampling.top_k!r} must be 0 (all tokens) or a whole number of at least 1")
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in sampling.stop_token_ids):
+        raise ConfigError(f"stop_token_ids={sampling.stop_token_ids!r} must be token ids (whole numbers)")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,187 @@
+"""The frozen dataclasses in which the rooms meet, and the one alphabet of shapes.
+
+Shape alphabet, used in every docstring of the project:
+
+====  =====================================================
+T     tokens of one step, flattened over sequences
+N     sequences of one step
+R     rows of logits asked for in one step
+B     blocks of the pool
+P     tokens per block (``block_size``)
+Hq    query heads
+Hkv   key/value heads as stored in the cache
+D     head dim of queries and keys
+Dv    head dim of values
+L     longest length that a table covers
+V     vocabulary size
+====  =====================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a graph, or one node of it, could not be proven.
+
+    Attributes:
+        reason: what was found and why it cannot be rewritten, in one sentence.
+        node: name of the graph node, with its op.
+        module_path: dotted path of the module whose forward made the node; empty for the root.
+        pass_name: kebab-case name of the pass that refused.
+        source: file and line of the user's code, where the capture recorded it.
+    """
+
+    reason: str
+    node: str = ""
+    module_path: str = ""
+    pass_name: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        where = ", ".join(part for part in (self.module_path and f"module {self.module_path}", self.source) if part)
+        node = f" at node {self.node}" if self.node else ""
+        return f"{self.reason}{node}{f' ({where})' if where else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class MaskMeaning:
+    """What a mask or bias means, read from its values.
+
+    A key at position k is visible to a query at position q when ``k <= q``, when ``q - k < window`` (if there is a
+    window), and when the bias is not ``-inf`` (if there is one). Scores are
+    ``softcap(scale * q.k) - slope[h] * (q - k) + bias[h, ...]``.
+
+    Attributes:
+        window: number of newest keys a query sees, itself included; None means all.
+        slopes: ALiBi slope of each query head, float32 ``[Hq]``.
+        bias: residual bias, float32: ``[1 | Hq, L]`` indexed by distance ``q - k``, or ``[1 | Hq, L, L]`` indexed by
+            (q, k). ``-inf`` hides a key.
+        limit: longest sequence for which the meaning holds; None means every length.
+        evidence: how it was established, for the report.
+    """
+
+    window: int | None = None
+    slopes: Tensor | None = None
+    bias: Tensor | None = None
+    limit: int | None = None
+    evidence: str = ""
+
+    def describe(self) -> str:
+        """A short name for the report, such as ``causal``, ``sliding window 4096`` or ``causal + ALiBi``."""
+        parts = ["causal" if self.window is None else f"sliding window {self.window}"]
+        if self.slopes is not None:
+            parts.append("ALiBi")
+        if self.bias is not None:
+            parts.append("bias by distance" if self.bias.dim() == 2 else "bias table")
+        text = " + ".join(parts)
+        return text if self.limit is None else f"{text}, up to {self.limit} tokens"
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One paged cache: what is remembered of a past token for one or more attention sites.
+
+    The cache is two tensors, keys ``[B, num_kv_heads, P, key_dim]`` and values ``[B, num_kv_heads, P, value_dim]``,
+    each in its format of :data:`kvpass.kernels.formats.FORMATS`.
+
+    Attributes:
+        name: unique within the plan, for example ``layers.3.attn``.
+        num_kv_heads: heads that are stored, Hkv.
+        key_dim: width D of a stored key head.
+        value_dim: width Dv of a stored value head.
+        key_format: format name of keys.
+        value_format: format name of values.
+        window: largest window of the sites that read it; None when one of them sees everything.
+        sites: names of the attention sites that read it.
+    """
+
+    name: str
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    key_format: str
+    value_format: str
+    window: int | None = None
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What the passes ask of the runtime; the two rooms meet here and nowhere else.
+
+    Attributes:
+        caches: one spec per cache; the order is that of the ``caches`` argument of ``PagedModule.forward``.
+        block_size: tokens per block, P; a power of two.
+        max_length: longest sequence for which the rewritten graph is proven equal; None means every length.
+        max_length_reason: where ``max_length`` comes from, for error messages.
+        vocab_size: number of token ids that the model accepts.
+    """
+
+    caches: tuple[CacheSpec, ...]
+    block_size: int
+    vocab_size: int
+    max_length: int | None = None
+    max_length_reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """One step of a paged module: T tokens of N sequences, prefill and decode in any mix.
+
+    The tokens of a sequence are contiguous and in order. All tensors are int64 and on the module's device.
+
+    Attributes:
+        token_ids: ``[T]``.
+        positions: ``[T]``, position of each token in its sequence, from 0.
+        slot_mapping: ``[T]``, where the token's keys and values are written: ``block * P + offset``.
+        block_tables: ``[N, W]``, blocks of each sequence in order; entries past the sequence's end are ignored.
+        seq_lens: ``[N]``, tokens of each sequence once this step is written, those of earlier steps included.
+        query_start: ``[N + 1]``, first row of each sequence's tokens in ``token_ids``; the last entry is T.
+        logits_index: ``[R]``, rows of ``token_ids`` whose logits are wanted.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start: Tensor
+    logits_index: Tensor
+
+
+FinishReason = Literal["length", "stop", "error"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 picks the most likely token (greedy).
+        top_p: keep the smallest set of tokens whose probability reaches this (nucleus sampling), in (0, 1].
+        top_k: keep this many tokens; 0 keeps all.
+        min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
+        seed: makes the choice reproducible, whatever else is in the batch; None draws a fresh seed.
+        stop_token_ids: generation ends after one of these; it is the last token returned.
+        ignore_eos: go on past the model's own end-of-sequence token.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = field(default=())
+    ignore_eos: bool = False
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,50 @@
+"""A step of the scheduler as the tensors that a paged module takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvpass.runtime.step import Step
+from kvpass.types import StepInputs
+
+
+def build_step_inputs(step: Step, block_size: int, device: torch.device | str = "cpu") -> StepInputs:
+    """Flatten a step that is not empty: T tokens of N sequences, oldest sequence first.
+
+    Returns:
+        StepInputs on ``device``; ``logits_index`` has one row for each of ``step.sampled``, in that order.
+    """
+    starts = np.array([start for _, start, _ in step.ranges], dtype=np.int64)
+    ends = np.array([end for _, _, end in step.ranges], dtype=np.int64)
+    known = np.array([sequence.num_tokens for sequence, _, _ in step.ranges], dtype=np.int64)
+    counts = ends - starts
+    query_start = np.concatenate(([0], np.cumsum(counts)))
+    tokens = np.concatenate([sequence.tokens[start:end] for sequence, start, end in step.ranges])
+    tables = _block_tables(step, -(-ends // block_size))
+    rows = np.repeat(np.arange(len(starts)), counts)
+    positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[rows]
+    slots = tables[rows, positions // block_size] * block_size + positions % block_size
+
+    def move(array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return StepInputs(
+        token_ids=move(tokens.astype(np.int64)),
+        positions=move(positions),
+        slot_mapping=move(slots),
+        block_tables=move(tables),
+        seq_lens=move(ends),
+        query_start=move(query_start),
+        logits_index=move(query_start[1:][ends == known] - 1),
+    )
+
+
+def _block_tables(step: Step, widths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[N, W]``: the first ``widths`` blocks of each sequence, then zeros."""
+    tables = np.zeros((len(widths), widths.max()), dtype=np.int64)
+    for row, (sequence, _, _), width in zip(tables, step.ranges, widths.tolist(), strict=True):
+        row[:width] = sequence.table[:width]
+    return tables

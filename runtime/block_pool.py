@@ -1,0 +1,202 @@
+"""The block pool: who owns which block of the cache, and which block is given out next.
+
+The pool deals in block numbers only; it has never seen a tensor. A block is in one of three states:
+
+======  ===================================================================================
+free    nobody refers to it and its content is worth nothing
+used    at least one owner refers to it
+cached  nobody refers to it, but its content is registered for reuse; evicted when needed
+======  ===================================================================================
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from kvpass.errors import CapacityError, IntegrityError
+
+
+class BlockPool:
+    """Reference counts and a free list over ``num_blocks`` blocks of ``block_size`` tokens.
+
+    Every operation takes constant time per block. Eviction is least recently released first: owners release the
+    blocks of a sequence last block first, so that the tail of a prefix goes before its head.
+
+    Attributes:
+        num_blocks: blocks in the pool, B.
+        block_size: tokens per block, P.
+        num_used: blocks that have an owner.
+        num_shared: blocks that have more than one owner.
+        peak_used: the largest ``num_used`` there has been.
+        on_evict: called with a cached block whose content is about to be given up.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.on_evict: Callable[[int], None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Make every block free, whoever owned it."""
+        # References held to each block. Used blocks are those above 0.
+        self._references = [0] * self.num_blocks
+        # 1 where the content is registered for reuse. Never set for a block of the free list.
+        self._kept = bytearray(self.num_blocks)
+        # Blocks given back with worthless content, each once; those from _first_fresh on were never given out and
+        # are free as well. A large pool thus costs nothing before it is used.
+        self._free: list[int] = []
+        self._first_fresh = 0
+        # Blocks without references whose content is kept, the next to evict first. Disjoint from the free list.
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        # Counts of references >= 1 and of references >= 2, kept in step with _references.
+        self.num_used = 0
+        self.num_shared = 0
+        self.peak_used = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody refers to and that hold nothing."""
+        return len(self._free) + self.num_blocks - self._first_fresh
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody refers to and that hold content for reuse."""
+        return len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that :meth:`allocate` can give out: free ones, and cached ones by eviction."""
+        return self.num_free + len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that ``num_tokens`` tokens fill or begin."""
+        return -(-num_tokens // self.block_size)
+
+    def count_unreferenced(self, blocks: Iterable[int]) -> int:
+        """How many of ``blocks`` have no owner, so that acquiring them makes fewer available."""
+        return sum(self._references[block] == 0 for block in blocks)
+
+    def allocate(self, count: int) -> list[int]:
+        """Give out ``count`` blocks, with one reference each; evicts cached blocks when no free ones are left.
+
+        Raises:
+            CapacityError: if fewer are available. Nothing is given out then.
+        """
+        if count > self.num_available:
+            raise CapacityError(f"{count} blocks asked for, {self.num_available} of {self.num_blocks} are available")
+        blocks = [self._take() for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        self.num_used += count
+        self.peak_used = max(self.peak_used, self.num_used)
+        return blocks
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Add one reference to each of ``blocks``, which are used or cached.
+
+        Raises:
+            IntegrityError: if one of them is free.
+        """
+        for block in blocks:
+            references = self._references[block]
+            if references == 0:
+                if not self._kept[block]:
+                    raise IntegrityError(f"block {block} is free and cannot be shared")
+                del self._cached[block]
+                self.num_used += 1
+            elif references == 1:
+                self.num_shared += 1
+            self._references[block] = references + 1
+        self.peak_used = max(self.peak_used, self.num_used)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference to each of ``blocks``, the last first; blocks without an owner become cached or free.
+
+        Raises:
+            IntegrityError: if one of them has no owner.
+        """
+        for block in reversed(blocks):
+            references = self._references[block]
+            if references == 0:
+                raise IntegrityError(f"block {block} is released but has no owner")
+            self._references[block] = references - 1
+            if references == 2:
+                self.num_shared -= 1
+            elif references == 1:
+                self.num_used -= 1
+                if self._kept[block]:
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)
+
+    def keep(self, block: int) -> None:
+        """Keep the content of a used block for reuse once its last owner has released it."""
+        if self._references[block] == 0:
+            raise IntegrityError(f"block {block} has no owner, so its content cannot be kept")
+        self._kept[block] = 1
+
+    def forget(self, block: int) -> None:
+        """Give up the content of a kept block; it becomes free at once if it has no owner."""
+        if not self._kept[block]:
+            raise IntegrityError(f"block {block} holds no kept content that could be given up")
+        self._kept[block] = 0
+        if self._references[block] == 0:
+            del self._cached[block]
+            self._free.append(block)
+
+    def kept_blocks(self) -> set[int]:
+        """Blocks whose content is registered for reuse, with an owner or without."""
+        return {block for block, kept in enumerate(self._kept) if kept}
+
+    def cached_blocks(self) -> list[int]:
+        """Cached blocks in the order in which they would be evicted."""
+        return list(self._cached)
+
+    def check_integrity(self, owned: Iterable[Iterable[int]] | None = None) -> None:
+        """Assert every invariant of the pool, in time linear in its blocks.
+
+        Args:
+            owned: the blocks that each owner refers to; given, the reference counts must be exactly these.
+
+        Raises:
+            IntegrityError: naming the invariant that does not hold.
+        """
+        references = self._references
+        free = set(self._free)
+        _require(len(free) == len(self._free), "a block stands twice in the free list")
+        _require(0 <= self._first_fresh <= self.num_blocks, "the fresh blocks start outside of the pool")
+        _require(all(0 <= block < self._first_fresh for block in free), "a fresh block stands in the free list")
+        _require(not any(references[self._first_fresh :]), "a block that was never given out has an owner")
+        _require(not any(self._kept[self._first_fresh :]), "a block that was never given out has kept content")
+        _require(min(references, default=0) >= 0, "a reference count is negative")
+        for block in range(self._first_fresh):
+            state = (references[block] > 0) + (block in free) + (block in self._cached)
+            _require(state == 1, f"block {block} is in {state} of the states free, used and cached")
+            cached = references[block] == 0 and self._kept[block] == 1
+            _require(cached == (block in self._cached), f"block {block} is cached without content, or the reverse")
+        _require(self.num_used == sum(count > 0 for count in references), "the count of used blocks is wrong")
+        _require(self.num_shared == sum(count > 1 for count in references), "the count of shared blocks is wrong")
+        _require(self.num_used <= self.peak_used <= self.num_blocks, "the peak of used blocks is wrong")
+        if owned is not None:
+            counts = Counter(block for blocks in owned for block in blocks)
+            wrong = [block for block, count in enumerate(references) if count != counts[block]]
+            _require(not wrong, f"the references of blocks {wrong[:8]} are not those that the owners hold")
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self._first_fresh < self.num_blocks:
+            self._first_fresh += 1
+            return self._first_fresh - 1
+        block = next(iter(self._cached))
+        if self.on_evict is not None:
+            self.on_evict(block)
+        self.forget(block)
+        return self._free.pop()
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise IntegrityError(message)

@@ -1,0 +1,56 @@
+"""How many blocks there are, and the tensors behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpass.config import CacheConfig
+from kvpass.errors import ConfigError
+from kvpass.kernels.formats import allocate_cache, cache_bytes_per_token
+from kvpass.types import CachePlan
+
+# A model that remembers nothing of past tokens has blocks that cost no memory; they still count its tokens.
+BLOCKS_WITHOUT_MEMORY = 1 << 16
+
+
+def bytes_per_block(plan: CachePlan) -> int:
+    """Bytes of one block in all caches of the plan together."""
+    return plan.block_size * sum(cache_bytes_per_token(spec) for spec in plan.caches)
+
+
+def count_blocks(plan: CachePlan, config: CacheConfig) -> int:
+    """Blocks that ``config`` asks for, or that its memory can hold.
+
+    Raises:
+        ConfigError: if the memory does not hold a single block.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    size = bytes_per_block(plan)
+    if size == 0:
+        return BLOCKS_WITHOUT_MEMORY
+    if config.memory_bytes < size:
+        raise ConfigError(
+            f"memory={config.memory!r} holds no block: one block of {plan.block_size} tokens takes {size} bytes in "
+            f"the {len(plan.caches)} caches of this model; give at least memory={size}, or a smaller block_size"
+        )
+    return config.memory_bytes // size
+
+
+def allocate_caches(plan: CachePlan, num_blocks: int, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Key and value tensors ``[B, Hkv, P, D]`` and ``[B, Hkv, P, Dv]`` of each cache, in the order of the plan.
+
+    Raises:
+        ConfigError: if the device has too little memory.
+    """
+    try:
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            return tuple(allocate_cache(spec, num_blocks, plan.block_size, device) for spec in plan.caches)
+    except (MemoryError, RuntimeError) as error:
+        size = num_blocks * bytes_per_block(plan)
+        raise ConfigError(
+            f"{num_blocks} blocks, {size} bytes of cache, could not be allocated on {device}: give less memory or a "
+            f"smaller num_blocks in CacheConfig ({error})"
+        ) from error

@@ -1,0 +1,122 @@
+"""What a caller asks for, checked, as sequences."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Ordered
+
+import numpy as np
+from torch import Tensor
+
+from kvpass.config import check_sampling
+from kvpass.errors import ConfigError, InputError
+from kvpass.runtime.sequence import Sequence
+from kvpass.types import CachePlan, Sampling
+
+SEED_BITS = 64
+
+
+def make_sequences(
+    prompts: Ordered[Ordered[int]],
+    max_new_tokens: int,
+    sampling: Sampling | Ordered[Sampling],
+    plan: CachePlan,
+    eos_token_ids: tuple[int, ...],
+) -> list[Sequence]:
+    """One new sequence per prompt, in order.
+
+    Raises:
+        InputError: if prompts, ``max_new_tokens`` or the number of samplings cannot be used.
+        ConfigError: if an option of a sampling cannot be used.
+    """
+    _check_prompts(prompts)
+    new = _whole_number(max_new_tokens)
+    if new is None or new < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens!r} is not a whole number of at least 1")
+    samplings = _samplings(sampling, len(prompts))
+    sequences = []
+    for index, (prompt, options) in enumerate(zip(prompts, samplings, strict=True)):
+        tokens = _token_ids(prompt, index, plan.vocab_size)
+        if plan.max_length is not None and len(tokens) + new > plan.max_length:
+            reason = f" ({plan.max_length_reason})" if plan.max_length_reason else ""
+            raise InputError(
+                f"prompts[{index}] has {len(tokens)} tokens; with max_new_tokens={new} that makes "
+                f"{len(tokens) + new}, and the longest sequence is {plan.max_length}{reason}: shorten the prompt or "
+                f"lower max_new_tokens"
+            )
+        seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+        stop_ids = options.stop_token_ids if options.ignore_eos else (*options.stop_token_ids, *eos_token_ids)
+        sequences.append(Sequence(tokens, new, options, seed, stop_ids))
+    return sequences
+
+
+def _check_prompts(prompts: object) -> None:
+    if not isinstance(prompts, list | tuple):
+        what = "text" if isinstance(prompts, str | bytes) else type(prompts).__name__
+        raise InputError(f"prompts is {what}: give a list of prompts, each a list of token ids")
+    if not prompts:
+        raise InputError("prompts is empty: give a list with at least one list of token ids")
+    if _whole_number(prompts[0]) is not None:
+        raise InputError("prompts is a flat list of token ids: wrap it, [prompt], to ask for one prompt")
+
+
+def _token_ids(prompt: object, index: int, vocab_size: int) -> list[int]:
+    """The token ids of ``prompts[index]``, as plain integers within the vocabulary."""
+    where = f"prompts[{index}]"
+    if isinstance(prompt, str | bytes):
+        raise InputError(f"{where} is text: turn it into token ids with the model's tokenizer first")
+    if isinstance(prompt, Tensor | np.ndarray):
+        if prompt.ndim != 1:
+            raise InputError(f"{where} has {prompt.ndim} dimensions: a prompt has one, its token ids")
+        values = prompt.tolist()
+    elif isinstance(prompt, list | tuple):
+        values = list(prompt)
+    else:
+        raise InputError(f"{where} is a {type(prompt).__name__}: give a list of token ids")
+    if not values:
+        raise InputError(f"{where} is empty: a prompt needs at least one token, for example the beginning-of-text id")
+    if not all(type(value) is int for value in values):
+        values = [_token_id(value, f"{where}[{position}]") for position, value in enumerate(values)]
+    if min(values) < 0 or max(values) >= vocab_size:
+        position = next(i for i, value in enumerate(values) if not 0 <= value < vocab_size)
+        raise InputError(
+            f"{where}[{position}] is {values[position]}, which is no token id of this model: ids are 0 to "
+            f"{vocab_size - 1}; check that the tokenizer belongs to the model"
+        )
+    return values
+
+
+def _token_id(value: object, where: str) -> int:
+    token = _whole_number(value)
+    if token is None:
+        raise InputError(f"{where} is {value!r} of type {type(value).__name__}: token ids are whole numbers")
+    return token
+
+
+def _whole_number(value: object) -> int | None:
+    """``value`` as an int if it is a Python or numpy integer; bools are none."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    return None
+
+
+def _samplings(sampling: Sampling | Ordered[Sampling], count: int) -> list[Sampling]:
+    if isinstance(sampling, Sampling):
+        _check_options(sampling)
+        return [sampling] * count
+    if not isinstance(sampling, list | tuple) or not all(isinstance(options, Sampling) for options in sampling):
+        raise ConfigError(f"sampling={sampling!r} is neither a kvpass.Sampling nor a list of them")
+    if len(sampling) != count:
+        raise InputError(f"there are {count} prompts and {len(sampling)} samplings: give one for all, or one for each")
+    for options in sampling:
+        _check_options(options)
+    return list(sampling)
+
+
+def _check_options(options: Sampling) -> None:
+    try:
+        check_sampling(options)
+    except TypeError as error:
+        raise ConfigError(f"{options!r} has a value of the wrong type: {error}") from error
+    if options.seed is not None and (isinstance(options.seed, bool) or not isinstance(options.seed, int)):
+        raise ConfigError(f"seed={options.seed!r} must be a whole number, or None for a fresh one")

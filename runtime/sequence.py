@@ -1,0 +1,165 @@
+"""One request on its way: its tokens, its blocks, and how far it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpass.runtime.prefix_cache import Branch, TokenArray
+from kvpass.types import FinishReason, Sampling
+
+_FIRST_CAPACITY = 16
+
+
+class SequenceState(Enum):
+    """Where a sequence is in its life."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """A prompt and the tokens generated after it.
+
+    The cache of the first ``num_computed`` tokens is in the blocks of the table. The newest token is known before it
+    is computed, so ``num_computed < num_tokens`` until the sequence has finished.
+
+    Attributes:
+        prompt_length: tokens of the prompt.
+        max_new_tokens: generation ends after this many new tokens.
+        sampling: how new tokens are chosen.
+        seed: the request's seed, ``sampling.seed`` or a fresh one.
+        stop_ids: generation ends after one of these tokens.
+        arrival: place in the order of arrival, given by the scheduler.
+        state: where the sequence is in its life.
+        finish_reason: why it finished; None before, and when it was cancelled.
+        num_tokens: tokens of prompt and output.
+        num_computed: tokens whose cache is written; 0 whenever the sequence has no blocks.
+        num_blocks: blocks in the table.
+        branch: place in the prefix trie up to which the blocks are registered; None without prefix sharing.
+        num_registered: blocks from the front of the table that are on the path to ``branch``.
+    """
+
+    __slots__ = (
+        "_table",
+        "_tokens",
+        "arrival",
+        "branch",
+        "finish_reason",
+        "max_new_tokens",
+        "num_blocks",
+        "num_computed",
+        "num_registered",
+        "num_tokens",
+        "prompt_length",
+        "sampling",
+        "seed",
+        "state",
+        "stop_ids",
+    )
+
+    def __init__(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        self.prompt_length = len(prompt)
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.seed = seed
+        self.stop_ids = frozenset(stop_ids)
+        self.arrival = 0
+        self.state = SequenceState.NEW
+        self.finish_reason: FinishReason | None = None
+        self.num_tokens = len(prompt)
+        self.num_computed = 0
+        self.num_blocks = 0
+        self.branch: Branch | None = None
+        self.num_registered = 0
+        # Both grow by doubling: what a request asks for at most is no measure of what it will need.
+        self._tokens: TokenArray = np.array(prompt, dtype=np.int32)
+        self._table: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    @property
+    def tokens(self) -> TokenArray:
+        """Prompt and output, ``[num_tokens]``; a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return self.num_tokens - self.prompt_length
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.output_from(0)
+
+    @property
+    def table(self) -> NDArray[np.int64]:
+        """Block table, ``[num_blocks]``: the blocks in the order of the tokens; a view."""
+        return self._table[: self.num_blocks]
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Most tokens whose cache will ever be needed; the last new token is never computed."""
+        return self.prompt_length + self.max_new_tokens - 1
+
+    def output_from(self, start: int) -> list[int]:
+        """Generated tokens, without the first ``start`` ones."""
+        output: list[int] = self._tokens[self.prompt_length + start : self.num_tokens].tolist()
+        return output
+
+    def append(self, token: int) -> None:
+        """Add a generated token, and finish if it is the last one."""
+        if self.num_tokens == len(self._tokens):
+            self._tokens = _grown(self._tokens, self.num_tokens + 1)
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1
+        if token in self.stop_ids:
+            self.finish("stop")
+        elif self.num_output >= self.max_new_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason | None) -> None:
+        """End the sequence; its blocks are the scheduler's to give back."""
+        self.state = SequenceState.FINISHED
+        self.finish_reason = reason
+
+    def add_blocks(self, blocks: list[int]) -> None:
+        """Append blocks to the table."""
+        end = self.num_blocks + len(blocks)
+        if end > len(self._table):
+            self._table = _grown(self._table, end)
+        self._table[self.num_blocks : end] = blocks
+        self.num_blocks = end
+
+    def replace_block(self, position: int, block: int) -> int:
+        """Put ``block`` at ``position`` of the table and return the block that was there."""
+        old = int(self._table[position])
+        self._table[position] = block
+        return old
+
+    def take_blocks(self) -> list[int]:
+        """Empty the table and return its blocks; nothing is computed any more."""
+        blocks: list[int] = self.table.tolist()
+        self.num_blocks = 0
+        self.num_computed = 0
+        self.num_registered = 0
+        self.branch = None
+        return blocks
+
+
+def _grown(array: NDArray[Any], size: int) -> NDArray[Any]:
+    grown = np.empty(max(2 * len(array), size, _FIRST_CAPACITY), dtype=array.dtype)
+    grown[: len(array)] = array
+    return grown

@@ -1,0 +1,52 @@
+"""What passes between the scheduler and whoever computes its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvpass.runtime.sequence import Sequence
+
+
+class TokenRange(NamedTuple):
+    """Tokens ``start`` to ``end`` of a sequence, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What is computed at once.
+
+    Attributes:
+        ranges: tokens of each sequence, oldest sequence first; empty when there is nothing to do.
+        sampled: sequences whose next token is to be chosen: those whose range ends at their newest token.
+    """
+
+    ranges: tuple[TokenRange, ...]
+    sampled: tuple[Sequence, ...]
+
+
+@dataclass
+class SchedulerCounts:
+    """What a scheduler has done so far.
+
+    Attributes:
+        steps: steps computed.
+        prefill_tokens: tokens of prompts computed, and of outputs computed again after a preemption.
+        decode_tokens: new tokens computed one by one.
+        prefix_hit_tokens: tokens that were not computed because a registered block held them.
+        preemptions: sequences that had to give their blocks back before their end.
+        allocated_slots: token slots of used blocks, summed over steps.
+        unused_slots: those of them that held no token, summed over steps.
+    """
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    allocated_slots: int = 0
+    unused_slots: int = 0

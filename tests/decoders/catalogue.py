@@ -1,0 +1,86 @@
+"""Every decoder that must come out of kvpass with the same greedy tokens: name -> `build(seed)`."""
+
+from tests.decoders import blocks, forms, heads, layouts, masks, positions, scores
+from tests.decoders.skeleton import DIM, Builder, Decoder, GeluMLP, decoder, decoder_around, in_turn
+
+# Attention that leaves out most of the 60 tokens of a long prompt, even over two layers.
+NEAR_SIGHTED = {
+    "band of triu and tril, rotary",
+    "window by distance, float mask",
+    "chunks of eight",
+}
+
+DECODERS: dict[str, Builder] = {
+    # masks
+    "einsum, tril of ones": decoder_around(masks.EinsumTrilOnes),
+    "full of finfo.min, triu, added": decoder_around(masks.FullTriuFinfoMin),
+    "where on two aranges": decoder_around(masks.CompareAranges),
+    "masked_fill of -1e9": decoder_around(masks.MinusOneBillion),
+    "boolean buffer into SDPA": decoder_around(masks.BoolBufferSDPA),
+    "band of triu and tril, rotary": decoder_around(masks.BandRotary),
+    "window by distance, float mask": decoder_around(masks.WindowByDistance),
+    "hand-written softmax": decoder_around(masks.HandWrittenSoftmax),
+    "chunks of eight": decoder_around(masks.ChunksOfEight),
+    "strided": decoder_around(masks.Strided),
+    "a window per head": decoder_around(masks.WindowPerHead),
+    "learned bias for each pair of positions": decoder_around(masks.LearnedBiasTable),
+    "window in every other layer": decoder(
+        lambda: Decoder(in_turn(masks.BandRotary, masks.EinsumTrilOnes), num_layers=3)
+    ),
+    # layouts
+    "GPT-2 with a tril buffer slice": decoder(layouts.TinyGPT),
+    "nn.MultiheadAttention without weights": decoder_around(lambda: layouts.TorchAttention(need_weights=False)),
+    "nn.MultiheadAttention with weights": decoder_around(layouts.TorchAttention),
+    "nn.TransformerEncoder, pre-norm": decoder(lambda: layouts.TorchEncoderLayers(norm_first=True)),
+    "nn.TransformerEncoder, post-norm": decoder(lambda: layouts.TorchEncoderLayers(norm_first=False)),
+    "nn.TransformerEncoder, time first": decoder(lambda: layouts.TorchEncoderLayers(True, batch_first=False)),
+    "time first, bmm on merged heads": decoder(layouts.TimeFirst),
+    "baddbmm on merged heads": decoder_around(layouts.BaddbmmBatch),
+    "keys times queries": decoder_around(layouts.KeysTimesQueries),
+    "channels first, 1x1 convolutions": decoder_around(layouts.ColumnsOfValues),
+    # heads
+    "GQA by repeat_interleave": decoder_around(heads.RepeatInterleave),
+    "GQA by enable_gqa": decoder_around(heads.EnableGQA),
+    "GQA by expand and reshape": decoder_around(heads.ExpandReshape),
+    "GQA in five dims": decoder_around(heads.FiveDims),
+    "GQA by tiling, head h % Hkv": decoder_around(heads.TiledHeads),
+    "MQA with keys of two dims": decoder_around(heads.MultiQuery2D),
+    "MQA by expand": decoder_around(heads.MultiQueryExpand),
+    "values narrower than keys": decoder_around(heads.NarrowValues),
+    "keys are values": decoder_around(heads.KeysAreValues),
+    "gate per head": decoder_around(heads.GatedHeads),
+    "latent keys and values": decoder_around(heads.LatentKeys),
+    # positions
+    "complex rotary": decoder_around(positions.ComplexRotary),
+    "ALiBi from aranges": decoder_around(positions.ALiBi),
+    "learned bias by log bucket": decoder_around(positions.LogBucketBias),
+    "rotary table by position ids": decoder_around(positions.TransposedRotaryTable),
+    "sinusoids in forward": decoder(positions.Sinusoids),
+    "positions by cumsum of ones": decoder(positions.CountedPositions),
+    "position table with an offset": decoder(positions.OffsetTable),
+    # scores
+    "softcap and q/k norms": decoder_around(scores.SoftcapAndNorms),
+    "sink column": decoder_around(scores.SinkColumn),
+    "softmax plus one": decoder_around(scores.OffByOneSoftmax),
+    "differential, one value": decoder_around(scores.Differential),
+    "differential, two attentions": decoder_around(scores.TwoPassDifferential),
+    "temperature per head": decoder_around(scores.PerHeadTemperature),
+    # blocks
+    "experts, dense": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.DenseExperts)),
+    "experts, looped": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.LoopedExperts)),
+    "memory slots": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.MemorySlots)),
+    "squared ReLU": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.SquaredReluMLP, num_layers=3)),
+    "parallel block, interleaved partial rotary": decoder(blocks.ParallelDecoder),
+    "one block run three times": decoder(blocks.UniversalDecoder),
+    "keys and values shared across layers": decoder(blocks.CrossLayerSharing),
+    "post-norm with the embedding mixed in": decoder(blocks.PostNormResidual),
+    # forms
+    "position_ids required": decoder(forms.AsksForPositions),
+    "position_ids optional": decoder(forms.MayTakePositions),
+    "returns an object": decoder(lambda: forms.ReturnsObject(heads.RepeatInterleave)),
+    "returns a dict": decoder(lambda: forms.ReturnsDict(heads.RepeatInterleave)),
+    "returns a tuple": decoder(lambda: forms.ReturnsTuple(heads.RepeatInterleave)),
+    "keyword left alone": decoder(lambda: forms.OnlyTheLastWhenAsked(heads.RepeatInterleave)),
+    # sizes
+    "one layer": decoder(lambda: Decoder(heads.RepeatInterleave, lambda: GeluMLP(DIM, DIM), num_layers=1)),
+}

@@ -1,0 +1,74 @@
+"""Models that must be refused: each mixes tokens in a way that no cache of keys and values reproduces.
+
+`REFUSED` gives for each a builder, a pattern that the refusal's reason must match (case ignored), and the path of the
+module at fault; empty where the capture itself pins the length or finds state, and nobody can name a module.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from tests.decoders import unsound_attention as attention
+from tests.decoders import unsound_mixing as mixing
+from tests.decoders.skeleton import Builder, Decoder, decoder, decoder_around, in_turn
+
+
+class Expected(NamedTuple):
+    """A model and what its refusal must say."""
+
+    build: Builder
+    words: str
+    module_path: str
+
+
+def after_attention(make_mixer: type[nn.Module]) -> Builder:
+    """A decoder with sound attention in its first layer and the given mixer in its second."""
+    return decoder(lambda: Decoder(in_turn(attention.CausalHeads, make_mixer)))
+
+
+FIRST, SECOND = "layers.0.mixer", "layers.1.mixer"
+AHEAD = r"causal|ahead|later|future"
+LENGTH = r"length|number of tokens|shape"
+TIME = r"token|time|position"
+
+REFUSED: dict[str, Expected] = {
+    "encoder without a mask": Expected(decoder_around(attention.NoMask), AHEAD, FIRST),
+    "encoder without a mask, softmax": Expected(decoder_around(attention.NoMaskSoftmax), AHEAD, FIRST),
+    "mask one token ahead": Expected(decoder_around(attention.OneAhead), AHEAD, FIRST),
+    "mask one token ahead after twenty": Expected(decoder_around(attention.OneAheadAfterTwenty), AHEAD, FIRST),
+    "one head of four ahead": Expected(decoder_around(attention.OneHeadAhead), AHEAD, FIRST),
+    "prefix seen by all": Expected(decoder_around(attention.PrefixForAll), AHEAD, FIRST),
+    "each token sees later ones only": Expected(decoder_around(attention.OnlyLater), AHEAD, FIRST),
+    "mask of -1000": Expected(decoder_around(attention.SoftMask), AHEAD + r"|mask|bias", FIRST),
+    "window of half the length": Expected(decoder_around(attention.LengthDependentWindow), LENGTH + r"|mask", FIRST),
+    "mask by token value": Expected(decoder(attention.MasksAToken), r"token value|token id|data|input", "attention"),
+    "mask by hidden state": Expected(decoder_around(attention.MaskFromHiddenState), r"value|data|hidden|mask", FIRST),
+    "keys chosen by data": Expected(decoder_around(attention.ChosenKeys), r"top-?k|data|value|mask", FIRST),
+    "softmax over queries": Expected(decoder_around(attention.SoftmaxOverQueries), r"softmax|quer", FIRST),
+    "scale by length": Expected(decoder_around(attention.ScaleByLength), LENGTH + r"|scale", FIRST),
+    "queries scaled by log length": Expected(decoder_around(attention.LogLengthScale), LENGTH + r"|scale", ""),
+    "talking heads": Expected(decoder_around(attention.TalkingHeads), r"head|score|softmax", FIRST),
+    "keys flipped in time": Expected(decoder_around(attention.FlippedKeys), r"flip|order|" + TIME, FIRST),
+    "keys of the token before": Expected(decoder_around(attention.ShiftedKeys), r"pad|slice|shift|" + TIME, FIRST),
+    "every second key": Expected(decoder_around(attention.EverySecondKey), r"slice|" + TIME, FIRST),
+    "attention across the batch": Expected(decoder_around(attention.AcrossTheBatch), r"batch|" + AHEAD, FIRST),
+    "linear attention": Expected(decoder_around(attention.LinearAttention), r"cumsum|cumulative", FIRST),
+    "attention without softmax": Expected(decoder_around(attention.NoSoftmax), TIME + r"|softmax|matmul", FIRST),
+    "dropout left on": Expected(decoder_around(attention.DropoutLeftOn), r"dropout|random", FIRST),
+    "causal convolution": Expected(after_attention(mixing.CausalConvolution), r"conv", SECOND),
+    "cumulative mean": Expected(after_attention(mixing.CumulativeMean), r"cumsum|cumulative", SECOND),
+    "token shift": Expected(after_attention(mixing.TokenShift), r"cat|slice|shift|" + TIME, SECOND),
+    "tokens rolled": Expected(after_attention(mixing.RolledTokens), r"roll|" + TIME, SECOND),
+    "recurrence": Expected(after_attention(mixing.Recurrence), r"gru|recurren|rnn|" + LENGTH, ""),
+    "mean of all tokens": Expected(after_attention(mixing.MeanOfAllTokens), r"mean", SECOND),
+    "norm over time": Expected(after_attention(mixing.NormOverTime), r"mean|var|norm", SECOND),
+    "mean over the batch": Expected(after_attention(mixing.MeanOverBatch), r"batch|mean", SECOND),
+    "causal matrix over time": Expected(after_attention(mixing.MixesByMatrix), r"matmul|mm|" + TIME, SECOND),
+    "noise per token": Expected(after_attention(mixing.NoisePerToken), r"rand", SECOND),
+    "place relative to the length": Expected(after_attention(mixing.RelativePlace), LENGTH + r"|position", SECOND),
+    "place counted from the end": Expected(after_attention(mixing.CountsFromTheEnd), LENGTH + r"|position", SECOND),
+    "state kept in a buffer": Expected(after_attention(mixing.KeepsState), r"buffer|state|mutat|in.place|mean", ""),
+    "last token everywhere": Expected(
+        after_attention(mixing.LastTokenEverywhere), r"slice|select|last|" + TIME, SECOND
+    ),
+}
