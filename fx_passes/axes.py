@@ -24,6 +24,7 @@ class Kind(Enum):
     RIGHT = "right tokens"  # scores: tokens of the right operand
     HEAD = "head"  # scores: a plain factor that both operands may carry; the tag says which
     FEATURE = "feature"  # an operand of scores: what is contracted
+    PICKED = "picked"  # rows of tokens picked or sorted by data; the tag says by which op
     ANY = "any"  # a dim whose size depends on the input's shape, of a tensor that is the same everywhere
 
 
@@ -104,6 +105,8 @@ def check(axes: Axes) -> Axes:
         if count(axes, kind) > 1:
             what = "sequences with sequences" if kind is Kind.BATCH else "tokens with tokens"
             raise MixesTokens(f"combines {what} outside of an attention")
+    if count(axes, Kind.PICKED) and any(count(axes, kind) for kind in (Kind.TOKEN, Kind.BATCH)):
+        raise MixesTokens("combines picked tokens with all tokens")
     return axes
 
 

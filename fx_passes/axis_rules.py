@@ -22,9 +22,10 @@ from kvpass.fx_passes.axes import (
     relabel,
 )
 from kvpass.fx_passes.contraction import contract, contraction_of
-from kvpass.fx_passes.graph import expression, shape_of
+from kvpass.fx_passes.graph import aten, expression, is_call, shape_of
 from kvpass.fx_passes.indexing_rules import INDEXING_RULES
 from kvpass.fx_passes.infer_axes import AxisRule, Inference, Several, along, checked, pointwise
+from kvpass.fx_passes.routing_rules import ROUTING_RULES, grouped_product, is_row_sort, sort_rows
 from kvpass.fx_passes.shape_values import Dependence
 
 
@@ -164,7 +165,7 @@ def split(inference: Inference, node: Node, named: dict[str, Any]) -> Several:
         else:
             del kept[d]
         parts.append(tuple(kept))
-    return Several(parts)
+    return Several(tuple(parts))
 
 
 def slice_scatter(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
@@ -175,9 +176,8 @@ def slice_scatter(inference: Inference, node: Node, named: dict[str, Any]) -> Ax
         raise MixesTokens("writes into a part of the sequence")
     if "index" in named:
         source = (*source[:d], (), *source[d:])
-    rest = [merge_dims([a, s]) for a, s in zip(axes, source, strict=True)]
-    rest[d] = axes[d]
-    return checked(rest)
+    pairs = enumerate(zip(axes, source, strict=True))
+    return checked([own if i == d else merge_dims([own, new]) for i, (own, new) in pairs])
 
 
 def reduction(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
@@ -190,12 +190,14 @@ def reduction(inference: Inference, node: Node, named: dict[str, Any]) -> Axes |
     keep = bool(named.get("keepdim", False))
     kept: list[Dim] = [() if i in chosen else dim for i, dim in enumerate(axes) if keep or i not in chosen]
     val = node.meta["val"]
-    return Several([tuple(kept)] * len(val)) if isinstance(val, (tuple, list)) else tuple(kept)
+    return Several((tuple(kept),) * len(val)) if isinstance(val, (tuple, list)) else tuple(kept)
 
 
 def along_dim(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
     """Ops that work along one dim and keep the shape, or change that dim's size: softmax, cumsum, sort, topk, glu."""
     axes = list(inference.axes(named["self"]))
+    if is_call(node, aten.sort, aten.argsort) and is_row_sort(tuple(axes)):
+        return sort_rows(inference, node, tuple(axes))
     dims = named.get("dim", named.get("dims", -1))
     chosen = along(inference, node, tuple(axes), dims)
     val = node.meta["val"]
@@ -207,7 +209,7 @@ def along_dim(inference: Inference, node: Node, named: dict[str, Any]) -> Axes |
             if is_free(out[d]):
                 out[d] = plain(expression(value.shape[d]))
         outs.append(tuple(out))
-    return Several(outs) if isinstance(val, (tuple, list)) else outs[0]
+    return Several(tuple(outs)) if isinstance(val, (tuple, list)) else outs[0]
 
 
 def normalise_last(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
@@ -218,7 +220,7 @@ def normalise_last(inference: Inference, node: Node, named: dict[str, Any]) -> A
     along(inference, node, axes, list(range(len(axes) - width, len(axes))))
     if isinstance(node.meta["val"], (tuple, list)):
         statistics = (*axes[: len(axes) - width], *([()] * width))
-        return Several([axes, *([statistics] * (len(node.meta["val"]) - 1))])
+        return Several((axes, *([statistics] * (len(node.meta["val"]) - 1))))
     return axes
 
 
@@ -418,4 +420,6 @@ RULES: dict[str, AxisRule] = {
     **dict.fromkeys(("aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::scalar_tensor"), filled),
     "aten::one_hot": one_hot,
     **INDEXING_RULES,
+    **ROUTING_RULES,
+    "grouped_product": grouped_product,
 }

@@ -12,7 +12,7 @@ from kvpass.fx_passes.axis_rules import RULES
 from kvpass.fx_passes.contraction import contraction_of
 from kvpass.fx_passes.find_positions import position_sources
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, is_call, refuse
-from kvpass.fx_passes.infer_axes import Blocked, Inference, Several, infer_axes
+from kvpass.fx_passes.infer_axes import Blocked, Inference, infer_axes
 from kvpass.fx_passes.read_scores import NotUnderstood
 from kvpass.fx_passes.rewrite_sdpa import rewrite_sdpa
 from kvpass.fx_passes.rewrite_softmax import key_side, rewrite_softmax
@@ -66,7 +66,7 @@ class FindAttention:
             if not isinstance(result, Mixed) or result.node is not node:
                 continue
             inputs = [inference.results.get(n) for n in node.all_input_nodes]
-            if any(isinstance(axes, tuple) and not isinstance(axes, Several) and is_score(axes) for axes in inputs):
+            if any(isinstance(axes, tuple) and is_score(axes) for axes in inputs):
                 refusals.append(refuse(captured, node, f"in an attention, {node.target} {result.reason}", self.name))
         return refusals
 

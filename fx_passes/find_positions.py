@@ -147,14 +147,12 @@ def _read_source(captured: CapturedGraph, kinds: dict[Node, Dependence], node: N
         start, step = named.get("start", 0), named.get("step", 1)
         if isinstance(start, (int, float)) and isinstance(step, (int, float)):
             return Counting(start, step)
-    if is_call(node, aten.slice, aten.narrow) and kinds[named["self"]] is Dependence.CONSTANT:
-        start = named["start"]
-        start = 0 if start is None else start
-        d = named["dim"] % len(shape_of(node))
-        if expression(start).is_number and int(expression(start)) >= 0 and named.get("step", 1) == 1:
-            if shape_of(node)[d] == captured.length:
-                return Lookup(named["self"], d, int(expression(start)))
-    return None
+    if not is_call(node, aten.slice, aten.narrow) or kinds[named["self"]] is not Dependence.CONSTANT:
+        return None
+    start = expression(named["start"] or 0)
+    d = named["dim"] % len(shape_of(node))
+    rows = shape_of(node)[d] == captured.length and named.get("step", 1) == 1
+    return Lookup(named["self"], d, int(start)) if rows and start.is_number and start >= 0 else None
 
 
 def _axes_of(captured: CapturedGraph, node: Node) -> Axes:
@@ -167,7 +165,7 @@ def _axes_of(captured: CapturedGraph, node: Node) -> Axes:
 def _is_origin(inference: Inference, kinds: dict[Node, Dependence], node: Node) -> bool:
     """Whether a shape-only node is where a function of the position stops being one that rules can follow."""
     result = inference.results.get(node)
-    if kinds[node] is not Dependence.SHAPE or not isinstance(result, Mixed) or SOURCE in node.meta:
+    if kinds[node] is not Dependence.SHAPE or not isinstance(result, Mixed):
         return False
     shape = [expression(s) for s in node.meta["val"].shape] if tensor_value(node) is not None else []
     captured = inference.captured

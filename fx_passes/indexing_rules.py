@@ -9,6 +9,7 @@ from torch.fx import Node
 from kvpass.fx_passes.axes import Axes, Dim, MixesTokens, broadcast, is_free, merge_dims, plain
 from kvpass.fx_passes.graph import shape_of
 from kvpass.fx_passes.infer_axes import AxisRule, Inference, checked
+from kvpass.fx_passes.routing_rules import take_rows
 from kvpass.fx_passes.shape_values import Dependence
 
 
@@ -26,6 +27,9 @@ def embedding(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
 def index_select(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     axes = list(inference.axes(named["self"]))
     d = named["dim"] % len(axes)
+    rows = take_rows(inference, named["self"], [*[None] * d, named["index"]], node)
+    if rows is not None:
+        return rows
     if is_table(inference, named["self"]):
         (axes[d],) = inference.axes(named["index"])
         return checked(axes)
@@ -44,12 +48,15 @@ def index(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     if given != list(range(given[0], given[-1] + 1)):
         raise MixesTokens("indexes dims that are not neighbours")
     axes = inference.axes(source)
+    rows = take_rows(inference, source, indices, node)
+    if rows is not None:
+        return rows
     picked = [inference.axes(indices[i]) for i in given]
     rank = max(len(a) for a in picked)
     middle = broadcast(picked, rank)
-    if not is_table(inference, source):
-        if not all(is_table(inference, indices[i]) for i in given) or not all(is_free(axes[i]) for i in given):
-            raise MixesTokens("picks entries along the token axis")
+    constant = all(is_table(inference, indices[i]) and is_free(axes[i]) for i in given)
+    if not is_table(inference, source) and not constant:
+        raise MixesTokens("picks entries along the token axis")
     return checked([*axes[: given[0]], *middle, *axes[given[-1] + 1 :]])
 
 

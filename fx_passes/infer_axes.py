@@ -27,8 +27,11 @@ from kvpass.fx_passes.graph import CapturedGraph, arguments, expression, is_symb
 from kvpass.fx_passes.shape_values import Dependence, is_random, reads_shape_only
 
 
-class Several(tuple[Axes, ...]):
+@dataclass(frozen=True)
+class Several:
     """Axes of an op with several results."""
+
+    parts: tuple[Axes, ...]
 
 
 @dataclass
@@ -41,6 +44,9 @@ class Inference:
         sources: axes given from outside, for nodes that count positions.
         with_scores: whether products of tokens with tokens are followed (to find attention) or refused (to prove that
             none is left).
+        results: axes of every node so far.
+        next_tag: last name given to a head or a pick.
+        picks: ops that pick rows of tokens by data, and the name of each pick.
     """
 
     captured: CapturedGraph
@@ -49,6 +55,7 @@ class Inference:
     with_scores: bool = False
     results: dict[Node, Axes | Several | Mixed] = field(default_factory=dict)
     next_tag: int = 0
+    picks: dict[Node, int] = field(default_factory=dict)
 
     def axes(self, node: Any) -> Axes:
         """Axes of a tensor operand.
@@ -112,12 +119,16 @@ SIZE_ARGUMENTS = {
     "output_size",
 }
 
+# One matrix per group of rows, groups given by where they end; libraries register the op under names of their own.
+GROUPED_PRODUCTS = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+
 
 def infer_axes(inference: Inference, rules: dict[str, AxisRule]) -> dict[Node, Axes | Several | Mixed]:
     """Axes of every tensor node, or why it has none. ``rules`` maps schema names such as ``aten::softmax``."""
     for node in inference.captured.graph.nodes:
         if node.op == "output" or not _is_tensor_node(node):
             continue
+        result: Axes | Several | Mixed
         try:
             result = inference.sources.get(node) or _axes_of(inference, node, rules)
             if not isinstance(result, Several):
@@ -145,6 +156,8 @@ def _axes_of(inference: Inference, node: Node, rules: dict[str, AxisRule]) -> Ax
     if is_random(node):
         raise MixesTokens("draws random numbers")
     name = _schema_name(node)
+    if name.rsplit("::", 1)[-1] in GROUPED_PRODUCTS:
+        name = "grouped_product"
     if reads_shape_only(node):
         return _filled(inference, node)
     if name == "getitem":
@@ -152,7 +165,7 @@ def _axes_of(inference: Inference, node: Node, rules: dict[str, AxisRule]) -> Ax
         if isinstance(several, Mixed):
             raise Blocked(several)
         assert isinstance(several, Several) and isinstance(node.args[1], int)
-        return several[node.args[1]]
+        return several.parts[node.args[1]]
     named = arguments(node)
     _check_numbers(node, named)
     rule = rules.get(name) or (rules["pointwise"] if _is_pointwise(node) else None)
@@ -165,7 +178,7 @@ def _constant_axes(node: Node) -> Axes | Several:
     val = node.meta["val"]
     if isinstance(val, torch.Tensor):
         return uniform(shape_of(node))
-    return Several(tuple(plain(int(s)) for s in v.shape) for v in val)
+    return Several(tuple(tuple(plain(int(s)) for s in v.shape) for v in val))
 
 
 def _schema_name(node: Node) -> str:
@@ -206,7 +219,8 @@ def pointwise(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     """Elementwise with broadcasting. What is added to scores may have any meaning: it is read as their bias."""
     operands = inference.tensors(node)
     scores = [n for n in operands if inference.is_data(n) and is_score(inference.axes(n))]
-    considered = [n for n in operands if inference.is_data(n)] if scores else operands
+    data_first = sorted(operands, key=lambda n: not inference.is_data(n))
+    considered = [n for n in operands if inference.is_data(n)] if scores else data_first
     return broadcast([inference.axes(n) for n in considered], len(shape_of(node)))
 
 

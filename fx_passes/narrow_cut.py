@@ -58,7 +58,7 @@ def is_move(node: Node) -> bool:
         source = node.args[0]
         assert isinstance(source, Node)
         before, after = source.meta["val"].dtype, node.meta["val"].dtype
-        return before.is_floating_point and torch.promote_types(before, after) == after and before != after
+        return bool(before.is_floating_point and torch.promote_types(before, after) == after and before != after)
     return is_call(node, *MOVES) or getattr(node.target, "__name__", "") == "getitem"
 
 

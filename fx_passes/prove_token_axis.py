@@ -12,7 +12,6 @@ from kvpass.fx_passes.find_positions import position_sources
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, refuse
 from kvpass.fx_passes.infer_axes import Inference, infer_axes
 from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
-from kvpass.types import Refusal
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class ProveTokenAxis:
     Before: a graph in which attention is ``kvpass::dense_attention``.
     After: the same graph.
     Requires: ``find-attention``.
-    Refuses: every op that mixes tokens or sequences, or that has no rule, if the logits depend on it.
+    Refuses: the first op that mixes tokens or sequences, or that has no rule, of those that the logits depend on.
     """
 
     name: str = "prove-token-axis"
@@ -30,24 +29,15 @@ class ProveTokenAxis:
     def apply(self, captured: CapturedGraph) -> PassResult:
         """Check the graph; nothing is rewritten."""
         inference = token_axes(captured)
-        result = inference.results[captured.output]
-        if not isinstance(result, Mixed):
-            axes = result
-            assert isinstance(axes, tuple)
+        axes = inference.results[captured.output]
+        if isinstance(axes, tuple):
             if len(axes) == 3 and [kinds_in(d) for d in axes[:2]] == [{Kind.BATCH}, {Kind.TOKEN}]:
                 return PassResult()
             reason = "the logits are not [batch, length, vocabulary] of one token each"
             return PassResult(0, (refuse(captured, captured.output, reason, self.name),))
-        return PassResult(0, tuple(self._refusals(captured, inference)))
-
-    def _refusals(self, captured: CapturedGraph, inference: Inference) -> list[Refusal]:
-        found: list[Refusal] = []
-        for node in _live_through_mixed(captured, inference):
-            mixed = inference.results[node]
-            assert isinstance(mixed, Mixed)
-            op = str(node.target) if node.op == "call_function" else node.op
-            found.append(refuse(captured, node, f"{op} {mixed.reason}", self.name))
-        return found
+        assert isinstance(axes, Mixed)
+        op = str(axes.node.target) if axes.node.op == "call_function" else axes.node.op
+        return PassResult(0, (refuse(captured, axes.node, f"{op} {axes.reason}", self.name),))
 
 
 def token_axes(captured: CapturedGraph) -> Inference:
@@ -57,24 +47,6 @@ def token_axes(captured: CapturedGraph) -> Inference:
     inference = Inference(captured, kinds, position_sources(captured, kinds, evaluator))
     infer_axes(inference, RULES)
     return inference
-
-
-def _live_through_mixed(captured: CapturedGraph, inference: Inference) -> list[Node]:
-    """The nodes at which mixing starts, of those that the logits depend on."""
-    seen: set[Node] = set()
-    stack = [captured.output]
-    origins: list[Node] = []
-    while stack:
-        node = stack.pop()
-        result = inference.results.get(node)
-        if node in seen or not isinstance(result, Mixed):
-            continue
-        seen.add(node)
-        if result.node is node:
-            origins.append(node)
-        stack.extend(node.all_input_nodes)
-    order = {node: i for i, node in enumerate(captured.graph.nodes)}
-    return sorted(origins, key=order.__getitem__)
 
 
 def token_axes_of(inference: Inference, node: Node) -> Axes:

@@ -181,12 +181,12 @@ def _divide(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
     if not reader.is_scores(inner) or reader.is_scores(other) or named.get("rounding_mode") is not None:
         raise NotUnderstood("something is divided by scores", node)
     number = reader.constant(other)
-    inverse = 1.0 / number if number else None
-    if inverse is None:
-        if not isinstance(other, Node) or is_symbolic_scalar(other):
-            raise NotUnderstood("the scale of the scores depends on the length of the sequence", node)
-        inverse = reader.emit(aten.reciprocal.default, other)
-        reader.inference.kinds[inverse] = reader.inference.kinds[other]
+    if number:
+        return _scale(reader, node, reader.read(inner), inner, 1.0 / number)
+    if not isinstance(other, Node) or is_symbolic_scalar(other):
+        raise NotUnderstood("the scale of the scores depends on the length of the sequence", node)
+    inverse = reader.emit(aten.reciprocal.default, other)
+    reader.inference.kinds[inverse] = reader.inference.kinds[other]
     return _scale(reader, node, reader.read(inner), inner, inverse)
 
 

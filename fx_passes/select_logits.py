@@ -37,7 +37,7 @@ def _narrow_waist(captured: CapturedGraph) -> Node:
     order = list(captured.graph.nodes)
     place = {n: i for i, n in enumerate(order)}
     last = max((i for i, n in enumerate(order) if _schema(n) in PAGED), default=0)
-    carriers = [n for n in order if _carries_tokens(captured, n)]
+    carriers = [n for n in order if _carries_tokens(n)]
     for node in carriers:
         if place[node] <= last or _token_dim(captured, node) < 0:
             continue
@@ -53,15 +53,14 @@ def _schema(node: Node) -> str:
     return str(schema.name) if schema is not None else ""
 
 
-def _carries_tokens(captured: CapturedGraph, node: Node) -> bool:
+def _carries_tokens(node: Node) -> bool:
     """Whether a tensor (or a tuple of them) has one row per token, and so is of another size once rows are selected."""
     if node.op in ("get_attr", "output") or _schema(node) in ("kvpass::write_cache", "aten::sym_size"):
         return False
     values = node.meta.get("val")
     tensors = values if isinstance(values, (tuple, list)) else [values]
-    symbols = {captured.batch, captured.length}
     return any(
-        isinstance(s, torch.SymInt) and bool(s.node.expr.free_symbols & symbols)
+        isinstance(s, torch.SymInt) and bool(s.node.expr.free_symbols)
         for t in tensors
         if isinstance(t, torch.Tensor)
         for s in t.shape

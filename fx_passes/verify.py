@@ -92,9 +92,9 @@ def verify(
             found.errors.get(name, 0.0), _error(logits, wanted[index][rows], scale, run.tolerance[1])
         )
     sites = reference(run.sequences[0].unsqueeze(0), *run.position_ids(reference))[1:]
-    for name, site, rows in zip(paged.site_outputs, sites, run.site_rows(), strict=True):
+    for name, site, result in zip(paged.site_outputs, sites, run.site_rows(), strict=True):
         magnitude = float(site.float().abs().max()) or 1.0
-        found.site_errors[name] = _error(rows.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
+        found.site_errors[name] = _error(result.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
     found.history_effect = _history_effect(original, run.sequences[0], wanted[0], scale, module.plan.vocab_size)
     return found
 

@@ -26,7 +26,7 @@ class CacheFormat:
     bits: int
 
     def bytes_per_token(self, heads: int, dim: int) -> int:
-        """Exact bytes that one token takes: ``heads`` slabs rows of ``dim`` elements each."""
+        """Exact bytes that one token takes: ``heads`` rows of ``dim`` elements each."""
         return heads * (dim * self.bits // 8)
 
     def allocate(self, num_blocks: int, heads: int, block_size: int, dim: int, device: torch.device | str) -> Tensor:

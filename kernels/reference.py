@@ -23,7 +23,7 @@ from kvpass.kernels.step_memo import StepMemo
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
-GATHER_BYTES = {"cpu": 2 << 20}  # keys, and again values, held at once: they should stay in the second-level cache
+GATHER_BYTES = {"cpu": 2 << 20}  # keys, and again values, held at once: they should stay in the processor's cache
 SCORE_BYTES = {"cpu": 8 << 20}
 DEVICE_BYTES = 64 << 20  # for both, on devices where a launch costs more than a miss
 
@@ -280,7 +280,7 @@ def _weigh(
     if sinks is not None:
         # exp(s) / (exp(sink) + sum exp(s)) is softmax(s) * sigmoid(log sum exp(s) - sink)
         weights.mul_(torch.sigmoid(torch.logsumexp(scores, -1, keepdim=True) - sinks))
-    if bias is not None:
+    if bias is not None and weights[..., 0].isnan().any():
         weights.masked_fill_(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
     return weights
 

@@ -223,7 +223,7 @@ def _decode_chunk(
     head = torch.arange(heads.start, heads.stop, device=device)
 
     def per_row(values: Tensor) -> Tensor:
-        return values.repeat_interleave(len(heads), 0)[:, None, None]
+        return values.unsqueeze(1).expand(-1, len(heads), -1).reshape(-1, 1, 1, values.shape[1])
 
     key = origin_ + torch.arange(columns, device=device)
     hidden = per_row((key < oldest_) | (key > query)) if ragged else None
@@ -234,7 +234,7 @@ def _decode_chunk(
 
     return DecodeChunk(
         rows=None if everything else (token * tiling.num_kv_heads + head).flatten(),
-        heads=head.repeat(len(sequences)),
+        heads=head.expand(len(sequences), -1).reshape(-1),
         parts=tuple(_cut_parts(slabs, hidden, columns, tiling)),
         sight=Sight(per_row(query), per_row(key), hidden),
     )

@@ -1,5 +1,6 @@
 """kvpass: any PyTorch decoder, rewritten to run with a paged KV cache and proven equal to the original."""
 
+import kvpass.kernels.ops  # noqa: F401 - registers the kvpass:: ops
 from kvpass.compiler import compile
 from kvpass.config import CacheConfig
 from kvpass.engine import Engine
@@ -14,7 +15,6 @@ from kvpass.errors import (
     VerificationError,
 )
 from kvpass.fx_passes.bind import PagedModule
-from kvpass.kernels import ops as _ops  # registers the kvpass:: ops
 from kvpass.report import RewriteReport, SiteReport
 from kvpass.types import CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs
 

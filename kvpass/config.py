@@ -79,6 +79,12 @@ class CacheConfig:
 
 def check_sampling(sampling: Sampling) -> None:
     """Raise :class:`ConfigError` if an option of ``sampling`` cannot be used."""
+    for name in ("temperature", "top_p", "min_p"):
+        value = getattr(sampling, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name}={value!r} is not a number")
+    if sampling.seed is not None and (isinstance(sampling.seed, bool) or not isinstance(sampling.seed, int)):
+        raise ConfigError(f"seed={sampling.seed!r} is not a whole number")
     if not sampling.temperature >= 0 or sampling.temperature == float("inf"):
         raise ConfigError(f"temperature={sampling.temperature!r} must be 0 (greedy) or a positive number")
     if not 0 < sampling.top_p <= 1:

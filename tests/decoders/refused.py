@@ -30,6 +30,7 @@ FIRST, SECOND = "layers.0.mixer", "layers.1.mixer"
 AHEAD = r"causal|ahead|later|future"
 LENGTH = r"length|number of tokens|shape"
 TIME = r"token|time|position"
+LAST = r"slice|select|last|" + TIME
 
 REFUSED: dict[str, Expected] = {
     "encoder without a mask": Expected(decoder_around(attention.NoMask), AHEAD, FIRST),
@@ -42,20 +43,23 @@ REFUSED: dict[str, Expected] = {
     "mask of -1000": Expected(decoder_around(attention.SoftMask), AHEAD + r"|mask|bias", FIRST),
     "window of half the length": Expected(decoder_around(attention.LengthDependentWindow), LENGTH + r"|mask", FIRST),
     "mask by token value": Expected(decoder(attention.MasksAToken), r"token value|token id|data|input", "attention"),
-    "mask by hidden state": Expected(decoder_around(attention.MaskFromHiddenState), r"value|data|hidden|mask", FIRST),
-    "keys chosen by data": Expected(decoder_around(attention.ChosenKeys), r"top-?k|data|value|mask", FIRST),
+    "mask by hidden state": Expected(
+        decoder_around(attention.MaskFromHiddenState), r"value|data|hidden|mask|attention", FIRST
+    ),
+    "keys chosen by data": Expected(decoder_around(attention.ChosenKeys), r"top-?k|data|value|mask|attention", FIRST),
     "softmax over queries": Expected(decoder_around(attention.SoftmaxOverQueries), r"softmax|quer", FIRST),
     "scale by length": Expected(decoder_around(attention.ScaleByLength), LENGTH + r"|scale", FIRST),
     "queries scaled by log length": Expected(decoder_around(attention.LogLengthScale), LENGTH + r"|scale", ""),
-    "talking heads": Expected(decoder_around(attention.TalkingHeads), r"head|score|softmax", FIRST),
+    "talking heads": Expected(decoder_around(attention.TalkingHeads), r"head|score|softmax|attention", FIRST),
     "keys flipped in time": Expected(decoder_around(attention.FlippedKeys), r"flip|order|" + TIME, FIRST),
     "keys of the token before": Expected(decoder_around(attention.ShiftedKeys), r"pad|slice|shift|" + TIME, FIRST),
     "every second key": Expected(decoder_around(attention.EverySecondKey), r"slice|" + TIME, FIRST),
-    "attention across the batch": Expected(decoder_around(attention.AcrossTheBatch), r"batch|" + AHEAD, FIRST),
+    "attention across the batch": Expected(decoder_around(attention.AcrossTheBatch), r"batch|tokens", FIRST),
     "linear attention": Expected(decoder_around(attention.LinearAttention), r"cumsum|cumulative", FIRST),
     "attention without softmax": Expected(decoder_around(attention.NoSoftmax), TIME + r"|softmax|matmul", FIRST),
     "dropout left on": Expected(decoder_around(attention.DropoutLeftOn), r"dropout|random", FIRST),
     "causal convolution": Expected(after_attention(mixing.CausalConvolution), r"conv", SECOND),
+    "convolution on padded tokens": Expected(after_attention(mixing.PaddedConvolution), r"pad|conv", SECOND),
     "cumulative mean": Expected(after_attention(mixing.CumulativeMean), r"cumsum|cumulative", SECOND),
     "token shift": Expected(after_attention(mixing.TokenShift), r"cat|slice|shift|" + TIME, SECOND),
     "tokens rolled": Expected(after_attention(mixing.RolledTokens), r"roll|" + TIME, SECOND),
@@ -68,7 +72,5 @@ REFUSED: dict[str, Expected] = {
     "place relative to the length": Expected(after_attention(mixing.RelativePlace), LENGTH + r"|position", SECOND),
     "place counted from the end": Expected(after_attention(mixing.CountsFromTheEnd), LENGTH + r"|position", SECOND),
     "state kept in a buffer": Expected(after_attention(mixing.KeepsState), r"buffer|state|mutat|in.place|mean", ""),
-    "last token everywhere": Expected(
-        after_attention(mixing.LastTokenEverywhere), r"slice|select|last|" + TIME, SECOND
-    ),
+    "last token everywhere": Expected(after_attention(mixing.LastTokenEverywhere), LAST, SECOND),
 }

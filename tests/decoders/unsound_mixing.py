@@ -8,6 +8,19 @@ from tests.decoders.skeleton import DIM
 
 
 class CausalConvolution(nn.Module):
+    """Depthwise, padded on both sides and cut to the length, as state-space models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(DIM, DIM, kernel_size=4, padding=3, groups=DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2))[..., : x.size(1)].transpose(1, 2)
+
+
+class PaddedConvolution(nn.Module):
+    """Padded by hand on the left."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv1d(DIM, DIM, kernel_size=3)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kvpass.config import CacheConfig
 from kvpass.types import Sampling
 
 SEED = 6  # of the weights; at some seeds a decoder repeats itself, whatever the prompt
@@ -18,6 +19,8 @@ MOVED = 1e-2  # a logit that moves by this much shows a change of the history
 PROMPT_LENGTHS = (3, 18, 44, 60)
 SHARED_PREFIX = 33
 COMPARED = 0.75  # share of the tokens that must be compared before a tie ends a prompt
+
+CONFIG = CacheConfig(block_size=16, num_blocks=64)
 
 Prompts = list[list[int]]
 

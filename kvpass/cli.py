@@ -1,0 +1,161 @@
+"""The ``kvpass`` command: ``demo``, ``generate`` and ``inspect``.
+
+Results go to standard output, everything else to standard error. The exit code is 0, 1 for a model that was refused,
+or 2 for something that cannot be used; the latter two say why in one line each, and never with a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvpass.errors import KvpassError, RefusedError
+from kvpass.terminal import error_line, output, show_report
+
+REFUSED, UNUSABLE, INTERRUPTED = 1, 2, 130
+# typer exports none of the classes between BadParameter and Exception, and they are click's or its own by version.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class OneLineErrors(TyperGroup):
+    """Commands whose errors are one line each."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command; standalone, as it is by default, the process ends with its exit code."""
+        standalone = options.get("standalone_mode", True)
+        options["standalone_mode"] = False
+        if not standalone:
+            return super().main(*args, **options)
+        try:
+            code = super().main(*args, **options)
+        except RefusedError as error:
+            for refusal in error.report.refusals:
+                error_line(f"refused: {refusal}")
+            if not error.report.refusals:
+                error_line(f"refused: {error}")
+            code = REFUSED
+        except KvpassError as error:
+            error_line(f"error: {error}")
+            code = UNUSABLE
+        except UsageError as error:
+            error_line(f"error: {usage_message(error)}")
+            code = UNUSABLE
+        except (KeyboardInterrupt, typer.Abort):
+            error_line("interrupted")
+            code = INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Run any PyTorch decoder with a paged KV cache that is proven equal to the original.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = "pydecoder (the model that comes with kvpass), the folder of a transformers model, or module:callable."
+
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
+Dtype = Annotated[str, typer.Option(help="Format of keys and values: auto, float32, bfloat16 or float16.")]
+BlockSize = Annotated[int, typer.Option(help="Tokens per block, a power of two.")]
+
+
+@app.callback(invoke_without_command=True)
+def show_help(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from kvpass import __version__
+
+        typer.echo(f"kvpass {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo() -> None:
+    """Rewrite the model that comes with kvpass, generate with it, and measure it beside two others."""
+    from kvpass.demo import run_shipped
+
+    run_shipped(output())
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="Text to continue, or token ids as 17,4,256; may be repeated.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most new tokens of each prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens with this probability together.")] = 1,
+    top_k: Annotated[int, typer.Option(help="Choose among this many of the likeliest tokens; 0 for all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Choose among tokens this likely, relative to the likeliest.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes the choice reproducible.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
+    dtype: Dtype = "auto",
+    block_size: BlockSize = 32,
+    memory: Annotated[str, typer.Option(help="Memory of the cache, such as 512MiB.")] = "256MiB",
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json, instead of the one in the folder.")] = None,
+) -> None:
+    """Continue prompts with a model that is rewritten to use a paged KV cache."""
+    from kvpass import CacheConfig, Sampling, compile
+    from kvpass.config import check_sampling
+    from kvpass.loading import encode_prompts, load_model
+    from kvpass.text_stream import show_texts
+
+    config = CacheConfig(dtype=dtype, block_size=block_size, memory=memory)
+    check_sampling(Sampling(temperature, top_p, top_k, min_p, seed))
+    loaded = load_model(model, tokenizer)
+    ids = encode_prompts(loaded, prompt)
+    sampling = Sampling(temperature, top_p, top_k, min_p, seed, loaded.stop_token_ids, ignore_eos)
+    engine = compile(loaded.model, config)
+    tokens = engine.stream(ids, max_new_tokens, sampling)
+    show_texts(output(), prompt, ids, loaded.tokenizer, tokens)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    dtype: Dtype = "auto",
+    block_size: BlockSize = 32,
+) -> None:
+    """Print what kvpass finds in a model: its attention and how it is cached, or why it is refused."""
+    from kvpass import CacheConfig, compile
+    from kvpass.loading import load_model
+
+    config = CacheConfig(dtype=dtype, block_size=block_size, num_blocks=1)
+    loaded = load_model(model)
+    try:
+        report = compile(loaded.model, config).report
+    except RefusedError as error:
+        report = error.report
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        show_report(output(), report)
+    if report.refusals or (report.verification is not None and not report.verification.passed):
+        raise typer.Exit(REFUSED)
+
+
+def usage_message(error: Exception) -> str:
+    """What is wrong with the command line, and where to read more."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "kvpass"
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    return f"{text.rstrip('.')}. Try '{command} --help'"
+
+
+def main() -> None:
+    """Entry point of the ``kvpass`` command."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # other people's deprecations are not for the reader of a command's output
+    app()

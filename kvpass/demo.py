@@ -1,0 +1,184 @@
+"""``kvpass demo``: the shipped model without a cache, rewritten, put to work, and measured beside two others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from kvpass.compiler import compile
+from kvpass.config import CacheConfig
+from kvpass.contiguous_peer import ContiguousDecoder
+from kvpass.engine import Engine
+from kvpass.measure import (
+    TO_THE_END,
+    Contender,
+    EngineDecoder,
+    Timing,
+    UncachedDecoder,
+    count_agreeing,
+    describe_machine,
+    time_side_by_side,
+)
+from kvpass.models.pydecoder import CHECKPOINT, PyDecoder, load, load_tokenizer
+from kvpass.runtime.stats import EngineStats
+from kvpass.terminal import heading, line, mebibytes, print_table, progress_bar, show_report, stage
+from kvpass.text_stream import TextStream, TextsView, label_of
+
+# A module of the held-out text, of which about 1000 tokens stand before the line at which the prompts part.
+OPENING = '"""A generally useful event scheduler class.'
+PARTING = "    def empty(self):"
+STUBS = (
+    "    def empty(self):\n",
+    "    def run(self, blocking=True):\n",
+    "    def __len__(self):\n        return ",
+    "    def get(self, time, priority=0):\n",
+)
+MEMORY = "16MiB"
+
+PAGED, CONTIGUOUS, UNCACHED = "kvpass", "contiguous cache, written by hand", "no cache"
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """How much the demo does.
+
+    Attributes:
+        new_tokens: new tokens of each prompt.
+        rounds: how often each decoder is timed.
+        uncached_steps: steps of a round without a cache, each of which computes all tokens again.
+    """
+
+    new_tokens: int = 96
+    rounds: int = 3
+    uncached_steps: int = 2
+
+
+@dataclass(frozen=True)
+class DemoFigures:
+    """What the demo found out.
+
+    Attributes:
+        timings: of each decoder.
+        stats: of the engine after streaming, before measuring.
+        blocks_shared: most blocks that several sequences used at once.
+        blocks_used: blocks used at that time.
+        contiguous_bytes: what the contiguous cache reserves for the same sequences.
+    """
+
+    timings: dict[str, Timing]
+    stats: EngineStats
+    blocks_shared: int
+    blocks_used: int
+    contiguous_bytes: int
+
+    def times_faster_than(self, name: str) -> float:
+        """Tokens per second of kvpass over those of the decoder called ``name``."""
+        return self.timings[PAGED].tokens_per_second / self.timings[name].tokens_per_second
+
+
+def run_shipped(console: Console) -> DemoFigures:
+    """Load the shipped model and run the demo on it."""
+    with stage(console, "load the model"):
+        model, tokenizer = load(), load_tokenizer()
+        prompts = demo_prompts((CHECKPOINT / "heldout.txt").read_text(encoding="utf-8"))
+    return run(console, model, tokenizer, prompts)
+
+
+def demo_prompts(held_out: str) -> list[str]:
+    """Prompts with one long beginning, of text that the model was not trained on, and an end of their own each."""
+    start = held_out.index(OPENING)
+    beginning = held_out[start : held_out.index(PARTING, start)]
+    return [beginning + stub for stub in STUBS]
+
+
+def run(
+    console: Console, model: PyDecoder, tokenizer: Tokenizer, prompts: Sequence[str], sizes: DemoSizes | None = None
+) -> DemoFigures:
+    """Rewrite ``model``, continue ``prompts`` in view, measure, and print what was found."""
+    sizes = sizes or DemoSizes()
+    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    with stage(console, "rewrite it and verify the rewrite"):
+        engine = compile(model, CacheConfig(memory=MEMORY))
+    show_report(console, engine.report)
+    heading(console, f"{len(ids)} prompts of {min(map(len, ids))} to {max(map(len, ids))} tokens, continued at once")
+    stats, shared, used = stream(console, engine, tokenizer, prompts, ids, sizes.new_tokens)
+    peer = ContiguousDecoder(model, len(ids), max(map(len, ids)) + sizes.new_tokens)
+    contenders = (
+        Contender(PAGED, EngineDecoder(engine, sizes.new_tokens), sizes.new_tokens - 1),
+        Contender(CONTIGUOUS, peer, sizes.new_tokens - 1),
+        Contender(UNCACHED, UncachedDecoder(model), sizes.uncached_steps),
+    )
+    with progress_bar(console, "measure side by side", (sizes.rounds + 1) * len(contenders)) as advance:
+        timings = time_side_by_side(contenders, ids, sizes.rounds, advance)
+    figures = DemoFigures(timings, stats, shared, used, peer.reserved_bytes)
+    show_figures(console, figures, engine)
+    return figures
+
+
+def stream(
+    console: Console,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    new_tokens: int,
+) -> tuple[EngineStats, int, int]:
+    """Continue all prompts in view; the engine's figures, the most blocks shared at once, and those used just then."""
+    texts = [TextStream(prompt, tokenizer) for prompt in ids]
+    shared = used = 0
+    with TextsView(console, [label_of(number, prompt) for number, prompt in enumerate(prompts, 1)]) as view:
+        for index, token in engine.stream([list(prompt) for prompt in ids], new_tokens, TO_THE_END):
+            view.add(index, texts[index].add(token))
+            now = engine.stats()
+            if now.blocks_shared >= shared:
+                shared, used = now.blocks_shared, max(used, now.blocks_used)
+        for index, text in enumerate(texts):
+            view.add(index, text.finish())
+    return engine.stats(), shared, used
+
+
+def show_figures(console: Console, figures: DemoFigures, engine: Engine) -> None:
+    """Print speed, memory, and what proves that the tokens are right."""
+    machine = describe_machine()
+    heading(console, f"speed on {machine['processor']}, {machine['threads']} threads of torch {machine['torch']}")
+    table = Table()
+    table.add_column("decoder")
+    for name in ("tokens/s", "ms per step", "s to first tokens", "kvpass is"):
+        table.add_column(name, justify="right")
+    for name, timing in figures.timings.items():
+        table.add_row(
+            name,
+            f"{timing.tokens_per_second:.1f}",
+            f"{1000 * timing.seconds_per_step:.2f}",
+            f"{timing.seconds_to_start:.2f}",
+            "" if name == PAGED else f"{figures.times_faster_than(name):.2f}x as fast",
+        )
+    print_table(console, table)
+    heading(console, "memory of the cache")
+    stats = figures.stats
+    for text in (
+        f"reserved {mebibytes(stats.bytes_reserved)}, used at most {mebibytes(stats.bytes_peak_used)}; "
+        f"one contiguous tensor per sequence would use {mebibytes(figures.contiguous_bytes)}",
+        f"waste: {stats.waste:.1%} of the slots in used blocks held no token",
+        f"blocks shared: {figures.blocks_shared} of {figures.blocks_used}; {stats.prefix_hit_tokens} tokens of prompts "
+        f"were found there, {stats.prefill_tokens} were computed",
+    ):
+        line(console, text)
+    heading(console, "proof")
+    verification = engine.report.verification
+    if verification is not None:
+        word = "passed" if verification.passed else "FAILED"
+        line(
+            console,
+            f"verification {word}: logits within {verification.logits_error:.1e} of the original model's "
+            f"(bound {verification.tolerance:.0e})",
+            style="green" if verification.passed else "bold red",
+        )
+    ours = figures.timings[PAGED].tokens
+    for name in (CONTIGUOUS, UNCACHED):
+        agreeing, compared = count_agreeing(ours, figures.timings[name].tokens)
+        line(console, f"same greedy tokens as {name}: {agreeing} of {compared}")

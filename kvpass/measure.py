@@ -1,0 +1,225 @@
+"""Decoders side by side: one way to time kvpass, the model without a cache, and a contiguous cache, in the same run.
+
+The demo and the scripts in benchmarks/ use it. Every decoder here is greedy, keeps a batch of N prompts of any lengths
+under way, and gives one token for each of them per step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kvpass.engine import Engine
+from kvpass.types import Sampling
+
+TO_THE_END = Sampling(ignore_eos=True)
+
+
+class Decoder(Protocol):
+    """What is timed."""
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Read N prompts from nothing, and return the first new token of each."""
+
+    def step(self, tokens: Sequence[int]) -> list[int]:
+        """Given the tokens returned last, return the next one of each prompt."""
+
+
+class UncachedDecoder:
+    """The model as it is: each step computes every token again, all prompts in one batch padded on the right."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.ids = torch.zeros(0, 0, dtype=torch.int64)
+        self.lengths = torch.zeros(0, dtype=torch.int64)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """As :meth:`Decoder.start`."""
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(self.lengths.max())
+        self.ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+        return self._next()
+
+    def step(self, tokens: Sequence[int]) -> list[int]:
+        """As :meth:`Decoder.step`."""
+        if int(self.lengths.max()) == self.ids.shape[1]:
+            self.ids = torch.cat((self.ids, torch.zeros_like(self.ids[:, :1])), dim=1)
+        self.ids[torch.arange(len(tokens)), self.lengths] = torch.tensor(tokens)
+        self.lengths = self.lengths + 1
+        return self._next()
+
+    def _next(self) -> list[int]:
+        # Causal: what stands to the right of a prompt's end changes nothing before it.
+        with torch.inference_mode():
+            logits: Tensor = self.model(self.ids)
+        tokens: list[int] = logits[torch.arange(len(self.ids)), self.lengths - 1].argmax(-1).tolist()
+        return tokens
+
+
+class EngineDecoder:
+    """A compiled model, through the engine: scheduling, block tables and sampling are part of the time."""
+
+    def __init__(self, engine: Engine, max_new_tokens: int) -> None:
+        self.engine = engine
+        self.max_new_tokens = max_new_tokens
+        self.count = 0
+        self.tokens: Generator[tuple[int, int], None, None] | None = None
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """As :meth:`Decoder.start`; blocks of earlier calls are forgotten, those shared within the batch are used."""
+        if self.tokens is not None:
+            self.tokens.close()
+        self.engine.clear_prefix_cache()
+        self.count = len(prompts)
+        self.tokens = self.engine.stream([list(prompt) for prompt in prompts], self.max_new_tokens, TO_THE_END)
+        return self.step(())
+
+    def step(self, tokens: Sequence[int]) -> list[int]:
+        """As :meth:`Decoder.step`; the engine knows the tokens that it returned last."""
+        assert self.tokens is not None, "start comes before step"
+        following = dict(itertools.islice(self.tokens, self.count))
+        return [following[index] for index in range(self.count)]
+
+
+@dataclass
+class Timing:
+    """What was measured of one decoder.
+
+    Attributes:
+        batch: prompts that were under way, N.
+        start_seconds: time to the first token of all prompts, once per round.
+        step_seconds: time of each step.
+        tokens: new tokens of each prompt in the last round.
+    """
+
+    batch: int
+    start_seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over all steps of all rounds."""
+        return statistics.median(self.step_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all prompts together, per second of decoding, from the median step."""
+        return self.batch / self.seconds_per_step
+
+    @property
+    def seconds_to_start(self) -> float:
+        """Median time to the first token of all prompts."""
+        return statistics.median(self.start_seconds)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A decoder that takes part in a measurement.
+
+    Attributes:
+        name: for tables.
+        decoder: what is timed.
+        steps: steps per round; slow decoders need fewer.
+    """
+
+    name: str
+    decoder: Decoder
+    steps: int
+
+
+def time_side_by_side(
+    contenders: Sequence[Contender],
+    prompts: Sequence[Sequence[int]],
+    rounds: int,
+    after_each: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Time every contender on the same prompts, in turn, ``rounds`` times over, after one round that does not count.
+
+    Args:
+        contenders: those that take part.
+        prompts: token ids, any lengths.
+        rounds: how often; what else the machine does then falls on all of them alike.
+        after_each: called after each contender's turn, ``(rounds + 1) * len(contenders)`` times.
+    """
+    timings = {contender.name: Timing(len(prompts)) for contender in contenders}
+    for round_number in range(rounds + 1):
+        for contender in contenders:
+            timing = timings[contender.name]
+            starts, steps = timing.start_seconds, timing.step_seconds
+            if round_number == 0:
+                starts, steps = [], []
+            began = time.perf_counter()
+            newest = contender.decoder.start(prompts)
+            starts.append(time.perf_counter() - began)
+            timing.tokens = [[token] for token in newest]
+            for _ in range(contender.steps):
+                began = time.perf_counter()
+                newest = contender.decoder.step(newest)
+                steps.append(time.perf_counter() - began)
+                for history, token in zip(timing.tokens, newest, strict=True):
+                    history.append(token)
+            after_each()
+    return timings
+
+
+def count_agreeing(tokens: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """How many tokens agree, up to the first difference of each prompt, and how many were compared."""
+    agreeing, compared = 0, 0
+    for ours, theirs in zip(tokens, others, strict=True):
+        length = min(len(ours), len(theirs))
+        compared += length
+        agreeing += next((i for i in range(length) if ours[i] != theirs[i]), length)
+    return agreeing, compared
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a figure depends on: processor, cores, threads and versions; no names of machines or people."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kvpass": version("kvpass"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def write_result(
+    folder: Path, benchmark: str, options: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Write ``folder/<benchmark>.json``: date, machine, options and results; returns its path."""
+    content = {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": describe_machine(),
+        "options": dict(options),
+        "results": [dict(result) for result in results],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,89 @@
+"""Families of transformers, handed over as they are, come out of kvpass with their own tokens."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from torch import nn
+
+import kvpass
+from tests.parity.harness import CONFIG, SEED, assert_not_blind, assert_tokens_equal, ragged_prompts
+
+zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
+
+# family: options without which it repeats itself, or gives logits too close together to compare
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {},
+    "mistral": {},  # a window of 24 tokens, shorter than two of the prompts
+    "qwen3": {},
+    "gemma2": {"tie_word_embeddings": False},
+    "gemma3_text": {"tie_word_embeddings": False},
+    "phi3": {},
+    "gpt_neox": {},
+    "falcon": {},
+    "opt": {},
+    "bloom": {"spread": 0.4},
+    "mpt": {},
+    "starcoder2": {},
+    "cohere": {"logit_scale": 1.0},
+    "olmo2": {},
+    "mixtral": {},
+    "gpt_oss": {},
+    "deepseek_v3": {},
+}
+EAGER = ("gpt2", "llama", "mistral", "gemma3_text", "falcon", "opt", "mpt", "deepseek_v3")
+CASES = [(family, "sdpa") for family in FAMILIES] + [(family, "eager") for family in EAGER]
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    original: nn.Module
+    engine: kvpass.Engine
+    vocab_size: int
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join(case))
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    family, attention = request.param
+    model, vocab_size = zoo.tiny(family, attention, seed=SEED, **FAMILIES[family])
+    # a copy made before: some models keep masks on the module, or are changed by being exported
+    return Compiled(copy.deepcopy(model), kvpass.compile(model, CONFIG), vocab_size)
+
+
+def test_same_tokens_as_the_naive_loop_cold_and_with_cached_prefixes(compiled: Compiled) -> None:
+    prompts = ragged_prompts(compiled.vocab_size)
+    first = assert_tokens_equal(compiled.original, compiled.engine, prompts)
+    assert compiled.engine.generate(prompts, 16, kvpass.Sampling(ignore_eos=True)) == first
+    compiled.engine.check_integrity()
+
+
+def test_a_site_for_every_layer(compiled: Compiled) -> None:
+    layers = compiled.original.config.num_hidden_layers
+    assert len(compiled.engine.report.sites) == layers
+    assert len({site.module_path for site in compiled.engine.report.sites}) == layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_history_matters(family: str) -> None:
+    model, vocab_size = zoo.tiny(family, seed=SEED, **FAMILIES[family])
+    assert_not_blind(model, ragged_prompts(vocab_size), seen=0.7)
+
+
+def test_window_is_shorter_than_the_prompt() -> None:
+    model, vocab_size = zoo.tiny("mistral", seed=SEED)
+    assert model.config.sliding_window == 24 < max(map(len, ragged_prompts(vocab_size)))
+    masks = {site.mask for site in kvpass.compile(model, CONFIG).report.sites}
+    assert masks == {"sliding window 24"}
+
+
+def test_generation_stops_at_the_end_of_sequence_of_the_model() -> None:
+    model, vocab_size = zoo.tiny("llama", seed=SEED)
+    prompts = ragged_prompts(vocab_size)
+    engine = kvpass.compile(model, CONFIG)
+    free = engine.generate(prompts, 16, kvpass.Sampling(ignore_eos=True))
+    end = free[2][5]
+    model.generation_config.eos_token_id = end
+    for output, whole in zip(kvpass.compile(model, CONFIG).generate(prompts, 16), free, strict=True):
+        assert output == (whole[: whole.index(end) + 1] if end in whole else whole)

@@ -1,0 +1,97 @@
+"""Decoders in plain PyTorch, each with a spelling of its own, come out of kvpass with their own tokens."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import kvpass
+from tests.decoders.catalogue import DECODERS
+from tests.decoders.skeleton import VOCAB
+from tests.parity.harness import CONFIG, SEED, assert_tokens_equal, original_logits, ragged_prompts
+from tests.parity.paged_logits import paged_logits
+
+# What differs in how positions, masks and heads reach the step: these go through every schedule.
+SCHEDULED = (
+    "GPT-2 with a tril buffer slice",
+    "GQA by tiling, head h % Hkv",
+    "ALiBi from aranges",
+    "band of triu and tril, rotary",
+    "complex rotary",
+    "learned bias by log bucket",
+    "learned bias for each pair of positions",
+    "time first, bmm on merged heads",
+    "experts, looped",
+    "sink column",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    original: nn.Module
+    engine: kvpass.Engine
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    model = DECODERS[request.param](SEED)
+    return Compiled(copy.deepcopy(model), kvpass.compile(model, CONFIG))
+
+
+def test_same_tokens_as_the_naive_loop_cold_and_with_cached_prefixes(compiled: Compiled) -> None:
+    prompts = ragged_prompts(VOCAB)
+    first = assert_tokens_equal(compiled.original, compiled.engine, prompts)
+    before = compiled.engine.stats().prefix_hit_tokens
+    assert assert_tokens_equal(compiled.original, compiled.engine, prompts) == first
+    assert compiled.engine.stats().prefix_hit_tokens > before
+    compiled.engine.check_integrity()
+
+
+def test_same_logits_in_prefill_in_chunks_and_in_decode(compiled: Compiled) -> None:
+    prompts = ragged_prompts(VOCAB, seed=1, lengths=(3, 20, 41))
+    # a whole prefill beside a chunk; a chunk that ends within a block beside a decode; decodes alone
+    paged = paged_logits(compiled.engine, prompts, [(0, 18, 7), (2, 1, 33), (1, 1, 0), (0, 0, 1)])
+    for prompt, logits in zip(prompts, paged, strict=True):
+        torch.testing.assert_close(
+            logits, original_logits(compiled.original, torch.tensor([prompt]))[0], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_verification_ran_on_every_site(compiled: Compiled) -> None:
+    report = compiled.engine.report
+    assert report.verification is not None and report.verification.passed
+    assert report.sites and not report.refusals
+    assert all(site.error is not None and site.error < 1e-3 for site in report.sites)
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_same_tokens_when_little_fits_at_once(name: str) -> None:
+    model = DECODERS[name](SEED)
+    # a step takes 7 tokens, so prefill is cut in chunks beside decodes; two of the prompts have to wait
+    tight = kvpass.CacheConfig(block_size=8, num_blocks=21, max_batch_tokens=7, max_sequences=2)
+    engine = kvpass.compile(copy.deepcopy(model), tight)
+    assert_tokens_equal(model, engine, ragged_prompts(VOCAB, seed=2))
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 64])
+def test_same_tokens_at_any_block_size(block_size: int) -> None:
+    model = DECODERS["GQA by repeat_interleave"](SEED)
+    engine = kvpass.compile(copy.deepcopy(model), kvpass.CacheConfig(block_size=block_size, num_blocks=512))
+    assert_tokens_equal(model, engine, ragged_prompts(VOCAB))
+
+
+def test_same_tokens_without_prefix_sharing() -> None:
+    model = DECODERS["GQA by repeat_interleave"](SEED)
+    engine = kvpass.compile(copy.deepcopy(model), kvpass.CacheConfig(num_blocks=64, prefix_sharing=False))
+    assert_tokens_equal(model, engine, ragged_prompts(VOCAB))
+    assert engine.stats().prefix_hit_tokens == 0
+
+
+def test_same_tokens_without_verification() -> None:
+    model = DECODERS["GQA by repeat_interleave"](SEED)
+    engine = kvpass.compile(copy.deepcopy(model), CONFIG, verify=False)
+    assert engine.report.verification is None
+    assert_tokens_equal(model, engine, ragged_prompts(VOCAB))
