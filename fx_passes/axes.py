@@ -132,7 +132,16 @@ def _yields_to(weak: Dim, strong: Dim) -> bool:
     if kinds_in(weak) == {Kind.ANY}:
         return True
     unnamed = simplified([Factor(Kind.PLAIN, f.size) if f.kind is Kind.HEAD else f for f in strong])
-    return unnamed == weak
+    same_heads = [(f.kind, f.size) for f in weak] == [(f.kind, f.size) for f in strong]
+    return unnamed == weak or (same_heads and Kind.HEAD in kinds_in(strong))
+
+
+def renamed(axes: Axes, names: dict[int, int]) -> Axes:
+    """The axes with heads called by other names."""
+    return tuple(
+        tuple(Factor(f.kind, f.size, names.get(f.tag, f.tag)) if f.kind is Kind.HEAD else f for f in dim)
+        for dim in axes
+    )
 
 
 def _name(dim: Dim) -> str:

@@ -202,14 +202,57 @@ def _softmax_by_reciprocal(captured: CapturedGraph, node: Node) -> Node | None:
 
 
 def _softmax(captured: CapturedGraph, node: Node, top: object, bottom: object) -> Node | None:
-    if not (is_call(top, aten.exp) and is_call(bottom, aten.sum)):
+    if not is_call(top, aten.exp):
         return None
-    assert isinstance(top, Node) and isinstance(bottom, Node)
-    named = arguments(bottom)
+    assert isinstance(top, Node)
+    dim = _summed_dim(top, bottom)
+    if dim is not None:
+        return emit(captured, aten.softmax.int, top.args[0], dim, like=node)
+    if is_call(bottom, aten.add) and isinstance(bottom, Node):
+        for total, extra in (bottom.args[:2], bottom.args[1::-1]):
+            dim = _summed_dim(top, total)
+            if dim is not None and _is_exp_of_zero(top, extra):
+                return _softmax_with_sink_of_zero(captured, node, top, dim)
+    return None
+
+
+def _summed_dim(top: Node, total: object) -> int | None:
+    """The dim over which ``total`` sums ``top``, kept as a dim of size 1."""
+    if not is_call(total, aten.sum) or not isinstance(total, Node) or total.args[0] is not top:
+        return None
+    named = arguments(total)
     dims = named.get("dim")
-    if bottom.args[0] is not top or not named.get("keepdim") or not isinstance(dims, (list, tuple)) or len(dims) != 1:
-        return None
-    return emit(captured, aten.softmax.int, top.args[0], dims[0], like=node)
+    if isinstance(dims, (list, tuple)) and len(dims) == 1 and named.get("keepdim"):
+        return int(dims[0])
+    return None
+
+
+def _is_exp_of_zero(top: Node, extra: object) -> bool:
+    """Whether ``extra`` is what a logit of 0 adds to the sum of ``top``: 1, or ``exp(-m)`` where x is shifted by m."""
+    if not is_call(top.args[0], aten.sub):
+        return extra == 1
+    shifted = top.args[0]
+    assert isinstance(shifted, Node)
+    if not is_call(extra, aten.exp) or not isinstance(extra, Node) or not is_call(extra.args[0], aten.neg):
+        return False
+    inner = extra.args[0]
+    assert isinstance(inner, Node)
+    return inner.args[0] is shifted.args[1] and arguments(shifted).get("alpha", 1) == 1
+
+
+def _softmax_with_sink_of_zero(captured: CapturedGraph, node: Node, top: Node, dim: int) -> Node:
+    """``exp(x) / (1 + sum(exp(x)))``: a softmax with one more logit, which is 0."""
+    scores = top.args[0]
+    if is_call(scores, aten.sub):
+        assert isinstance(scores, Node)
+        scores = scores.args[0]
+    assert isinstance(scores, Node)
+    d = dim % len(shape_of(scores))
+    column = emit(captured, aten.slice.Tensor, scores, d, 0, 1, like=node)
+    zero = emit(captured, aten.zeros_like.default, column, like=node)
+    joined = emit(captured, aten.cat.default, [zero, scores], d, like=node)
+    weights = emit(captured, aten.softmax.int, joined, d, like=node)
+    return emit(captured, aten.slice.Tensor, weights, d, 1, FULL, like=node)
 
 
 def _exp(captured: CapturedGraph, node: Node) -> Node | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
@@ -30,10 +30,17 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Term:
-    """One softmax, multiplied with coefficients that have no key axis."""
+    """One softmax, multiplied with coefficients that have no key axis.
+
+    Attributes:
+        softmax: the softmax.
+        coefficients: what multiplies it.
+        heads: names that its heads have in the sum, where they are others than its own.
+    """
 
     softmax: Softmax
     coefficients: tuple[Node | float, ...] = ()
+    heads: dict[int, int] = field(default_factory=dict)
 
 
 def read_terms(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
@@ -84,7 +91,8 @@ def _read_softmax(reader: ScoreReader, node: Node, key: Kind) -> Softmax:
     parts = arguments(current)["tensors"]
     scores = [n for n in parts if reader.is_scores(n)]
     others = [n for n in parts if n not in scores]
-    if len(scores) != 1 or len(others) != 1 or reader.inference.is_data(others[0]):
+    single = len(scores) == 1 and len(others) == 1 and shape_of(others[0])[d] == 1
+    if not single or reader.inference.is_data(others[0]):
         raise NotUnderstood("the scores are joined with something else than one column of sinks", current)
     return Softmax(node, scores[0], others[0], sinks_first=parts[0] is others[0])
 
@@ -129,11 +137,21 @@ def _sum(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
     operands = (named["self"], named["other"])
     if not all(reader.is_scores(n) for n in operands):
         raise NotUnderstood("something is added to the weights over keys", node)
+    names = _names_in_sum(reader, operands, node)
     second = [
-        replace(t, coefficients=(*t.coefficients, sign)) if sign != 1 else t
+        replace(t, coefficients=(*t.coefficients, *([sign] if sign != 1 else [])), heads=names)
         for t in read_terms(reader, operands[1], key)
     ]
     return read_terms(reader, operands[0], key) + second
+
+
+def _names_in_sum(reader: ScoreReader, operands: tuple[Node, Node], node: Node) -> dict[int, int]:
+    """What the heads of the second operand are called in the sum: there they line up with those of the first."""
+    first, second = (reader.inference.axes(n) for n in operands)
+    pairs = [(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)]
+    if any(a.kind is not b.kind or a.size != b.size for a, b in pairs):
+        raise NotUnderstood("softmaxes of different shapes are added", node)
+    return {b.tag: a.tag for a, b in pairs if b.kind is Kind.HEAD}
 
 
 def _scaled(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.arrange import arrange, spread
-from kvpass.fx_passes.axes import Axes, Dim, Factor, Kind, MixesTokens, kinds_in
+from kvpass.fx_passes.axes import Axes, Dim, Factor, Kind, MixesTokens, kinds_in, renamed
 from kvpass.fx_passes.contraction import Contraction, contraction_of, operand_dims, tagged_operands
 from kvpass.fx_passes.dense import DenseInputs, emit_dense, factors_of, one_factor
-from kvpass.fx_passes.graph import CapturedGraph, aten, emit, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, aten, emit
 from kvpass.fx_passes.infer_axes import Blocked, Inference
 from kvpass.fx_passes.read_probabilities import Softmax, Term, read_terms
 from kvpass.fx_passes.read_scores import NotUnderstood, ScoreReader, Scores
@@ -46,6 +46,26 @@ def rewrite_softmax(captured: CapturedGraph, inference: Inference, evaluator: Sh
     return total
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The factors of one attention's scores, in canonical order, and what the weights call its heads."""
+
+    batch: Factor
+    heads: list[Factor]
+    queries: Factor
+    tokens: Factor
+    names: dict[int, int]
+
+    @property
+    def scores(self) -> list[list[Factor]]:
+        """Dims ``[B, Hq, Sq, Sk]``."""
+        return [[self.batch], self.heads, [self.queries], [self.tokens]]
+
+    def rows(self, of: Factor, width: list[Factor]) -> list[list[Factor]]:
+        """Dims ``[B, H, S, width]`` of queries, keys or values."""
+        return [[self.batch], self.heads, [of], width]
+
+
 def _attend(
     captured: CapturedGraph,
     inference: Inference,
@@ -55,71 +75,59 @@ def _attend(
     term: Term,
     node: Node,
 ) -> Node:
+    """One softmax times the values, as a canonical attention in the layout of ``node``."""
     softmax = term.softmax
     if weights is not contraction.left and any(isinstance(c, Node) for c in term.coefficients):
         raise NotUnderstood("weights over keys are scaled by a tensor and stand right of the values", node)
     scores = reader.read(softmax.scores)
     if softmax.sinks is not None and scores.shifted:
         raise NotUnderstood("scores are shifted before a column of sinks joins them", softmax.node)
-    product = scores.contraction
-    left, right = tagged_operands(inference, product)
-    sides = {Kind.LEFT: (product.left, left), Kind.RIGHT: (product.right, right)}
-    (query, query_axes), (keys, key_axes) = sides[reader.query], sides[reader.key]
-    heads = _heads(inference.axes(product.node))
-    batch, queries = one_factor(query_axes, Kind.BATCH), one_factor(query_axes, reader.query)
-    tokens, features = one_factor(key_axes, reader.key), factors_of(query_axes, Kind.FEATURE)
-    q = arrange(captured, query, query_axes, [[batch], heads, [queries], features], node)
-    k = arrange(
-        captured,
-        keys,
-        key_axes,
-        [[one_factor(key_axes, Kind.BATCH)], heads, [tokens], factors_of(key_axes, Kind.FEATURE)],
-        node,
-    )
-    q, k = _fold_factors(
-        captured, reader, scores, (q, k), ([[batch], heads, [queries], []], [[batch], heads, [tokens], []]), node
-    )
-    v, value_axes = _values(captured, inference, contraction, weights, heads, tokens, node)
-    bias = _canonical_bias(captured, reader, scores, softmax, [[batch], heads, [queries], [tokens]], node)
-    sinks = _sinks(captured, reader, softmax, [[batch], heads, [queries], [tokens]], node)
-    inputs = DenseInputs(q, k, v, bias, _scale(scores), scores.cap, sinks)
-    dense = emit_dense(captured, inputs, node, "softmax")
+    layout, q, k = _queries_and_keys(captured, inference, reader, scores, term, node)
+    v, value_axes = _values(captured, inference, contraction, weights, layout.heads, layout.tokens, node)
+    bias = _canonical_bias(captured, reader, scores, softmax, layout, node)
+    sinks = _sinks(captured, reader, softmax, layout, node)
+    scale = scores.scale * (1.0 if scores.cap is None else scores.cap)
+    dense = emit_dense(captured, DenseInputs(q, k, v, bias, scale, scores.cap, sinks), node, "softmax")
     out_axes = _output_axes(inference, contraction, weights, value_axes)
-    out = spread(captured, dense, [[batch], heads, [queries], factors_of(value_axes, Kind.FEATURE)], out_axes, node)
+    width = factors_of(value_axes, Kind.FEATURE)
+    out = spread(captured, dense, layout.rows(layout.queries, width), out_axes, node)
     for coefficient in term.coefficients:
         out = emit(captured, aten.mul.Tensor, out, coefficient, like=node)
-    wanted = node.meta["val"].dtype
-    return (
-        out if out.meta["val"].dtype == wanted else emit(captured, aten._to_copy.default, out, dtype=wanted, like=node)
+    dtype = node.meta["val"].dtype
+    return out if out.meta["val"].dtype == dtype else emit(captured, aten._to_copy.default, out, dtype=dtype, like=node)
+
+
+def _queries_and_keys(
+    captured: CapturedGraph, inference: Inference, reader: ScoreReader, scores: Scores, term: Term, node: Node
+) -> tuple[_Layout, Node, Node]:
+    product = scores.contraction
+    left, right = (renamed(axes, term.heads) for axes in tagged_operands(inference, product))
+    sides = {Kind.LEFT: (product.left, left), Kind.RIGHT: (product.right, right)}
+    (query, query_axes), (keys, key_axes) = sides[reader.query], sides[reader.key]
+    named = renamed(inference.axes(product.node), term.heads)
+    heads = sorted(factors_of(named, Kind.HEAD), key=lambda f: f.tag)
+    layout = _Layout(
+        batch=one_factor(query_axes, Kind.BATCH),
+        heads=heads,
+        queries=one_factor(query_axes, reader.query),
+        tokens=one_factor(key_axes, reader.key),
+        names=term.heads,
     )
-
-
-def _scale(scores: Scores) -> float:
-    return scores.scale * (scores.cap if scores.cap is not None else 1.0)
-
-
-def _heads(axes: Axes) -> list[Factor]:
-    return sorted((f for dim in axes for f in dim if f.kind is Kind.HEAD), key=lambda f: f.tag)
-
-
-def _fold_factors(
-    captured: CapturedGraph,
-    reader: ScoreReader,
-    scores: Scores,
-    operands: tuple[Node, Node],
-    groups: tuple[Any, Any],
-    node: Node,
-) -> tuple[Node, Node]:
-    """Tensors that scale the scores of a query, or of a key, scale that query or key instead."""
-    q, k = operands
-    for factor, axes in scores.factors:
+    if one_factor(key_axes, Kind.BATCH) != layout.batch:
+        raise MixesTokens("reads keys of other sequences")
+    q = arrange(captured, query, query_axes, layout.rows(layout.queries, factors_of(query_axes, Kind.FEATURE)), node)
+    k = arrange(captured, keys, key_axes, layout.rows(layout.tokens, factors_of(key_axes, Kind.FEATURE)), node)
+    for factor, kinds in scores.factors:  # what scales the scores of a query, or of a key, scales that instead
+        axes = renamed(kinds, layout.names)
         if reader.has(axes, reader.key):
-            arranged = arrange(captured, factor, axes, groups[1], node)
-            k = emit(captured, aten.mul.Tensor, k, arranged, like=node)
+            k = emit(
+                captured, aten.mul.Tensor, k, arrange(captured, factor, axes, layout.rows(layout.tokens, []), node)
+            )
         else:
-            arranged = arrange(captured, factor, axes, groups[0], node)
-            q = emit(captured, aten.mul.Tensor, q, arranged, like=node)
-    return q, k
+            q = emit(
+                captured, aten.mul.Tensor, q, arrange(captured, factor, axes, layout.rows(layout.queries, []), node)
+            )
+    return layout, q, k
 
 
 def _values(
@@ -166,15 +174,15 @@ def _output_axes(inference: Inference, contraction: Contraction, weights: Node, 
 
 
 def _canonical_bias(
-    captured: CapturedGraph, reader: ScoreReader, scores: Scores, softmax: Softmax, groups: Any, node: Node
+    captured: CapturedGraph, reader: ScoreReader, scores: Scores, softmax: Softmax, layout: _Layout, node: Node
 ) -> Node | None:
     bias, gate = scores.bias, scores.gate
     if gate is not None:
         bias = _gated(captured, bias, gate, node)
     if bias is None:
         return None
-    axes = reader.kinds_of(bias, softmax.scores)
-    arranged = arrange(captured, bias, axes, groups, node)
+    axes = renamed(reader.kinds_of(bias, softmax.scores), layout.names)
+    arranged = arrange(captured, bias, axes, layout.scores, node)
     return (
         arranged
         if arranged.meta["val"].is_floating_point()
@@ -195,19 +203,23 @@ def _gated(captured: CapturedGraph, bias: Node | None, gate: Node, node: Node) -
     return emit(captured, aten.where.ScalarOther, known, value, float("nan"), like=node)
 
 
-def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, groups: Any, node: Node) -> Node | None:
+def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, layout: _Layout, node: Node) -> Node | None:
     """The extra logit of each head, ``[Hq]``: it must be the same for every query and sequence."""
     if softmax.sinks is None:
         return None
-    axes = reader.kinds_of(softmax.sinks, softmax.scores)
-    arranged = arrange(captured, softmax.sinks, axes, groups, node)
+    if not _is_per_head(reader, softmax.sinks):
+        raise NotUnderstood("the column of sinks is not one number for each head", softmax.node)
+    axes = renamed(reader.kinds_of(softmax.sinks, softmax.scores), layout.names)
+    flat = arrange(captured, softmax.sinks, axes, layout.scores, node)
     heads = 1
-    for factor in groups[1]:
-        heads = heads * factor.size
-    sizes = [shape_of(arranged)[0], shape_of(arranged)[2], shape_of(arranged)[3]]
-    if sizes[2] != 1:
-        raise NotUnderstood("there is more than one column of sinks", softmax.node)
-    flat = arranged
+    for factor in layout.heads:
+        heads = heads * int(factor.size)
     for dim in (0, 1, 1):
         flat = emit(captured, aten.select.int, flat, dim, 0, like=node)
-    return emit(captured, aten.expand.default, flat, [int(heads)], like=node)
+    return emit(captured, aten.expand.default, flat, [heads], like=node)
+
+
+def _is_per_head(reader: ScoreReader, sinks: Node) -> bool:
+    """Whether a column beside the scores is the same for every sequence and query: read from its values."""
+    one, other = (reader.evaluator.evaluate(sinks, batch, length) for batch, length in ((1, 1), (2, 3)))
+    return bool(torch.equal(one.expand_as(other), other))

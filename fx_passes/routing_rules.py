@@ -52,7 +52,7 @@ def is_row_sort(axes: Axes) -> bool:
 
 def nonzero(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
     """Rows where a mask holds, ``[rows, rank]``."""
-    axes = inference.axes(named["self"])
+    axes = inference.axes(node.args[0])
     if sum(Kind.TOKEN in kinds_in(dim) for dim in axes) != 1:
         raise MixesTokens("picks entries that belong to no one token")
     dim = picked_dim(inference, node)
@@ -75,7 +75,7 @@ def row_index(inference: Inference, node: Any) -> RowIndex | None:
     if getattr(node.target, "__name__", "") == "getitem" and isinstance(source, Node):
         if is_call(source, aten.sort) and node.args[1] == 1:
             return _sorted_from(inference, source)
-        if is_call(source, aten.nonzero_numpy):
+        if is_call(source, aten.nonzero_numpy, aten.where):
             return _nonzero_column(inference, source, int(node.args[1]))  # type: ignore[arg-type]
         if (
             is_call(source, aten.unbind)
@@ -215,7 +215,7 @@ def _ends_of_groups(inference: Inference, node: Node) -> int | None:
         return None
     counts = node.args[0]
     while is_call(counts, *CASTS):
-        counts = counts.args[0]  # type: ignore[union-attr,assignment]
+        counts = counts.args[0]  # type: ignore[union-attr]
     if not is_call(counts, aten.histc, aten.bincount) or not isinstance(counts, Node):
         return None
     named = arguments(counts)

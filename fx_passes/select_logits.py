@@ -7,7 +7,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, aten, shape_of, tensor_value
+from kvpass.fx_passes.graph import CapturedGraph, aten, expression, shape_of, tensor_value
 
 PAGED = ("kvpass::paged_attention", "kvpass::write_cache")
 
@@ -34,7 +34,7 @@ def select_logits(captured: CapturedGraph, logits_index: Node) -> None:
 
 def _narrow_waist(captured: CapturedGraph) -> Node:
     """The earliest node after the last paged op that alone carries tokens to the logits."""
-    order = list(captured.graph.nodes)
+    order: list[Node] = list(captured.graph.nodes)
     place = {n: i for i, n in enumerate(order)}
     last = max((i for i, n in enumerate(order) if _schema(n) in PAGED), default=0)
     carriers = [n for n in order if _carries_tokens(n)]
@@ -59,12 +59,7 @@ def _carries_tokens(node: Node) -> bool:
         return False
     values = node.meta.get("val")
     tensors = values if isinstance(values, (tuple, list)) else [values]
-    return any(
-        isinstance(s, torch.SymInt) and bool(s.node.expr.free_symbols)
-        for t in tensors
-        if isinstance(t, torch.Tensor)
-        for s in t.shape
-    )
+    return any(bool(expression(s).free_symbols) for t in tensors if isinstance(t, torch.Tensor) for s in t.shape)
 
 
 def _token_dim(captured: CapturedGraph, node: Node) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -148,8 +149,9 @@ class ShapeEvaluator:
     def number(self, value: Any, batch: int, length: int) -> Any:
         """A symbolic number at a batch size and length."""
         result = expression(value).subs({self.captured.batch: batch, self.captured.length: length})
-        if not result.is_number and result not in (True, False):
+        truth = isinstance(result, sympy.logic.boolalg.BooleanAtom)
+        if not truth and not result.is_number:
             raise CannotEvaluate(f"the size {value} depends on the tokens")
-        if isinstance(value, torch.SymBool) or result in (True, False):
+        if truth:
             return bool(result)
         return float(result) if isinstance(value, torch.SymFloat) else int(result)

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvpass.errors import KvpassError, RefusedError
-from kvpass.terminal import error_line, output, show_report
+from kvpass.terminal import error_line, output
 
 REFUSED, UNUSABLE, INTERRUPTED = 1, 2, 130
 # typer exports none of the classes between BadParameter and Exception, and they are click's or its own by version.
@@ -141,7 +141,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        show_report(output(), report)
+        output().print(report)
     if report.refusals or (report.verification is not None and not report.verification.passed):
         raise typer.Exit(REFUSED)
 

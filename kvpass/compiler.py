@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 
 from kvpass.adapters import MODEL, LogitsModel, check_example, end_of_sequence, example_for, for_capture
 from kvpass.config import CacheConfig
@@ -138,9 +139,9 @@ def _with_verification(report: RewriteReport, found: Comparison) -> RewriteRepor
 
 def _vocabulary(captured: CapturedGraph) -> int:
     """Number of token ids that the model can look up; the width of its logits where no table says."""
-    rows = [
-        int(shape_of(user.args[0])[0])
-        for user in captured.input_ids.users
-        if is_call(user, aten.embedding) and user.args[1] is captured.input_ids
-    ]
+    rows: list[int] = []
+    for user in captured.input_ids.users:
+        table = user.args[0]
+        if is_call(user, aten.embedding) and user.args[1] is captured.input_ids and isinstance(table, Node):
+            rows.append(int(shape_of(table)[0]))
     return min(rows, default=int(shape_of(captured.output)[-1]))

@@ -25,7 +25,7 @@ from kvpass.measure import (
 )
 from kvpass.models.pydecoder import CHECKPOINT, PyDecoder, load, load_tokenizer
 from kvpass.runtime.stats import EngineStats
-from kvpass.terminal import heading, line, mebibytes, print_table, progress_bar, show_report, stage
+from kvpass.terminal import heading, line, mebibytes, progress_bar, stage
 from kvpass.text_stream import TextStream, TextsView, label_of
 
 # A module of the held-out text, of which about 1000 tokens stand before the line at which the prompts part.
@@ -34,7 +34,7 @@ PARTING = "    def empty(self):"
 STUBS = (
     "    def empty(self):\n",
     "    def run(self, blocking=True):\n",
-    "    def __len__(self):\n        return ",
+    "    def __len__(self):\n",
     "    def get(self, time, priority=0):\n",
 )
 MEMORY = "16MiB"
@@ -103,7 +103,7 @@ def run(
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     with stage(console, "rewrite it and verify the rewrite"):
         engine = compile(model, CacheConfig(memory=MEMORY))
-    show_report(console, engine.report)
+    console.print(engine.report)
     heading(console, f"{len(ids)} prompts of {min(map(len, ids))} to {max(map(len, ids))} tokens, continued at once")
     stats, shared, used = stream(console, engine, tokenizer, prompts, ids, sizes.new_tokens)
     peer = ContiguousDecoder(model, len(ids), max(map(len, ids)) + sizes.new_tokens)
@@ -157,7 +157,7 @@ def show_figures(console: Console, figures: DemoFigures, engine: Engine) -> None
             f"{timing.seconds_to_start:.2f}",
             "" if name == PAGED else f"{figures.times_faster_than(name):.2f}x as fast",
         )
-    print_table(console, table)
+    console.print(table)
     heading(console, "memory of the cache")
     stats = figures.stats
     for text in (

@@ -5,22 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from kvpass.report import RewriteReport
 
 WIDTH_IN_A_PIPE = 160
 
 
 def output() -> Console:
-    """Standard output."""
-    return Console(highlight=False)
+    """Standard output; tables are as wide as the terminal allows, and elsewhere as wide as they want to be."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH_IN_A_PIPE)
 
 
 def error_line(text: str) -> None:
@@ -37,16 +33,6 @@ def heading(console: Console, text: str) -> None:
 def line(console: Console, text: str, style: str | None = None) -> None:
     """One line, however wide."""
     console.print(Text(text, style=style or ""), soft_wrap=True)
-
-
-def print_table(console: Console, table: Table) -> None:
-    """Print a table as wide as the terminal allows; elsewhere as wide as it wants to be."""
-    console.print(table, width=None if console.is_terminal else WIDTH_IN_A_PIPE, crop=False)
-
-
-def show_report(console: Console, report: RewriteReport) -> None:
-    """Print a report as wide as the terminal allows; elsewhere as wide as it wants to be."""
-    console.print(report, width=None if console.is_terminal else WIDTH_IN_A_PIPE, crop=False)
 
 
 def mebibytes(count: int) -> str:

@@ -172,3 +172,56 @@ class PostNormResidual(nn.Module):
         for mix, attention, norm in zip(self.mix, self.attention, self.norms, strict=True):
             x = norm(mix * x + (1 - mix) * first + attention(x))
         return 15 * torch.tanh(self.head(x) / 15)
+
+
+class FirstValuesMixedIn(nn.Module):
+    """Every layer's values are mixed with those of the first layer (arXiv:2410.17897)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.qkv = nn.ModuleList(nn.Linear(DIM, 3 * DIM) for _ in range(3))
+        self.out = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
+        self.share = nn.Parameter(torch.full((3,), 0.5))
+        self.norm = RMSNorm(DIM)
+        self.head = nn.Linear(DIM, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, first = self.embed(input_ids), None
+        for qkv, out, share in zip(self.qkv, self.out, self.share, strict=True):
+            q, k, v = qkv(self.norm(x)).unflatten(-1, (3, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+            first = v if first is None else first
+            x = x + out(causal_sdpa(q, k, torch.lerp(v, first, share)))
+        return self.head(self.norm(x))
+
+
+class TwoStreams(nn.Module):
+    """Two residual streams `[B, 2, S, E]`, mixed by a small matrix around each block (arXiv:2409.19606)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.blocks = nn.ModuleList(Block(Attention(), GeluMLP(DIM, DIM)) for _ in range(2))
+        self.mix = nn.Parameter(torch.zeros(2, 2, 2))
+        self.read = nn.Parameter(torch.zeros(2, 2))
+        self.norm = RMSNorm(DIM)
+        self.head = nn.Linear(DIM, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        streams = self.embed(input_ids).unsqueeze(1).repeat(1, 2, 1, 1)
+        for block, mix, read in zip(self.blocks, self.mix, self.read, strict=True):
+            out = block(torch.einsum("i,bise->bse", 1 + read, streams))
+            streams = streams + torch.einsum("ij,bjse->bise", mix, streams) + out.unsqueeze(1)
+        return self.head(self.norm(streams.sum(dim=1)))
+
+
+class BatchNormInEval(nn.Module):
+    """BatchNorm over channels: in eval mode its statistics are constants, and tokens stay apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(DIM)
+        self.inner = GeluMLP(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.norm(x.transpose(1, 2)).transpose(1, 2))

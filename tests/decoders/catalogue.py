@@ -1,6 +1,9 @@
-"""Every decoder that must come out of kvpass with the same greedy tokens: name -> `build(seed)`."""
+"""The decoders under test: name -> `build(seed)`.
 
-from tests.decoders import blocks, forms, heads, layouts, masks, positions, scores
+Those of `DECODERS` must come out of kvpass with the same greedy tokens; those of `UNUSUAL` with the same, or refused.
+"""
+
+from tests.decoders import blocks, forms, heads, layouts, masks, positions, scores, unusual_attention
 from tests.decoders.skeleton import DIM, Builder, Decoder, GeluMLP, decoder, decoder_around, in_turn
 
 # Attention that leaves out most of the 60 tokens of a long prompt, even over two layers.
@@ -61,9 +64,7 @@ DECODERS: dict[str, Builder] = {
     # scores
     "softcap and q/k norms": decoder_around(scores.SoftcapAndNorms),
     "sink column": decoder_around(scores.SinkColumn),
-    "softmax plus one": decoder_around(scores.OffByOneSoftmax),
-    "differential, one value": decoder_around(scores.Differential),
-    "differential, two attentions": decoder_around(scores.TwoPassDifferential),
+    "differential": decoder_around(scores.Differential),
     "temperature per head": decoder_around(scores.PerHeadTemperature),
     # blocks
     "experts, dense": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.DenseExperts)),
@@ -74,6 +75,9 @@ DECODERS: dict[str, Builder] = {
     "one block run three times": decoder(blocks.UniversalDecoder),
     "keys and values shared across layers": decoder(blocks.CrossLayerSharing),
     "post-norm with the embedding mixed in": decoder(blocks.PostNormResidual),
+    "values of the first layer mixed in": decoder(blocks.FirstValuesMixedIn),
+    "two residual streams": decoder(blocks.TwoStreams),
+    "batch norm in eval mode": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.BatchNormInEval)),
     # forms
     "position_ids required": decoder(forms.AsksForPositions),
     "position_ids optional": decoder(forms.MayTakePositions),
@@ -83,4 +87,19 @@ DECODERS: dict[str, Builder] = {
     "keyword left alone": decoder(lambda: forms.OnlyTheLastWhenAsked(heads.RepeatInterleave)),
     # sizes
     "one layer": decoder(lambda: Decoder(heads.RepeatInterleave, lambda: GeluMLP(DIM, DIM), num_layers=1)),
+}
+
+UNUSUAL: dict[str, Builder] = {
+    "softmax plus one": decoder_around(unusual_attention.OffByOneSoftmax),
+    "softmaxes subtracted before the values": decoder_around(unusual_attention.Differential),
+    "masked after the softmax": decoder_around(unusual_attention.MaskedAfterSoftmax),
+    "masked exp": decoder_around(unusual_attention.MaskedExp),
+    "scores times the mask": decoder_around(unusual_attention.MultipliedMask),
+    "exp of log_softmax": decoder_around(unusual_attention.ExpOfLogSoftmax),
+    "sigmoid weights": decoder_around(unusual_attention.SigmoidWeights),
+    "null key": decoder_around(unusual_attention.NullKey),
+    "bias key of nn.MultiheadAttention": decoder_around(unusual_attention.BiasKeyOfTorch),
+    "keys by distance": decoder_around(unusual_attention.KeysByDistance),
+    "forget gates": decoder_around(unusual_attention.ForgetGates),
+    "begins with a learned token": decoder(unusual_attention.BeginsWithALearnedToken),
 }

@@ -30,6 +30,7 @@ FIRST, SECOND = "layers.0.mixer", "layers.1.mixer"
 AHEAD = r"causal|ahead|later|future"
 LENGTH = r"length|number of tokens|shape"
 TIME = r"token|time|position"
+VIEW = r"view|reshape|" + TIME
 LAST = r"slice|select|last|" + TIME
 
 REFUSED: dict[str, Expected] = {
@@ -73,4 +74,17 @@ REFUSED: dict[str, Expected] = {
     "place counted from the end": Expected(after_attention(mixing.CountsFromTheEnd), LENGTH + r"|position", SECOND),
     "state kept in a buffer": Expected(after_attention(mixing.KeepsState), r"buffer|state|mutat|in.place|mean", ""),
     "last token everywhere": Expected(after_attention(mixing.LastTokenEverywhere), LAST, SECOND),
+    "token before by index": Expected(after_attention(mixing.ShiftedByIndex), r"index|" + TIME, SECOND),
+    "view instead of transpose": Expected(after_attention(mixing.ViewInsteadOfTranspose), VIEW, SECOND),
+    "sliding sum by unfold": Expected(after_attention(mixing.SlidingSum), r"pad|unfold|" + TIME, SECOND),
+    "group norm over time": Expected(after_attention(mixing.GroupNormOverTime), r"norm|" + TIME, SECOND),
+    "unit length over time": Expected(after_attention(mixing.UnitLengthOverTime), r"norm|" + TIME, SECOND),
+    "softmax over time": Expected(after_attention(mixing.SoftmaxOverTime), r"softmax", SECOND),
+    "largest so far": Expected(after_attention(mixing.LargestSoFar), r"cummax|cumulative", SECOND),
+    "largest of all": Expected(after_attention(mixing.LargestOfAll), r"max", SECOND),
+    "sorted tokens": Expected(after_attention(mixing.SortedTokens), r"sort", SECOND),
+    "Fourier over time": Expected(after_attention(mixing.FourierOverTime), r"fft", SECOND),
+    "pooled tokens": Expected(after_attention(mixing.PooledTokens), r"pad|pool", SECOND),
+    "experts choose tokens": Expected(after_attention(mixing.ExpertsChooseTokens), r"top-?k|sort|" + TIME, SECOND),
+    "experts with a capacity": Expected(after_attention(mixing.ExpertsWithCapacity), r"cumsum|cumulative", SECOND),
 }

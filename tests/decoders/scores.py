@@ -1,4 +1,4 @@
-"""What else may happen to the scores: soft caps, norms, sinks, a second softmax taken away."""
+"""What else may happen to the scores: soft caps, norms, sinks, a second attention taken away."""
 
 import torch
 import torch.nn.functional as F
@@ -55,46 +55,8 @@ class SinkColumn(nn.Module):
         return self.out(torch.matmul(weights, v).transpose(1, 2).reshape(b, s, DIM))
 
 
-class OffByOneSoftmax(nn.Module):
-    """exp over one plus the sum of exp: a sink of logit zero, written by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(DIM, 3 * DIM)
-        self.out = nn.Linear(DIM, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(part) for part in self.qkv(x).chunk(3, dim=-1))
-        scores = q @ k.mT * HEAD_DIM**-0.5
-        scores = scores.masked_fill(future(x.size(1), x.device), -torch.inf)
-        largest = scores.amax(-1, keepdim=True).clamp(min=0)
-        weights = (scores - largest).exp()
-        weights = weights / (weights.sum(-1, keepdim=True) + (-largest).exp())
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
-
-
 class Differential(nn.Module):
-    """Two softmaxes over halves of the heads, the second subtracted with a learned weight (arXiv:2410.05258)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
-        self.weight = nn.Parameter(torch.full((1,), 0.6))
-        self.norm = RMSNorm(2 * HEAD_DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q1, q2 = split_heads(self.q(x)).chunk(2, dim=1)
-        k1, k2 = split_heads(self.k(x)).chunk(2, dim=1)
-        v = split_heads(self.v(x), 2 * HEAD_DIM)
-        hidden = future(x.size(1), x.device)
-        first = (q1 @ k1.mT * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf).softmax(-1)
-        second = (q2 @ k2.mT * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf).softmax(-1)
-        out = (first - self.weight * second) @ v
-        return self.out(self.norm(out).transpose(1, 2).flatten(2))
-
-
-class TwoPassDifferential(nn.Module):
-    """The same idea as two whole attentions whose outputs are subtracted."""
+    """Two whole attentions, the second subtracted with a learned weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -119,3 +119,105 @@ class KeepsState(nn.Module):
 class LastTokenEverywhere(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + x[:, -1:]
+
+
+# --- the token axis under another name -----------------------------------------------------------------------------
+
+
+class ShiftedByIndex(nn.Module):
+    """The token before, fetched by an index."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, (torch.arange(x.size(1), device=x.device) - 1).clamp(min=0)]
+
+
+class ViewInsteadOfTranspose(nn.Module):
+    """`view` where `transpose` was meant: channels of one token land among those of another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, e = x.shape
+        return x.contiguous().view(b, e, s).transpose(1, 2)
+
+
+class SlidingSum(nn.Module):
+    """Windows of three tokens by `unfold`, summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).sum(-1)
+
+
+class GroupNormOverTime(nn.Module):
+    """GroupNorm on channels-first tensors takes its mean over the tokens as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+class UnitLengthOverTime(nn.Module):
+    """`F.normalize` with its default dim, which is the token axis here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x)
+
+
+class SoftmaxOverTime(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.softmax(dim=1)
+
+
+class LargestSoFar(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cummax(dim=1).values
+
+
+class LargestOfAll(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.amax(dim=1, keepdim=True)
+
+
+class SortedTokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort(dim=1).values
+
+
+class FourierOverTime(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x, dim=1).real
+
+
+class PooledTokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool1d(F.pad(x.transpose(1, 2), (2, 0)), 3, stride=1).transpose(1, 2)
+
+
+class ExpertsChooseTokens(nn.Module):
+    """Each expert takes the token with its highest score in the sequence (arXiv:2202.09368)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(DIM, 4)
+        self.experts = nn.Parameter(torch.zeros(4, DIM, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        weights = scores.softmax(-1) * (scores >= scores.topk(1, dim=1).values)
+        return torch.einsum("bse,nef,bsn->bsf", x, self.experts, weights)
+
+
+class ExpertsWithCapacity(nn.Module):
+    """An expert drops the tokens that come after its first eight in the batch (arXiv:2101.03961)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(DIM, 4)
+        self.experts = nn.Parameter(torch.zeros(4, DIM, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, DIM)
+        chosen = F.one_hot(self.router(tokens).argmax(-1), 4)
+        kept = chosen * (chosen.cumsum(dim=0) <= 8)
+        return torch.einsum("te,nef,tn->tf", tokens, self.experts, kept.to(x.dtype)).view_as(x)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kvpass
-from tests.decoders.catalogue import DECODERS
+from tests.decoders.catalogue import DECODERS, UNUSUAL
 from tests.decoders.skeleton import VOCAB
 from tests.parity.harness import CONFIG, SEED, assert_tokens_equal, original_logits, ragged_prompts
 from tests.parity.paged_logits import paged_logits
@@ -74,6 +74,18 @@ def test_same_tokens_when_little_fits_at_once(name: str) -> None:
     engine = kvpass.compile(copy.deepcopy(model), tight)
     assert_tokens_equal(model, engine, ragged_prompts(VOCAB, seed=2))
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_spelling_is_right_or_refused(name: str) -> None:
+    model = UNUSUAL[name](SEED)
+    try:
+        # Without the verification: what the passes accept has to be right by itself.
+        engine = kvpass.compile(copy.deepcopy(model), CONFIG, verify=False)
+    except kvpass.RefusedError as error:
+        assert error.report.refusals
+        return
+    assert_tokens_equal(model, engine, ragged_prompts(VOCAB))
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 64])

@@ -1,0 +1,133 @@
+"""Does a token cost more the more tokens there are, by more than the attention over them?
+
+Generates with kvpass and, at lengths from 64 to 4096, times the steps of the engine, and right after them attention by
+itself: the op ``kvpass::paged_attention`` with the shapes of that step, once for each layer. Had kvpass a cost of its
+own that grows with the length, the steps would grow by more than attention does.
+
+    python benchmarks/decode_growth.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+import kvpass
+from kvpass.engine import Engine
+from kvpass.kernels.formats import allocate_cache
+from kvpass.measure import TO_THE_END, write_result
+from kvpass.models.pydecoder import PyDecoder, PyDecoderConfig, load
+from kvpass.terminal import output
+from kvpass.types import CachePlan, dtype_name
+
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 3072, 4096)
+PROMPT = 16  # tokens, so that all the others are generated
+AROUND = 12  # steps on each side of a length that count for it
+
+
+def build_engine(random: bool, batch: int, longest: int) -> Engine:
+    if random:
+        torch.manual_seed(0)
+        model = PyDecoder(PyDecoderConfig(d_model=512, num_layers=8, num_heads=8, num_kv_heads=4, d_ff=1536)).eval()
+    else:
+        model = load()
+    blocks = batch * -(-(longest + 1) // 32)
+    config = kvpass.CacheConfig(num_blocks=blocks, max_length=longest + 1, prefix_sharing=False)
+    return kvpass.compile(model, config, verify=False)
+
+
+class Attention:
+    """The attention of one decode step of all layers, and nothing else."""
+
+    def __init__(self, plan: CachePlan, heads: int, batch: int, longest: int) -> None:
+        self.size = plan.block_size
+        self.per_sequence = -(-(longest + 1) // self.size)
+        self.caches = [allocate_cache(spec, batch * self.per_sequence, self.size, "cpu") for spec in plan.caches]
+        self.queries = [torch.randn(batch, heads, spec.key_dim) for spec in plan.caches]
+        self.scale = plan.caches[0].key_dim ** -0.5
+        self.query_start = torch.arange(batch + 1)
+
+    def __call__(self, length: int) -> list[Tensor]:
+        batch = len(self.query_start) - 1
+        # Fresh tensors, as in every step of the engine: the layers share one layout, different steps do not.
+        tables = torch.arange(batch * self.per_sequence).view(batch, -1)[:, : -(-length // self.size)].contiguous()
+        lengths = torch.full((batch,), length)
+        return [
+            torch.ops.kvpass.paged_attention(query, keys, values, tables, lengths, self.query_start, self.scale)
+            for query, (keys, values) in zip(self.queries, self.caches, strict=True)
+        ]
+
+
+def attention_seconds(attention: Attention, length: int) -> float:
+    seconds = []
+    with torch.inference_mode():
+        for now in range(length - AROUND, length + AROUND + 1):
+            began = time.perf_counter()
+            attention(now)
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def measure(engine: Engine, attention: Attention, batch: int, lengths: tuple[int, ...]) -> dict[int, list[float]]:
+    """Median seconds of a step, and of attention alone, at each length."""
+    prompts = [[(7 * row + column) % 251 + 1 for column in range(PROMPT)] for row in range(batch)]
+    tokens = engine.stream(prompts, max(lengths) + AROUND - PROMPT, TO_THE_END)
+    found: dict[int, list[float]] = {}
+    near: list[float] = []
+    for length in range(PROMPT + 1, max(lengths) + AROUND + 1):
+        began = time.perf_counter()
+        for _ in range(batch):
+            next(tokens)
+        seconds = time.perf_counter() - began
+        if any(abs(length - each) <= AROUND for each in lengths):
+            near.append(seconds)
+        if length - AROUND in lengths:
+            found[length - AROUND] = [statistics.median(near), attention_seconds(attention, length - AROUND)]
+            near = []
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4, help="sequences at once (default 4)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs, of which medians are taken (default 3)")
+    parser.add_argument("--longest", type=int, default=max(LENGTHS), help="longest length (default 4096)")
+    parser.add_argument("--random", action="store_true", help="a larger model of random weights, not the shipped one")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    options = parser.parse_args()
+    lengths = tuple(length for length in LENGTHS if length <= options.longest)
+    engine = build_engine(options.random, options.batch, max(lengths) + AROUND)
+    attention = Attention(engine.plan, engine.report.sites[0].query_heads, options.batch, max(lengths) + AROUND)
+    runs = [measure(engine, attention, options.batch, lengths) for _ in range(options.repeats + 1)][1:]
+    table = Table(title=f"one decode step, {options.batch} sequences, {dtype_name(engine.caches[0][0].dtype)}")
+    for name in (
+        "length",
+        "step, ms",
+        "attention, ms",
+        "step grew, ms",
+        "attention grew, ms",
+        "step without attention",
+    ):
+        table.add_column(name, justify="right")
+    rows = []
+    for length in lengths:
+        step, alone = (1000 * statistics.median(run[length][column] for run in runs) for column in (0, 1))
+        first = rows[0] if rows else {"step_ms": step, "attention_ms": alone}
+        rows.append({"length": length, "step_ms": round(step, 4), "attention_ms": round(alone, 4)})
+        grew, attention_grew = step - first["step_ms"], alone - first["attention_ms"]
+        columns = (f"{length}", f"{step:.3f}", f"{alone:.3f}", f"{grew:.3f}", f"{attention_grew:.3f}")
+        table.add_row(*columns, f"{step - alone:.3f}")
+    output().print(table)
+    name = "decode_growth_random" if options.random else "decode_growth"
+    chosen = {"batch": options.batch, "repeats": options.repeats, "random": options.random}
+    output().print(f"written to {write_result(options.results, name, chosen, rows)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
