@@ -120,10 +120,11 @@ def merge_dims(dims: list[Dim]) -> Dim:
     for dim in dims:
         if not dim or dim == result:
             continue
-        if not result or _yields_to(result, dim):
-            result = dim
-        elif not _yields_to(dim, result):
+        if result and _yields_to(dim, result):
+            continue
+        if result and not _yields_to(result, dim):
             raise MixesTokens(f"lines up {_name(result)} with {_name(dim)}")
+        result = dim
     return result
 
 

@@ -211,6 +211,8 @@ def refuse(captured: CapturedGraph, node: Node, reason: str, pass_name: str) -> 
 def _whole(value: object) -> set[int]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return set()
+    if isinstance(value, float) and value <= -1e3:  # what hides a key, not a size
+        return set()
     return {abs(int(value))} if value == value and abs(value) < FULL and float(value).is_integer() else set()
 
 

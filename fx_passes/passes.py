@@ -35,10 +35,11 @@ def passes(config: CacheConfig) -> tuple[Pass, ...]:
 
 @dataclass
 class PassLog:
-    """What a run of passes gave: refusals, and seconds by pass."""
+    """What a run of passes gave: refusals, seconds by pass, and what broke, if a pass did."""
 
     refusals: list[Refusal] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    error: Exception | None = None
 
 
 def run_passes(captured: CapturedGraph, ordered: Sequence[Pass]) -> PassLog:
@@ -46,7 +47,13 @@ def run_passes(captured: CapturedGraph, ordered: Sequence[Pass]) -> PassLog:
     log = PassLog()
     for step in ordered:
         start = time.perf_counter()
-        log.refusals += step.apply(captured).refusals
+        try:
+            log.refusals += step.apply(captured).refusals
+        except Exception as error:  # fail closed: what a pass cannot handle is not rewritten
+            reason = f"the pass failed, which is a defect of kvpass worth a report: {type(error).__name__}: {error}"
+            log.refusals.append(Refusal(reason, pass_name=step.name))
+            log.error = error
+            break
         log.seconds[step.name] = time.perf_counter() - start
     if not log.refusals and not attention_sites(captured):
         reason = "no attention was found: there is nothing to cache"

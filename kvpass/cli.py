@@ -93,7 +93,9 @@ def generate(
     prompt: Annotated[
         list[str], typer.Option("--prompt", "-p", help="Text to continue, or token ids as 17,4,256; may be repeated.")
     ],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most new tokens of each prompt.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most new tokens of each prompt.")
+    ] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens with this probability together.")] = 1,
     top_k: Annotated[int, typer.Option(help="Choose among this many of the likeliest tokens; 0 for all.")] = 0,

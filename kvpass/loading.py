@@ -82,28 +82,30 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}") from error
 
 
-def encode_prompt(loaded: LoadedModel, prompt: str) -> list[int]:
-    """Token ids of a prompt: by the tokenizer, or the numbers in it where there is none.
+def encode_prompts(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt: by the tokenizer, or the numbers in it where there is none.
 
     Raises:
-        InputError: if there is no tokenizer and the prompt is not numbers.
+        InputError: if a prompt has no tokens, or there is no tokenizer and it is not numbers.
     """
+    return [_encode(loaded, prompt, number) for number, prompt in enumerate(prompts, 1)]
+
+
+def _encode(loaded: LoadedModel, prompt: str, number: int) -> list[int]:
     if loaded.tokenizer is not None:
         ids: list[int] = loaded.tokenizer.encode(prompt).ids
-        return ids
-    words = re.split(r"[,\s]+", prompt.strip().strip("[]").strip(", "))
-    try:
-        return [int(word) for word in words if word]
-    except ValueError:
-        raise InputError(
-            f"{loaded.name} has no tokenizer and the prompt {prompt!r} is no list of token ids: write them as 17,4,256 "
-            f"or give --tokenizer FILE"
-        ) from None
-
-
-def encode_prompts(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
-    """:func:`encode_prompt` of each."""
-    return [encode_prompt(loaded, prompt) for prompt in prompts]
+    else:
+        words = re.split(r"[,\s]+", prompt.strip(" []"))
+        try:
+            ids = [int(word) for word in words if word]
+        except ValueError:
+            raise InputError(
+                f"{loaded.name} has no tokenizer and prompt {number} is no list of token ids: write it as 17,4,256 or "
+                f"give --tokenizer FILE"
+            ) from None
+    if not ids:
+        raise InputError(f"prompt {number} is empty: a model needs at least one token to continue")
+    return ids
 
 
 def _load_folder(name: str, folder: Path) -> LoadedModel:
