@@ -57,7 +57,9 @@ def main() -> None:
     options = parser.parse_args()
     model = load()
     longest = options.longest + options.steps + 1
-    engine = kvpass.compile(model, kvpass.CacheConfig(memory="256MiB", max_length=longest))
+    one_step = max(BATCHES) * longest  # see EngineDecoder
+    config = kvpass.CacheConfig(memory="256MiB", max_length=longest, max_batch_tokens=one_step)
+    engine = kvpass.compile(model, config)
     text = read_held_out(CHECKPOINT)[0].tolist()
     table = Table(title="decoding, tokens per second")
     for name in ("batch", "context", "kvpass", "contiguous", "no cache", "times contiguous", "times no cache"):

@@ -9,10 +9,11 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 import kvpass  # noqa: F401 - registers the kvpass:: ops
 from kvpass.fx_passes.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH, capture
-from kvpass.fx_passes.graph import CapturedGraph, module_path, shape_of, tensor_value
+from kvpass.fx_passes.graph import CapturedGraph, expression, module_path, shape_of, tensor_value
 
 
 class Attention(nn.Module):
@@ -20,7 +21,7 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.out = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, width, bias=False) for width in (8, 4, 4, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -39,7 +40,7 @@ class TinyDecoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(16, 8), nn.Embedding(64, 8)
-        self.attention, self.head = Attention(), nn.Linear(8, 16)
+        self.attention, self.head = Attention(), nn.Linear(8, 16, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
@@ -53,25 +54,35 @@ def captured(model: nn.Module | None = None) -> CapturedGraph:
     return capture(model, (torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.int64),))
 
 
-def show(graph: CapturedGraph, module: str | None = None) -> None:
+def show(graph: CapturedGraph, module: str = "") -> None:
     """Print the calls of a graph, or those made by one module: name, op, operands, shape (b batch, s length)."""
     for node in graph.graph.nodes:
-        if node.op == "call_function" and (module is None or module_path(node, graph).startswith(module)):
-            print(line(graph, node))
+        if node.op == "call_function" and module_path(node, graph).startswith(module) and not is_size(node):
+            print(f"{node.name:<24} {call(graph, node)}{shape(graph, node)}")
 
 
-def line(graph: CapturedGraph, node: Node) -> str:
-    """One call in one line."""
+def is_size(node: Node) -> bool:
+    """Whether a node is a number, such as the batch size."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def call(graph: CapturedGraph, node: Node) -> str:
+    """Op and operands; sizes by their letter."""
     packet = getattr(node.target, "overloadpacket", node.target)
     name = getattr(packet, "_qualified_op_name", "").removeprefix("aten::") or packet.__name__
-    operands = [str(operand).removeprefix("torch.") for operand in node.args]
-    operands += [f"{key}={value}" for key, value in node.kwargs.items() if key not in ("device", "pin_memory")]
-    return f"{node.name:<18} {name}({', '.join(operands)})".replace("9223372036854775807", "end") + shape(graph, node)
+    args = map_arg(node.args, lambda n: letters(graph, n.meta["val"]) if is_size(n) else n)
+    kwargs = {key: value for key, value in node.kwargs.items() if key not in ("device", "pin_memory")}
+    operands = [*(str(a) for a in args), *(f"{key}={value}" for key, value in kwargs.items())]
+    return f"{name}({', '.join(operands)})".replace("torch.", "")
 
 
 def shape(graph: CapturedGraph, node: Node) -> str:
-    """The shape of a tensor; nothing for a number."""
+    """The shape of a tensor; nothing for what is none."""
     if tensor_value(node) is None:
         return ""
-    names = {graph.batch: sympy.Symbol("b"), graph.length: sympy.Symbol("s")}
-    return f"  [{', '.join(str(size.subs(names)) for size in shape_of(node))}]"
+    return f"  [{', '.join(str(letters(graph, size)) for size in shape_of(node))}]"
+
+
+def letters(graph: CapturedGraph, size: object) -> sympy.Expr:
+    """A size in b and s."""
+    return expression(size).subs({graph.batch: sympy.Symbol("b"), graph.length: sympy.Symbol("s")})

@@ -81,11 +81,13 @@ def group_norm(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     return axes
 
 
-def batch_norm(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
-    """With running statistics it is elementwise."""
+def batch_norm(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
+    """With running statistics it is elementwise; saved statistics are empty then."""
     if named.get("training"):
         raise MixesTokens("normalises over the batch and the tokens")
-    return inference.axes(named["input"])
+    axes, val = inference.axes(named["input"]), node.meta["val"]
+    saved = [tuple(plain(expression(s)) for s in v.shape) for v in val[1:]] if isinstance(val, (tuple, list)) else []
+    return Several((axes, *saved)) if isinstance(val, (tuple, list)) else axes
 
 
 def product(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
@@ -109,6 +111,8 @@ def _is_bias(inference: Inference, added: Node, axes: Axes) -> bool:
 
 def attention(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     """A dense attention: rows are those of the query, each from its own token and those that the mask shows it."""
+    if is_call(node, aten.scaled_dot_product_attention) and not inference.with_scores:
+        raise MixesTokens("multiplies tokens with tokens: an attention that was not recognised")
     query, key, value = (inference.axes(named[name]) for name in ("query", "key", "value"))
     for axes in (query, key, value):
         if kinds_in(axes[-2]) != {Kind.TOKEN} or not is_free(axes[-1]):
@@ -123,6 +127,8 @@ def convolution(inference: Inference, node: Node, named: dict[str, Any]) -> Axes
     numbers = (*named.get("padding", ()), *named.get("output_padding", ()))
     if any(k != 1 for k in kernel) or any(s != 1 for s in named["stride"]) or any(p != 0 for p in numbers):
         raise MixesTokens("is a convolution: it reads neighbouring positions")
+    if len(axes) != len(shape_of(named["weight"])) or not is_free(axes[1]):
+        raise MixesTokens("is a convolution whose channels are no features of one token")
     return (axes[0], plain(shape_of(node)[1]), *axes[2:])
 
 
@@ -158,8 +164,8 @@ def one_hot(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
 
 def first_operand(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     """Elementwise in the first operand; the others are parameters of the op."""
-    if any(inference.is_data(n) for n in inference.tensors(node)[1:]):
-        raise MixesTokens("takes its parameters from the tokens")
+    if any(inference.kinds[n] is not Dependence.CONSTANT for n in inference.tensors(node)[1:]):
+        raise MixesTokens("takes its parameters from the tokens or their number")
     return inference.axes(node.args[0])
 
 

@@ -55,7 +55,7 @@ class Canonicalize:
                     continue
                 with captured.graph.inserting_before(node):
                     replacement = rule(captured, node)
-                if replacement is not None and replacement is not node:
+                if replacement is not None and replacement is not node and _same_tensor(replacement, node):
                     node.replace_all_uses_with(replacement)
                     captured.graph.erase_node(node)
                     rewritten, changed = rewritten + 1, True
@@ -209,7 +209,8 @@ def _softmax(captured: CapturedGraph, node: Node, top: object, bottom: object) -
     if dim is not None:
         return emit(captured, aten.softmax.int, top.args[0], dim, like=node)
     if is_call(bottom, aten.add) and isinstance(bottom, Node):
-        for total, extra in (bottom.args[:2], bottom.args[1::-1]):
+        pairs = (bottom.args[:2], bottom.args[1::-1]) if arguments(bottom)["alpha"] == 1 else ()
+        for total, extra in pairs:
             dim = _summed_dim(top, total)
             if dim is not None and _is_exp_of_zero(top, extra):
                 return _softmax_with_sink_of_zero(captured, node, top, dim)

@@ -17,6 +17,7 @@ from kvpass.errors import CaptureError
 from kvpass.fx_passes.graph import CapturedGraph, aten, expression
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
+LONGEST_TRIED = 4096  # longest sequence on which model and graph are compared
 
 
 def _decompose_einsum(equation: str, tensors: list[Tensor], path: list[int] | None = None) -> Any:
@@ -53,7 +54,9 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str = "")
             f"torch.export could not capture the model: {first}\n"
             "kvpass needs a forward without data-dependent Python control flow; the original error is chained above."
         ) from error
-    return _to_graph(program, path_prefix)
+    captured = _to_graph(program, path_prefix)
+    captured.max_length = _longest_valid(captured, model)
+    return captured
 
 
 @contextmanager
@@ -74,7 +77,8 @@ def _takes_varargs(model: nn.Module) -> bool:
 def _to_graph(program: ExportedProgram, path_prefix: str) -> CapturedGraph:
     signature = program.graph_signature
     if signature.buffers_to_mutate:
-        names = ", ".join(sorted(set(signature.buffers_to_mutate.values())))
+        paths = sorted(set(signature.buffers_to_mutate.values()))
+        names = ", ".join(path.removeprefix(f"{path_prefix}.") for path in paths)
         raise CaptureError(f"the forward writes to the buffers {names}: a paged step cannot reproduce such state")
     if signature.user_inputs_to_mutate:
         raise CaptureError("the forward changes its input tensors in place")
@@ -94,9 +98,8 @@ def _to_graph(program: ExportedProgram, path_prefix: str) -> CapturedGraph:
     for name, child in program.graph_module.named_children():
         module.add_module(name, child)
     graph_module = GraphModule(module, graph)
-    return _check_shapes(
-        program, CapturedGraph(graph_module, *_symbols(inputs), *_named(inputs), path_prefix=path_prefix)
-    )
+    captured = CapturedGraph(graph_module, *_symbols(inputs), *_named(inputs), path_prefix=path_prefix)
+    return _check_shapes(captured)
 
 
 def _hold_tensors(program: ExportedProgram) -> tuple[nn.Module, dict[str, str]]:
@@ -139,12 +142,68 @@ def _named(inputs: list[Node]) -> tuple[Node, Node | None]:
     return inputs[0], inputs[1] if len(inputs) > 1 else None
 
 
-def _check_shapes(program: ExportedProgram, captured: CapturedGraph) -> CapturedGraph:
-    bounds = program.range_constraints.get(captured.length)
-    if bounds is not None and bounds.upper.is_number and bounds.upper.is_finite and bounds.upper < 2**31:
-        captured.max_length = int(bounds.upper)
-    if bounds is not None and bounds.lower > EXAMPLE_LENGTH - 1:
-        raise CaptureError(f"the captured graph holds for lengths of at least {bounds.lower} only")
+def _longest_valid(captured: CapturedGraph, model: nn.Module) -> int | None:
+    """The longest sequence for which the graph is the model's: Python branches on the length were taken one way.
+
+    A condition that fails at one length alone is most often one of the capture's own (a slice that happens to be
+    the whole tensor). It is no limit if model and graph agree at that length.
+
+    Raises:
+        CaptureError: if a branch was taken that shorter sequences, or other batch sizes, would not take.
+    """
+    shapes = captured.fake_mode.shape_env
+    assert shapes is not None
+    conditions = [g.expr for g in shapes.guards if g.expr.free_symbols <= {captured.batch, captured.length}]
+    longest: int | None = None
+    for condition in conditions:
+        broken = _first_broken(condition, captured)
+        if broken is None:
+            continue
+        if broken <= EXAMPLE_LENGTH:
+            raise CaptureError(
+                f"the forward takes another branch depending on the size of its input: the captured graph demands "
+                f"{condition}, which does not hold for a sequence of {broken} tokens"
+            )
+        alone = all(_holds(condition, captured, broken + d) for d in (1, 2, 3))
+        if alone and broken <= LONGEST_TRIED and _agree(captured, model, broken):
+            continue
+        longest = broken - 1 if longest is None else min(longest, broken - 1)
+    return longest
+
+
+def _agree(captured: CapturedGraph, model: nn.Module, length: int) -> bool:
+    """Whether model and graph give the same logits at one length."""
+    device = captured.input_ids.meta["val"].device
+    ids = (torch.arange(length, device=device) * 7 % 5 % 2).repeat(EXAMPLE_BATCH, 1)
+    inputs = (ids,) if captured.position_ids is None else (ids, torch.arange(length, device=device).expand_as(ids))
+    with torch.no_grad():
+        try:
+            wanted, got = model(*inputs), captured.module(*inputs)[0]
+        except (RuntimeError, IndexError, ValueError):
+            return False
+    scale = max(float(wanted.abs().max()), 1e-6)
+    return bool((wanted - got).abs().max() <= 1e-3 * scale)
+
+
+def _first_broken(condition: sympy.Basic, captured: CapturedGraph) -> int | None:
+    """The shortest length, of those worth trying, at which a condition fails for a batch of 2 or 3.
+
+    Conditions are comparisons with numbers: they are tried at all short lengths and around every number in them.
+    """
+    numbers = {int(n) for n in condition.atoms(sympy.Integer) if 0 < n < 2**31}
+    tried = set(range(2, 65)) | {n + d for n in numbers for d in (-1, 0, 1, 2)} | {2 * n + 1 for n in numbers}
+    for length in sorted(n for n in tried if n >= 2):
+        for batch in (2, 3):
+            if not _holds(condition, captured, length, batch):
+                return length
+    return None
+
+
+def _holds(condition: sympy.Basic, captured: CapturedGraph, length: int, batch: int = 2) -> bool:
+    return bool(condition.subs({captured.batch: batch, captured.length: length}) != sympy.false)
+
+
+def _check_shapes(captured: CapturedGraph) -> CapturedGraph:
     logits = captured.output.meta["val"]
     shape = tuple(expression(s) for s in logits.shape)
     if len(shape) != 3 or shape[:2] != (captured.batch, captured.length):

@@ -25,7 +25,7 @@ from kvpass.fx_passes.graph import (
 from kvpass.fx_passes.infer_axes import Inference, infer_axes
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
 
-PROBES = ((1, 3), (2, 8), (3, 17))  # (batch, length)
+PROBES = ((1, 3), (2, 8), (3, 17), (1, 2051))  # (batch, length)
 LONGEST_PROBE = 8192
 SOURCE = "kvpass_positions"  # key in a node's meta: how its value follows from positions
 
@@ -176,7 +176,8 @@ def _is_origin(inference: Inference, kinds: dict[Node, Dependence], node: Node) 
 def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) -> bool:
     """Establish a source from the values at several sizes, some of them beyond every constant that is involved."""
     thresholds = sorted(n for n in numbers_in(evaluator.needed(node), captured) if n <= LONGEST_PROBE)
-    probes = [*PROBES, *((1, n + 3) for n in thresholds[-3:])]
+    upper = captured.max_length or LONGEST_PROBE + 3
+    probes = [(b, min(n, upper)) for b, n in (*PROBES, *((1, n + 3) for n in thresholds[-3:]))]
     dim = next(i for i, s in enumerate(shape_of(node)) if s == captured.length)
     rows: list[Tensor] = []
     for batch, length in probes:

@@ -201,8 +201,9 @@ def _filled(inference: Inference, node: Node) -> Axes:
 def _check_numbers(node: Node, named: dict[str, Any]) -> None:
     """A size may appear where sizes belong, and nowhere in the arithmetic."""
     for key, value in named.items():
-        if key not in SIZE_ARGUMENTS and is_symbolic_scalar(value) and not expression(value).is_number:
-            raise MixesTokens("computes with the batch size or the length of the sequence")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if key not in SIZE_ARGUMENTS and is_symbolic_scalar(number) and not expression(number).is_number:
+                raise MixesTokens("computes with the batch size or the length of the sequence")
 
 
 def _check_sizes(node: Node, axes: Axes) -> None:
@@ -211,6 +212,8 @@ def _check_sizes(node: Node, axes: Axes) -> None:
         product = 1
         for factor in dim:
             product = product * factor.size
+            if factor.kind in (Kind.PLAIN, Kind.FEATURE) and not factor.size.is_number:
+                raise MixesTokens("makes a dim of features whose size is the batch size or the length")
         if product != size and (product - size).expand() != 0:
             raise MixesTokens("gives a shape that cannot be followed")
 

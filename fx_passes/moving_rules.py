@@ -134,6 +134,8 @@ def narrow(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
         return tuple(axes)
     if not is_free(axes[d]):
         raise MixesTokens("takes a part of the sequence")
+    if not expression(named.get("start") or 0).is_number:
+        raise MixesTokens("takes a part that depends on the batch size or the length")
     axes[d] = plain(size)
     return (*axes, plain(shape_of(node)[-1])) if len(shape_of(node)) > len(axes) else tuple(axes)
 
@@ -169,6 +171,8 @@ def slice_scatter(inference: Inference, node: Node, named: dict[str, Any]) -> Ax
     d = named["dim"] % len(axes)
     if not (is_free(axes[d]) and (d >= len(source) or is_free(source[d]))):
         raise MixesTokens("writes into a part of the sequence")
+    if not expression(named.get("start") or 0).is_number:
+        raise MixesTokens("writes to a part that depends on the batch size or the length")
     if "index" in named:
         source = (*source[:d], (), *source[d:])
     pairs = enumerate(zip(axes, source, strict=True))

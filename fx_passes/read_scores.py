@@ -206,6 +206,8 @@ def _scale(reader: ScoreReader, node: Node, scores: Scores, inner: Node, other: 
         reader.must_be_shape_only(other, node)
         if scores.gate is not None:
             raise NotUnderstood("scores are multiplied with two masks", node)
+        if scores.bias is not None:
+            raise NotUnderstood("scores are multiplied with a mask after their mask or bias, which it undoes", node)
         return replace(scores, gate=other)
     if scores.bias is not None or scores.cap is not None or scores.gate is not None:
         raise NotUnderstood("scores are multiplied with a tensor after their mask, bias or softcap", node)

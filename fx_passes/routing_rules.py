@@ -151,7 +151,8 @@ def _places_in_sorted(inference: Inference, node: Any) -> tuple[Dim, int] | None
         return _places_in_sorted(inference, node.args[0])
     if is_call(node, aten.argsort):
         inner = row_index(inference, node.args[0])
-        return None if inner is None or _is_subset(inference, inner) else (inner.target, inner.tag)
+        backwards = arguments(node).get("descending")
+        return None if inner is None or backwards or _is_subset(inference, inner) else (inner.target, inner.tag)
     if not is_call(node, aten.index_put):
         return None
     named = arguments(node)

@@ -91,6 +91,8 @@ def verify(
         found.errors[name] = max(
             found.errors.get(name, 0.0), _error(logits, wanted[index][rows], scale, run.tolerance[1])
         )
+    alone = original(run.sequences[0][:1].unsqueeze(0))[0].float()
+    found.errors["single token"] = _error(run.first_logits, alone, scale, run.tolerance[1])
     sites = reference(run.sequences[0].unsqueeze(0), *run.position_ids(reference))[1:]
     for name, site, result in zip(paged.site_outputs, sites, run.site_rows(), strict=True):
         magnitude = float(site.float().abs().max()) or 1.0
@@ -175,6 +177,8 @@ class _Run:
         if not work:
             return []
         logits, *sites = self.observed(*self._arguments(work))
+        if work.get(0, (1, 1))[0] == 0:
+            self.first_logits = logits[0, :1]
         pieces, row = [], 0
         for index, (start, end) in work.items():
             pieces.append((name, index, slice(start, end), logits[0, row : row + end - start]))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpass.engine import Engine
+from kvpass.errors import InputError
 from kvpass.types import Sampling
 
 TO_THE_END = Sampling(ignore_eos=True)
@@ -70,7 +71,10 @@ class UncachedDecoder:
 
 
 class EngineDecoder:
-    """A compiled model, through the engine: scheduling, block tables and sampling are part of the time."""
+    """A compiled model, through the engine: scheduling, block tables and sampling are part of the time.
+
+    The prompts have to fit into one step of the engine (``max_batch_tokens``), so that none gets ahead of the others.
+    """
 
     def __init__(self, engine: Engine, max_new_tokens: int) -> None:
         self.engine = engine
@@ -91,6 +95,8 @@ class EngineDecoder:
         """As :meth:`Decoder.step`; the engine knows the tokens that it returned last."""
         assert self.tokens is not None, "start comes before step"
         following = dict(itertools.islice(self.tokens, self.count))
+        if len(following) < self.count:
+            raise InputError("the prompts do not fit into one step: raise max_batch_tokens in CacheConfig")
         return [following[index] for index in range(self.count)]
 
 

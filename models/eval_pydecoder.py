@@ -19,6 +19,7 @@ from kvpass.models.pydecoder import CHECKPOINT, load, load_tokenizer
 
 WINDOW = 1024  # tokens
 SLICE_WINDOWS = 8  # what the tests measure again
+REREAD, REREAD_TOKENS = 256, 16 * 1024  # tokens of a passage that is read twice, and of all passages
 BATCH_TOKENS = 8192
 
 
@@ -49,6 +50,17 @@ def perplexity_of_context(model: nn.Module, ids: Tensor, context: int) -> float:
     return math.exp(_losses(model, ids.unfold(0, context + 1, context), 1).mean().item())
 
 
+def perplexity_of_rereading(model: nn.Module, ids: Tensor, length: int, shuffled: bool = False) -> float:
+    """Perplexity per token of passages of `length` tokens, ids [T] int64, that stand in the context once already.
+
+    `shuffled` puts the first reading, and it alone, into random order: the same tokens are there, nothing to copy is.
+    """
+    passages = ids[: len(ids) - len(ids) % length].view(-1, length)
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(0)) if shuffled else torch.arange(length)
+    twice = torch.cat((passages[:, order], passages), dim=1)
+    return math.exp(_losses(model, twice, length - 1).mean().item())
+
+
 def read_held_out(directory: Path) -> tuple[Tensor, float]:
     """The held-out text of a checkpoint folder as ids [T] int64, and its length in bytes per token."""
     text = (directory / "heldout.txt").read_text(encoding="utf-8")
@@ -69,6 +81,8 @@ def measure(directory: Path) -> dict[str, float]:
         "perplexity_window_2048": round(perplexity(model, ids, 2048), 4),
         "perplexity_context_1": round(perplexity_of_context(model, ids, 1), 4),
         "perplexity_context_16": round(perplexity_of_context(model, ids, 16), 4),
+        "perplexity_rereading": round(perplexity_of_rereading(model, ids[:REREAD_TOKENS], REREAD), 4),
+        "perplexity_rereading_shuffled": round(perplexity_of_rereading(model, ids[:REREAD_TOKENS], REREAD, True), 4),
         "slice_tokens": SLICE_WINDOWS * WINDOW,
         "slice_perplexity": round(perplexity(model, ids[: SLICE_WINDOWS * WINDOW + 1], WINDOW), 4),
     }

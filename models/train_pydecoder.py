@@ -21,12 +21,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from kvpass.models.eval_pydecoder import perplexity
-from kvpass.models.pydecoder import END_OF_TEXT, PyDecoder, PyDecoderConfig, save
+from kvpass.models.pydecoder import END_OF_TEXT, PyDecoder, PyDecoderConfig, load, load_tokenizer, save
 from kvpass.models.pydecoder_corpus import build_corpus
 
 CHUNK = 2048  # tokens; the longest window
 CHUNKS_PER_BLOCK = 32  # windows are shuffled inside a block, so the window length may change between two blocks
 STEP_TOKENS = 4096
+REPEATED, SHORTEST_PERIOD = 0.1, 32  # share of windows that repeat themselves; tokens
 STAGES = ((0.0, 512), (0.70, 1024), (0.90, 2048))  # from this share of the time on, windows of this length
 WARM_UP, HOLD = 0.04, 0.30  # shares of the time: rate rises until, stays until, then falls linearly to zero
 MATRIX_RATE, VECTOR_RATE = 4e-3, 3e-3  # Muon with AdamW-like update size; AdamW for embeddings and norms
@@ -83,6 +84,19 @@ def window_length(progress: float) -> int:
     return max(length for start, length in STAGES if start <= progress)
 
 
+def repeat_some(input_ids: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Let about `REPEATED` of the windows say their own beginning again and again, in place; both are [N, S] int64.
+
+    Copying from far back is learnt late from plain text, and a decoder that cannot do it hides a broken cache.
+    """
+    length = input_ids.shape[1]
+    for row in (torch.rand(len(input_ids), generator=generator) < REPEATED).nonzero().flatten().tolist():
+        period = int(torch.randint(SHORTEST_PERIOD, length // 2 + 1, (1,), generator=generator))
+        said = input_ids[row, :period].repeat(length // period + 2)
+        input_ids[row], targets[row] = said[:length], said[1 : length + 1]
+    return input_ids, targets
+
+
 def initialise(model: PyDecoder) -> None:
     """Normal weights; what writes into the residual stream is smaller, by the number of writers."""
     for name, weight in model.named_parameters():
@@ -102,11 +116,8 @@ def optimizers(model: PyDecoder) -> tuple[torch.optim.Optimizer, ...]:
     return muon, adam
 
 
-def train(stream: Tensor, held_out: Tensor, config: PyDecoderConfig, out: Path, minutes: float, seed: int) -> PyDecoder:
+def train(model: PyDecoder, stream: Tensor, held_out: Tensor, out: Path, minutes: float, seed: int) -> None:
     """Train for `minutes` on `stream` [T] and write the checkpoint to `out` every few minutes and at the end."""
-    torch.manual_seed(seed)
-    model = PyDecoder(config)
-    initialise(model)
     parts = optimizers(model)
     base_rates = [part.param_groups[0]["lr"] for part in parts]
 
@@ -127,8 +138,10 @@ def train(stream: Tensor, held_out: Tensor, config: PyDecoderConfig, out: Path, 
     def progress() -> float:
         return (time.monotonic() - start) / (60 * minutes)
 
-    data = batches(stream, lambda: window_length(progress()), torch.Generator().manual_seed(seed))
-    for step, (input_ids, targets) in enumerate(data):
+    generator = torch.Generator().manual_seed(seed)
+    data = batches(stream, lambda: window_length(progress()), generator)
+    for step, plain in enumerate(data):
+        input_ids, targets = repeat_some(*plain, generator)
         done = progress()
         if done >= 1:
             break
@@ -153,7 +166,6 @@ def train(stream: Tensor, held_out: Tensor, config: PyDecoderConfig, out: Path, 
             saved = time.monotonic()
     save(model, out)
     print(f"done: {tokens} tokens, {tokens / len(stream):.2f} epochs", flush=True)
-    return model
 
 
 def main() -> None:
@@ -162,15 +174,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--minutes", type=float, default=50.0, help="wall time of the training loop")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
+    parser.add_argument("--start-from", type=Path, help="checkpoint folder whose tokenizer and weights to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.threads))
 
     options.out.mkdir(parents=True, exist_ok=True)
-    config = PyDecoderConfig()
     corpus = build_corpus()
-    tokenizer = train_tokenizer(corpus.train, config.vocab_size)
+    if options.start_from:
+        tokenizer, model = load_tokenizer(options.start_from), load(options.start_from)
+    else:
+        torch.manual_seed(options.seed)
+        model = PyDecoder(PyDecoderConfig())
+        initialise(model)
+        tokenizer = train_tokenizer(corpus.train, model.config.vocab_size)
     tokenizer.save(str(options.out / "tokenizer.json"))
     # In the file the end-of-text token is spelled out, so that encoding the file gives the stream back.
     (options.out / "heldout.txt").write_text(END_OF_TEXT.join(corpus.held_out), encoding="utf-8")
@@ -179,7 +197,7 @@ def main() -> None:
     held_out = encode(tokenizer, corpus.held_out, torch.arange(len(corpus.held_out)))
     print(f"training files {len(corpus.train)}, tokens {len(stream)}", flush=True)
     print(f"held-out files {len(corpus.held_out)}, tokens {len(held_out)}", flush=True)
-    train(stream, held_out, config, options.out, options.minutes, options.seed)
+    train(model, stream, held_out, options.out, options.minutes, options.seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ from rich.console import Console
 
 from kvpass import demo
 from kvpass.contiguous_peer import ContiguousDecoder
-from kvpass.measure import Contender, UncachedDecoder, count_agreeing, time_side_by_side, write_result
+from kvpass.errors import InputError
+from kvpass.measure import (
+    Contender,
+    EngineDecoder,
+    UncachedDecoder,
+    count_agreeing,
+    time_side_by_side,
+    write_result,
+)
 from kvpass.models.pydecoder import CHECKPOINT, PyDecoder, PyDecoderConfig, load_tokenizer
 from kvpass.terminal import progress_bar, stage
 from kvpass.text_stream import TextStream, TextsView, label_of
@@ -105,6 +113,21 @@ def test_decoders_are_timed_in_turn_and_the_first_round_does_not_count():
     assert len(timings["long"].start_seconds) == 3
     assert timings["short"].tokens == [[0, 1, 2], [0, 1, 2]]
     assert timings["short"].tokens_per_second == pytest.approx(2 / timings["short"].seconds_per_step)
+
+
+class Drips:
+    """An engine that has tokens for one prompt only."""
+
+    def clear_prefix_cache(self):
+        pass
+
+    def stream(self, prompts, max_new_tokens, sampling):
+        yield from ((0, token) for token in range(max_new_tokens))
+
+
+def test_an_engine_whose_sequences_are_out_of_step_is_not_timed():
+    with pytest.raises(InputError, match="raise max_batch_tokens"):
+        EngineDecoder(Drips(), 4).start([[1], [2]])
 
 
 def test_tokens_agree_up_to_the_first_difference():

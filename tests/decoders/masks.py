@@ -58,7 +58,7 @@ class FullTriuFinfoMin(Heads):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = q.size(-2)
-        mask = torch.full((s, s), torch.finfo(q.dtype).min, device=q.device).triu(1)
+        mask = torch.full((s, s), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
         scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(HEAD_DIM)) + mask[None, None]
         return scores.softmax(-1) @ v
 
@@ -108,7 +108,7 @@ class BandRotary(Heads):
         ones = torch.ones(s, s, dtype=torch.bool, device=q.device)
         band = ones.tril() & ones.triu(1 - self.WINDOW)
         scores = (q @ k.transpose(-2, -1)) * HEAD_DIM**-0.5
-        scores = scores + torch.zeros(s, s, device=q.device).masked_fill(~band, -torch.inf)
+        scores = scores + torch.zeros(s, s, dtype=q.dtype, device=q.device).masked_fill(~band, -torch.inf)
         return torch.softmax(scores, -1) @ v
 
 

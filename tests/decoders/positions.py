@@ -19,6 +19,7 @@ def rotary_angles(length: int, dim: int, device: torch.device, base: float = 100
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary on `[B, H, S, D]` that pairs dim i with dim i + D/2."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 

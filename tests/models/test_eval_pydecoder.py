@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvpass.models.eval_pydecoder import perplexity, perplexity_of_context
+from kvpass.models.eval_pydecoder import perplexity, perplexity_of_context, perplexity_of_rereading
 
 VOCAB = 16
 
@@ -37,6 +37,25 @@ def test_half_of_each_window_blind_gives_the_geometric_mean() -> None:
 def test_a_context_is_exact() -> None:
     assert perplexity_of_context(Successor(needed=4), IDS, 4) == pytest.approx(1.0)
     assert perplexity_of_context(Successor(needed=4), IDS, 3) == pytest.approx(VOCAB)
+
+
+class Recaller(nn.Module):
+    """Sure that the last id is followed by what followed it before; where it is new, all ids are alike to it."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = torch.zeros(*input_ids.shape, VOCAB)
+        for row, ids in enumerate(input_ids.tolist()):
+            after: dict[int, int] = {}
+            for position, (token, successor) in enumerate(zip(ids, [*ids[1:], 0], strict=True)):
+                if token in after:
+                    logits[row, position, after[token]] = 100.0
+                after[token] = successor
+        return logits
+
+
+def test_a_second_reading_is_sure_unless_the_first_was_shuffled() -> None:
+    assert perplexity_of_rereading(Recaller(), torch.arange(2 * VOCAB) % VOCAB, VOCAB) == pytest.approx(1.0)
+    assert perplexity_of_rereading(Recaller(), torch.arange(2 * VOCAB) % VOCAB, VOCAB, shuffled=True) > 1e3
 
 
 def test_too_short_a_text_is_refused() -> None:

@@ -9,11 +9,14 @@ from kvpass.models.pydecoder import END_OF_TEXT
 from kvpass.models.train_pydecoder import (
     CHUNK,
     CHUNKS_PER_BLOCK,
+    REPEATED,
+    SHORTEST_PERIOD,
     STAGES,
     STEP_TOKENS,
     batches,
     encode,
     rate,
+    repeat_some,
     train_tokenizer,
     window_length,
 )
@@ -46,6 +49,23 @@ def test_the_order_of_the_data_is_a_function_of_the_seed() -> None:
 
     assert torch.equal(first(3), first(3))
     assert not torch.equal(first(3), first(4))
+
+
+def test_a_repeated_window_says_its_own_beginning_and_the_others_stay() -> None:
+    length, num_windows = 256, 400
+    plain = torch.arange(num_windows * length).view(num_windows, length)
+    inputs, targets = repeat_some(plain.clone(), plain + 1, torch.Generator().manual_seed(2))
+    changed = 0
+    for row in range(num_windows):
+        if torch.equal(inputs[row], plain[row]):
+            assert torch.equal(targets[row], plain[row] + 1)
+            continue
+        changed += 1
+        period = inputs[row].unique().numel()
+        assert SHORTEST_PERIOD <= period <= length // 2
+        assert torch.equal(inputs[row], plain[row, 0] + torch.arange(length) % period)
+        assert torch.equal(targets[row, :-1], inputs[row, 1:])
+    assert 0.5 * REPEATED < changed / num_windows < 1.5 * REPEATED
 
 
 def test_the_stream_holds_the_texts_in_order_each_with_its_end() -> None:

@@ -33,7 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {},
     "deepseek_v3": {},
 }
-EAGER = ("gpt2", "llama", "mistral", "gemma3_text", "falcon", "opt", "mpt", "deepseek_v3")
+EAGER = ("gpt2", "mistral", "gemma3_text", "mpt", "deepseek_v3")
 CASES = [(family, "sdpa") for family in FAMILIES] + [(family, "eager") for family in EAGER]
 
 

@@ -15,21 +15,21 @@ from tests.decoders.catalogue import DECODERS
 from tests.decoders.skeleton import VOCAB
 from tests.parity.harness import CONFIG, NEW_TOKENS, SEED, Prompts, original_logits, ragged_prompts
 
-AGREEMENT = 0.9  # share of tokens that are the original's best
+AGREEMENT = 0.85  # share of tokens that are the original's best
 # Rounding of the logits, in units of their spread, that a token other than the best is forgiven.
-ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.02}
+ROUNDING = {torch.bfloat16: 0.2, torch.float16: 0.05}
 
 NAMES = (
     "GPT-2 with a tril buffer slice",
     "GQA by repeat_interleave",
     "full of finfo.min, triu, added",
-    "complex rotary",
+    "rotary table by position ids",
     "ALiBi from aranges",
     "band of triu and tril, rotary",
     "nn.MultiheadAttention without weights",
     "experts, dense",
 )
-FAMILIES = ("llama", "gpt2", "gemma3_text", "gpt_oss")
+FAMILIES = ("llama", "gpt2", "gemma3_text", "qwen3")
 
 
 def assert_plausible(original: nn.Module, outputs: Prompts, prompts: Prompts, dtype: torch.dtype) -> None:

@@ -1,5 +1,7 @@
 """What the report says of a decoder is what the decoder's author wrote, and the cache is as narrow as it can be."""
 
+from functools import cache
+
 import pytest
 
 import kvpass
@@ -43,10 +45,15 @@ MASKS = {
 }
 
 
+@cache
+def report_of(name: str) -> kvpass.RewriteReport:
+    return kvpass.compile(DECODERS[name](SEED), CONFIG).report
+
+
 @pytest.mark.parametrize("name", BYTES)
 def test_cache_is_as_narrow_as_it_can_be(name: str) -> None:
     before, most = BYTES[name]
-    report = kvpass.compile(DECODERS[name](SEED), CONFIG).report
+    report = report_of(name)
     assert report.bytes_per_token_before == before
     assert report.bytes_per_token <= most
     assert report.to_dict()["bytes_per_token"] == report.bytes_per_token
@@ -54,7 +61,7 @@ def test_cache_is_as_narrow_as_it_can_be(name: str) -> None:
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_are_named(name: str) -> None:
-    report = kvpass.compile(DECODERS[name](SEED), CONFIG).report
+    report = report_of(name)
     assert [site.mask for site in report.sites] == MASKS[name]
 
 
@@ -68,23 +75,23 @@ def test_masks_are_named(name: str) -> None:
     ],
 )
 def test_sites_bear_the_path_of_their_module(name: str, paths: list[str]) -> None:
-    report = kvpass.compile(DECODERS[name](SEED), CONFIG).report
+    report = report_of(name)
     assert [site.module_path for site in report.sites] == paths
     assert len({site.name for site in report.sites}) == len(paths)
 
 
 def test_scores_are_described() -> None:
-    capped = kvpass.compile(DECODERS["softcap and q/k norms"](SEED), CONFIG).report.sites[0]
+    capped = report_of("softcap and q/k norms").sites[0]
     assert capped.softcap == pytest.approx(3.0) and capped.scale == pytest.approx(1.0) and not capped.sinks
-    scaled = kvpass.compile(DECODERS["window by distance, float mask"](SEED), CONFIG).report.sites[0]
+    scaled = report_of("window by distance, float mask").sites[0]
     assert scaled.scale == pytest.approx(0.3) and scaled.softcap is None and scaled.spelling == "sdpa"
-    sinks = kvpass.compile(DECODERS["sink column"](SEED), CONFIG).report.sites[0]
+    sinks = report_of("sink column").sites[0]
     assert sinks.sinks and sinks.spelling == "softmax"
 
 
 @pytest.mark.parametrize("name", ["GQA by repeat_interleave", "MQA by expand", "ALiBi from aranges"])
 def test_report_prints_as_a_table(name: str) -> None:
-    report = kvpass.compile(DECODERS[name](SEED), CONFIG).report
+    report = report_of(name)
     text = str(report)
     for site in report.sites:
         assert site.name in text
