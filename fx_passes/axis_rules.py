@@ -13,6 +13,7 @@ from kvpass.fx_passes.axes import (
     Kind,
     MixesTokens,
     broadcast,
+    count,
     is_free,
     kinds_in,
     plain,
@@ -111,12 +112,12 @@ def _is_bias(inference: Inference, added: Node, axes: Axes) -> bool:
 
 def attention(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     """A dense attention: rows are those of the query, each from its own token and those that the mask shows it."""
-    if is_call(node, aten.scaled_dot_product_attention) and not inference.with_scores:
-        raise MixesTokens("multiplies tokens with tokens: an attention that was not recognised")
     query, key, value = (inference.axes(named[name]) for name in ("query", "key", "value"))
     for axes in (query, key, value):
-        if kinds_in(axes[-2]) != {Kind.TOKEN} or not is_free(axes[-1]):
+        if kinds_in(axes[-2]) != {Kind.TOKEN} or not is_free(axes[-1]) or not count(axes, Kind.BATCH):
             raise MixesTokens("is an attention over something else than tokens")
+    if is_call(node, aten.scaled_dot_product_attention) and not inference.with_scores:
+        raise MixesTokens("multiplies tokens with tokens: an attention that was not recognised")
     return (*query[:-1], value[-1])
 
 
@@ -182,7 +183,6 @@ RULES: dict[str, AxisRule] = {
             "aten::complex",
             "aten::real",
             "aten::imag",
-            "aten::view_as_real_copy",
             "aten::__and__",
             "aten::__or__",
             "aten::__xor__",
@@ -257,7 +257,7 @@ RULES: dict[str, AxisRule] = {
     **dict.fromkeys(("aten::convolution", "aten::conv1d", "aten::conv2d"), convolution),
     **dict.fromkeys(("aten::constant_pad_nd", "aten::pad"), pad),
     "aten::view_as_complex": as_complex,
-    "aten::view_as_real": as_real,
+    **dict.fromkeys(("aten::view_as_real", "aten::view_as_real_copy"), as_real),
     **dict.fromkeys(("aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::scalar_tensor"), filled),
     "aten::one_hot": one_hot,
     **INDEXING_RULES,

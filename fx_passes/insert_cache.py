@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from kvpass.fx_passes.arrange import arrange
 from kvpass.fx_passes.axes import Factor, Kind
-from kvpass.fx_passes.find_positions import SOURCE, Tabulated
+from kvpass.fx_passes.find_positions import SOURCE, PositionSource, Tabulated
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
 from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan, StoredHeads, live_nodes
 from kvpass.fx_passes.prove_token_axis import token_axes_of
@@ -101,15 +101,21 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
 
 def _replace_positions(captured: CapturedGraph, plan: GraphPlan, live: set[Node], positions: Node) -> None:
     sources = [n for n in captured.graph.nodes if n in live and SOURCE in n.meta and n.users]
-    for node in sources:
-        source = node.meta[SOURCE]
-        if isinstance(source, Tabulated):
-            length = plan.cache_plan.max_length
-            assert length is not None
-            source = Tabulated(plan.evaluator.evaluate(node, 1, length).contiguous(), source.dim)
+    rebuilt = {node: _covering(plan, node) for node in sources}  # before the graph changes
+    for node, source in rebuilt.items():
         place = node if node.op != "placeholder" else next(iter(sorted(node.users)))
         with captured.graph.inserting_before(place):
             node.replace_all_uses_with(source.rebuild(captured, node, positions))
+
+
+def _covering(plan: GraphPlan, node: Node) -> PositionSource:
+    """The node's source; a table is computed for the longest sequence that was planned."""
+    source: PositionSource = node.meta[SOURCE]
+    length = plan.cache_plan.max_length
+    if not isinstance(source, Tabulated):
+        return source
+    assert length is not None
+    return Tabulated(plan.evaluator.evaluate(node, 1, length).contiguous(), source.dim)
 
 
 def _write(

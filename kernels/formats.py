@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,13 @@ class CacheFormat:
         return heads * (dim * self.bits // 8)
 
     def allocate(self, num_blocks: int, heads: int, block_size: int, dim: int, device: torch.device | str) -> Tensor:
-        """Zeros of shape ``[B, heads, P, dim]``."""
-        return torch.zeros(num_blocks, heads, block_size, dim, dtype=self.dtype, device=device)
+        """Zeros of shape ``[B, heads, P, dim]``. In main memory a block takes room only once it is written."""
+        shape = (num_blocks, heads, block_size, dim)
+        if torch.device(device).type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=device)
+        # numpy leaves zeroed pages to the operating system, where torch.zeros writes them all
+        count = num_blocks * heads * block_size * dim * self.dtype.itemsize
+        return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(self.dtype).view(shape)
 
 
 FORMATS: dict[str, CacheFormat] = {

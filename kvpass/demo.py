@@ -47,14 +47,18 @@ class DemoSizes:
     """How much the demo does.
 
     Attributes:
-        new_tokens: new tokens of each prompt.
+        new_tokens: new tokens of each prompt, in view.
         rounds: how often each decoder is timed.
-        uncached_steps: steps of a round without a cache, each of which computes all tokens again.
+        steps: steps of such a round.
+        uncached_steps: the same without a cache, where each computes all tokens again.
+        seconds: time after which no further round begins.
     """
 
     new_tokens: int = 96
-    rounds: int = 3
+    rounds: int = 5
+    steps: int = 32
     uncached_steps: int = 2
+    seconds: float = 15.0
 
 
 @dataclass(frozen=True)
@@ -106,14 +110,14 @@ def run(
     console.print(engine.report)
     heading(console, f"{len(ids)} prompts of {min(map(len, ids))} to {max(map(len, ids))} tokens, continued at once")
     stats, shared, used = stream(console, engine, tokenizer, prompts, ids, sizes.new_tokens)
-    peer = ContiguousDecoder(model, len(ids), max(map(len, ids)) + sizes.new_tokens)
+    peer = ContiguousDecoder(model, len(ids), max(map(len, ids)) + max(sizes.new_tokens, sizes.steps + 1))
     contenders = (
-        Contender(PAGED, EngineDecoder(engine, sizes.new_tokens), sizes.new_tokens - 1),
-        Contender(CONTIGUOUS, peer, sizes.new_tokens - 1),
+        Contender(PAGED, EngineDecoder(engine, sizes.steps + 1), sizes.steps),
+        Contender(CONTIGUOUS, peer, sizes.steps),
         Contender(UNCACHED, UncachedDecoder(model), sizes.uncached_steps),
     )
     with progress_bar(console, "measure side by side", (sizes.rounds + 1) * len(contenders)) as advance:
-        timings = time_side_by_side(contenders, ids, sizes.rounds, advance)
+        timings = time_side_by_side(contenders, ids, sizes.rounds, sizes.seconds, advance)
     figures = DemoFigures(timings, stats, shared, used, peer.reserved_bytes)
     show_figures(console, figures, engine)
     return figures

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -151,35 +152,43 @@ def time_side_by_side(
     contenders: Sequence[Contender],
     prompts: Sequence[Sequence[int]],
     rounds: int,
+    seconds: float = math.inf,
     after_each: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time every contender on the same prompts, in turn, ``rounds`` times over, after one round that does not count.
+    """Time every contender on the same prompts, in turn, ``rounds`` times over, after a step of each to warm up.
 
     Args:
         contenders: those that take part.
         prompts: token ids, any lengths.
         rounds: how often; what else the machine does then falls on all of them alike.
-        after_each: called after each contender's turn, ``(rounds + 1) * len(contenders)`` times.
+        seconds: no round begins after this time, but one is always done.
+        after_each: called after each contender's turn.
     """
     timings = {contender.name: Timing(len(prompts)) for contender in contenders}
-    for round_number in range(rounds + 1):
+    began = time.perf_counter()
+    for contender in contenders:
+        _take_turn(Contender(contender.name, contender.decoder, 1), prompts, Timing(len(prompts)))
+        after_each()
+    for done in range(rounds):
+        if done > 0 and time.perf_counter() - began > seconds:
+            break
         for contender in contenders:
-            timing = timings[contender.name]
-            starts, steps = timing.start_seconds, timing.step_seconds
-            if round_number == 0:
-                starts, steps = [], []
-            began = time.perf_counter()
-            newest = contender.decoder.start(prompts)
-            starts.append(time.perf_counter() - began)
-            timing.tokens = [[token] for token in newest]
-            for _ in range(contender.steps):
-                began = time.perf_counter()
-                newest = contender.decoder.step(newest)
-                steps.append(time.perf_counter() - began)
-                for history, token in zip(timing.tokens, newest, strict=True):
-                    history.append(token)
+            _take_turn(contender, prompts, timings[contender.name])
             after_each()
     return timings
+
+
+def _take_turn(contender: Contender, prompts: Sequence[Sequence[int]], timing: Timing) -> None:
+    began = time.perf_counter()
+    newest = contender.decoder.start(prompts)
+    timing.start_seconds.append(time.perf_counter() - began)
+    timing.tokens = [[token] for token in newest]
+    for _ in range(contender.steps):
+        began = time.perf_counter()
+        newest = contender.decoder.step(newest)
+        timing.step_seconds.append(time.perf_counter() - began)
+        for history, token in zip(timing.tokens, newest, strict=True):
+            history.append(token)
 
 
 def count_agreeing(tokens: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> tuple[int, int]:

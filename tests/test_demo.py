@@ -104,7 +104,7 @@ class Counts:
         return [self.steps] * len(tokens)
 
 
-def test_decoders_are_timed_in_turn_and_the_first_round_does_not_count():
+def test_decoders_are_timed_in_turn_and_warming_up_does_not_count():
     turns = itertools.count()
     contenders = [Contender("long", Counts(), 5), Contender("short", Counts(), 2)]
     timings = time_side_by_side(contenders, [[1], [2]], rounds=3, after_each=lambda: next(turns))
@@ -113,6 +113,11 @@ def test_decoders_are_timed_in_turn_and_the_first_round_does_not_count():
     assert len(timings["long"].start_seconds) == 3
     assert timings["short"].tokens == [[0, 1, 2], [0, 1, 2]]
     assert timings["short"].tokens_per_second == pytest.approx(2 / timings["short"].seconds_per_step)
+
+
+def test_when_time_is_up_no_further_round_begins():
+    timings = time_side_by_side([Contender("one", Counts(), 5)], [[1]], rounds=3, seconds=0.0)
+    assert len(timings["one"].start_seconds) == 1
 
 
 class Drips:
@@ -153,7 +158,7 @@ def test_the_prompts_share_about_a_thousand_tokens(tokenizer, held_out):
 def test_the_demo_runs_and_its_figures_are_those_of_the_run(tokenizer):
     prompts = [f"{'x = [1, 2, 3]' * 12}\n{stub}" for stub in ("def f(x):\n", "class A:\n")]
     file = io.StringIO()
-    figures = demo.run(plain_console(file), tiny_decoder(), tokenizer, prompts, demo.DemoSizes(10, 1, 2))
+    figures = demo.run(plain_console(file), tiny_decoder(), tokenizer, prompts, demo.DemoSizes(10, rounds=1, steps=9))
     text = file.getvalue()
     ours = figures.timings[demo.PAGED].tokens
     assert [len(tokens) for tokens in ours] == [10, 10]

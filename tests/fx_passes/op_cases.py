@@ -316,8 +316,3 @@ REFUSED = {
     "number of the sequence": (lambda m, x: x + torch.arange(x.size(0))[:, None, None], ""),
     "random numbers": (lambda m, x: x + torch.rand_like(x), "draws random numbers"),
 }
-
-# Refused though no token reaches another: the rules see less than is there.
-CONSERVATIVE = {
-    "entry": "why",
-}
