@@ -13,6 +13,7 @@ from kvpass.fx_passes.axes import (
     Kind,
     MixesTokens,
     broadcast,
+    check,
     count,
     is_free,
     kinds_in,
@@ -163,6 +164,10 @@ def one_hot(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     return (*inference.axes(named["self"]), plain(shape_of(node)[-1]))
 
 
+def outer(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    return check((*inference.axes(named["self"]), *inference.axes(named["vec2"])))
+
+
 def first_operand(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     """Elementwise in the first operand; the others are parameters of the op."""
     if any(inference.kinds[n] is not Dependence.CONSTANT for n in inference.tensors(node)[1:]):
@@ -190,7 +195,6 @@ RULES: dict[str, AxisRule] = {
             "aten::true_divide",
             "aten::clamp",
             "aten::softplus",
-            "aten::outer",
         ),
         pointwise,
     ),
@@ -249,6 +253,7 @@ RULES: dict[str, AxisRule] = {
         ("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm"), normalise_last
     ),
     "aten::group_norm": group_norm,
+    "aten::outer": outer,
     **dict.fromkeys(("aten::batch_norm", "aten::_native_batch_norm_legit_no_training"), batch_norm),
     **dict.fromkeys(
         ("aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::mv"), product

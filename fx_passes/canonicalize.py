@@ -296,6 +296,14 @@ def _squeeze(captured: CapturedGraph, node: Node) -> Node | None:
     return _if_unchanged(captured, node)
 
 
+def _cat(captured: CapturedGraph, node: Node) -> Node | None:
+    """A tensor joined with empty ones, as a cache does that holds nothing yet, is that tensor."""
+    parts = node.args[0]
+    assert isinstance(parts, (list, tuple))
+    filled = [n for n in parts if isinstance(n, Node) and 0 not in shape_of(n)]
+    return filled[0] if len(filled) == 1 and _same_tensor(node, filled[0]) else None
+
+
 def _repeat_once(captured: CapturedGraph, node: Node) -> Node | None:
     source = _source(captured, node)
     sizes = node.args[1]
@@ -334,4 +342,5 @@ RULES: dict[object, Rule] = {
     aten.transpose: _transposed_twice,
     aten.t: _t,
     aten.repeat: _repeat_once,
+    aten.cat: _cat,
 }

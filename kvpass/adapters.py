@@ -112,7 +112,8 @@ def _call_form(model: nn.Module, takes_positions: bool) -> tuple[str | None, str
     if takes_positions and positions is None:
         raise InputError(f"example_inputs holds position ids, but the model's forward takes none of {POSITIONS}")
     fixed: dict[str, Any] = {}
-    if "use_cache" in parameters:
+    takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "use_cache" in parameters or (takes_more and hasattr(getattr(model, "config", None), "use_cache")):
         fixed["use_cache"] = False
     if "return_dict" in parameters:
         fixed["return_dict"] = True

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 CONTEXT = 8  # tokens before the newest that a decoder may look at: for blanks, and for characters of several tokens
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+REFRESHES_PER_SECOND = 10
 LINES_ON_SCREEN = 7  # of each text while it grows
 LABEL_WIDTH = 60
 
@@ -67,13 +68,15 @@ class TextsView:
         self._console = console
         self._labels = labels
         self._texts = [""] * len(labels)
-        self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(
+                console=console, get_renderable=self._panels, refresh_per_second=REFRESHES_PER_SECOND, transient=True
+            )
 
     def add(self, index: int, text: str) -> None:
         """Append to the text at ``index``."""
         self._texts[index] += text
-        if self._live is not None:
-            self._live.update(Group(*map(self._panel, self._labels, self._texts)), refresh=True)
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -91,6 +94,9 @@ class TextsView:
             self._console.print(Text(label, style="bold cyan"), soft_wrap=True)
             self._console.print(Text(text.rstrip("\n")), soft_wrap=True)
             self._console.print()
+
+    def _panels(self) -> Group:
+        return Group(*map(self._panel, self._labels, self._texts))
 
     @staticmethod
     def _panel(label: str, text: str) -> Panel:

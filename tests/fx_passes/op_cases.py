@@ -262,8 +262,7 @@ REFUSED = {
     "first token": (lambda m, x: x + x[:, :1], "takes a part of the sequence"),
     "one token": (lambda m, x: x + x.select(1, 2)[:, None], "picks out one token or one sequence"),
     "one sequence": (lambda m, x: x + x[1], "picks out one token or one sequence"),
-    "split of the sequence": (lambda m, x: x - x.split(3, 1)[0][:, :1], ""),
-    "unbound sequences": (lambda m, x: x - x.transpose(1, 2).unfold(-1, 2, 1)[..., 0].sum(-1)[:, None], ""),
+    "split of the sequence": (lambda m, x: x - x.split([1, x.size(1) - 1], 1)[0], "splits the sequence"),
     "written token": (lambda m, x: torch.slice_scatter(x, x[:, :2] * 0, 1, 1, 3), ""),
     "convolution": (lambda m, x: _swapped(F.conv1d(_swapped(x), m.experts[:3].permute(1, 2, 0), padding=1)), "convolution"),
     "convolution, tokens as one long row": (
@@ -312,7 +311,6 @@ REFUSED = {
         "parameters from the tokens or their number",
     ),
     "positions from the end": (lambda m, x: x + torch.arange(x.size(1)).flip(0)[:, None], "works along the token axis"),
-    "positions between 0 and 1": (lambda m, x: x + torch.linspace(0, 1, x.size(1))[:, None], ""),
     "number of the sequence": (lambda m, x: x + torch.arange(x.size(0))[:, None, None], ""),
     "random numbers": (lambda m, x: x + torch.rand_like(x), "draws random numbers"),
 }
