@@ -96,6 +96,7 @@ def position_sources(
     of the position alone, it is tabulated.
     """
     found: dict[Node, Axes] = {}
+    failed: set[Node] = set()
     for node in captured.graph.nodes:
         if kinds[node] is not Dependence.SHAPE or tensor_value(node) is None:
             continue
@@ -106,12 +107,15 @@ def position_sources(
     while True:
         inference = Inference(captured, kinds, dict(found), with_scores=True)
         infer_axes(inference, RULES)
-        more = [
-            n for n in captured.graph.nodes if _is_origin(inference, kinds, n) and _by_value(captured, evaluator, n)
-        ]
-        if not more:
+        candidates = [n for n in captured.graph.nodes if n not in failed and _may_count(inference, kinds, n)]
+        origins = [n for n in candidates if _blamed(inference, n) is n or _blamed(inference, n) in failed]
+        if not origins:
             return found
-        found.update({n: _axes_of(captured, n) for n in more})
+        for node in origins:
+            if _by_value(captured, evaluator, node):
+                found[node] = _axes_of(captured, node)
+            else:
+                failed.add(node)
 
 
 def longest_valid(evaluator: ShapeEvaluator, node: Node, upper: int) -> int:
@@ -162,8 +166,14 @@ def _axes_of(captured: CapturedGraph, node: Node) -> Axes:
     return label_by_size(shape_of(node), captured.batch, captured.length)
 
 
-def _is_origin(inference: Inference, kinds: dict[Node, Dependence], node: Node) -> bool:
-    """Whether a shape-only node is where a function of the position stops being one that rules can follow."""
+def _blamed(inference: Inference, node: Node) -> Node | None:
+    """Where the rules stopped to follow what the node is computed from."""
+    result = inference.results.get(node)
+    return result.node if isinstance(result, Mixed) else None
+
+
+def _may_count(inference: Inference, kinds: dict[Node, Dependence], node: Node) -> bool:
+    """Whether a shape-only node that rules cannot follow has one entry, or one row, for each token."""
     result = inference.results.get(node)
     if kinds[node] is not Dependence.SHAPE or not isinstance(result, Mixed):
         return False

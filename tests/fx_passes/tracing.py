@@ -1,6 +1,8 @@
 """How the tests of the passes capture small modules, print graphs, and name the axes of a node."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,3 +91,12 @@ def _argument(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return "end" if value == 2**63 - 1 else str(value)
+
+
+def compare_golden(name: str, text: str) -> None:
+    """Compare with `golden/<name>.txt`, or write it when KVPASS_REWRITE_GOLDEN is set."""
+    path = Path(__file__).with_name("golden") / f"{name}.txt"
+    if os.environ.get("KVPASS_REWRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), f"{path.name} differs; KVPASS_REWRITE_GOLDEN=1 writes it anew"
