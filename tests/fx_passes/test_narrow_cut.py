@@ -38,7 +38,8 @@ class Sites(nn.Module):
         for kv, (_, make) in zip(self.kv, self.makers.values(), strict=True):
             q = self.q(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
             k, v = make(kv(x))
-            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)[..., : HEADS * DIM]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            x = x + F.pad(out, (0, HEADS * DIM - out.size(-1)))  # values may be narrower
         return x
 
 
