@@ -1,8 +1,10 @@
 """Does a token cost more the more tokens there are, by more than the attention over them?
 
-Generates with kvpass and, at lengths from 64 to 4096, times the steps of the engine, and right after them attention by
+Generates with kvpass and, around lengths from 64 to 4096, times each step of the engine and right after it attention by
 itself: the op ``kvpass::paged_attention`` with the shapes of that step, once for each layer. Had kvpass a cost of its
 own that grows with the length, the steps would grow by more than attention does.
+
+Figures are processor time of one thread, so that what else the machine does counts for little.
 
     python benchmarks/decode_growth.py
 """
@@ -16,7 +18,6 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 import kvpass
 from kvpass.engine import Engine
@@ -28,7 +29,7 @@ from kvpass.types import CachePlan, dtype_name
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 3072, 4096)
 PROMPT = 16  # tokens, so that all the others are generated
-AROUND = 12  # steps on each side of a length that count for it
+AROUND = 16  # steps on each side of a length that count for it
 
 
 def build_engine(random: bool, batch: int, longest: int) -> Engine:
@@ -53,67 +54,53 @@ class Attention:
         self.scale = plan.caches[0].key_dim ** -0.5
         self.query_start = torch.arange(batch + 1)
 
-    def __call__(self, length: int) -> list[Tensor]:
+    def seconds(self, length: int) -> float:
+        """Processor time of the attention of a step at this length."""
         batch = len(self.query_start) - 1
         # Fresh tensors, as in every step of the engine: the layers share one layout, different steps do not.
         tables = torch.arange(batch * self.per_sequence).view(batch, -1)[:, : -(-length // self.size)].contiguous()
         lengths = torch.full((batch,), length)
-        return [
-            torch.ops.kvpass.paged_attention(query, keys, values, tables, lengths, self.query_start, self.scale)
-            for query, (keys, values) in zip(self.queries, self.caches, strict=True)
-        ]
-
-
-def attention_seconds(attention: Attention, length: int) -> float:
-    seconds = []
-    with torch.inference_mode():
-        for now in range(length - AROUND, length + AROUND + 1):
-            began = time.perf_counter()
-            attention(now)
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        with torch.inference_mode():
+            began = time.process_time()
+            for query, (keys, values) in zip(self.queries, self.caches, strict=True):
+                torch.ops.kvpass.paged_attention(query, keys, values, tables, lengths, self.query_start, self.scale)
+            return time.process_time() - began
 
 
 def measure(engine: Engine, attention: Attention, batch: int, lengths: tuple[int, ...]) -> dict[int, list[float]]:
-    """Median seconds of a step, and of attention alone, at each length."""
+    """Median seconds of a step, and of attention alone, around each length."""
     prompts = [[(7 * row + column) % 251 + 1 for column in range(PROMPT)] for row in range(batch)]
     tokens = engine.stream(prompts, max(lengths) + AROUND - PROMPT, TO_THE_END)
-    found: dict[int, list[float]] = {}
-    near: list[float] = []
-    for length in range(PROMPT + 1, max(lengths) + AROUND + 1):
-        began = time.perf_counter()
+    near: dict[int, list[tuple[float, float]]] = {length: [] for length in lengths}
+    for length in range(PROMPT, max(lengths) + AROUND):
+        began = time.process_time()
         for _ in range(batch):
             next(tokens)
-        seconds = time.perf_counter() - began
-        if any(abs(length - each) <= AROUND for each in lengths):
-            near.append(seconds)
-        if length - AROUND in lengths:
-            found[length - AROUND] = [statistics.median(near), attention_seconds(attention, length - AROUND)]
-            near = []
-    return found
+        seconds = time.process_time() - began
+        for each in lengths:
+            if abs(length - each) <= AROUND:
+                # After a step, so that it finds the processor's caches as attention within a step does.
+                near[each].append((seconds, attention.seconds(length)))
+    return {
+        length: [statistics.median(column) for column in zip(*found, strict=True)] for length, found in near.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4, help="sequences at once (default 4)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once (default 1)")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which medians are taken (default 3)")
     parser.add_argument("--longest", type=int, default=max(LENGTHS), help="longest length (default 4096)")
     parser.add_argument("--random", action="store_true", help="a larger model of random weights, not the shipped one")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     lengths = tuple(length for length in LENGTHS if length <= options.longest)
     engine = build_engine(options.random, options.batch, max(lengths) + AROUND)
     attention = Attention(engine.plan, engine.report.sites[0].query_heads, options.batch, max(lengths) + AROUND)
-    runs = [measure(engine, attention, options.batch, lengths) for _ in range(options.repeats + 1)][1:]
+    runs = [measure(engine, attention, options.batch, lengths) for _ in range(options.repeats)]
     table = Table(title=f"one decode step, {options.batch} sequences, {dtype_name(engine.caches[0][0].dtype)}")
-    for name in (
-        "length",
-        "step, ms",
-        "attention, ms",
-        "step grew, ms",
-        "attention grew, ms",
-        "step without attention",
-    ):
+    for name in ("length", "step, ms", "attention, ms", "step grew by", "attention grew by", "step less attention"):
         table.add_column(name, justify="right")
     rows = []
     for length in lengths:

@@ -11,11 +11,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 import kvpass
 from kvpass.contiguous_peer import ContiguousDecoder
-from kvpass.measure import Contender, EngineDecoder, UncachedDecoder, count_agreeing, time_side_by_side, write_result
+from kvpass.measure import (
+    CLOCKS,
+    Contender,
+    EngineDecoder,
+    UncachedDecoder,
+    count_agreeing,
+    time_side_by_side,
+    write_result,
+)
 from kvpass.models.eval_pydecoder import read_held_out
 from kvpass.models.pydecoder import CHECKPOINT, PyDecoder, load
 from kvpass.terminal import output
@@ -27,14 +36,14 @@ STRIDE = 2500  # tokens of held-out text from one prompt's start to the next one
 
 
 def compare(
-    model: PyDecoder, engine: kvpass.Engine, prompts: list[list[int]], steps: int, rounds: int
+    model: PyDecoder, engine: kvpass.Engine, prompts: list[list[int]], steps: int, rounds: int, clock: str
 ) -> dict[str, float]:
     contenders = (
         Contender("kvpass", EngineDecoder(engine, steps + 1), steps),
         Contender("contiguous", ContiguousDecoder(model, len(prompts), len(prompts[0]) + steps + 1), steps),
         Contender("no_cache", UncachedDecoder(model), UNCACHED_STEPS),
     )
-    timings = time_side_by_side(contenders, prompts, rounds)
+    timings = time_side_by_side(contenders, prompts, rounds, clock=CLOCKS[clock])
     row: dict[str, float] = {"batch": len(prompts), "length": len(prompts[0])}
     for name, timing in timings.items():
         row[f"{name}_tokens_per_second"] = round(timing.tokens_per_second, 2)
@@ -53,28 +62,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a round, with a cache (default 32)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that does not count (default 5)")
     parser.add_argument("--longest", type=int, default=max(LENGTHS), help="longest context (default 2048)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch (default all)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="on a busy machine: processor, with one thread")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     model = load()
     longest = options.longest + options.steps + 1
     one_step = max(BATCHES) * longest  # see EngineDecoder
     config = kvpass.CacheConfig(memory="256MiB", max_length=longest, max_batch_tokens=one_step)
     engine = kvpass.compile(model, config)
     text = read_held_out(CHECKPOINT)[0].tolist()
-    table = Table(title="decoding, tokens per second")
+    table = Table(title=f"decoding, tokens per second of {options.clock} time, {options.threads} threads")
     for name in ("batch", "context", "kvpass", "contiguous", "no cache", "times contiguous", "times no cache"):
         table.add_column(name, justify="right")
     rows = []
     for batch in BATCHES:
         for length in (length for length in LENGTHS if length <= options.longest):
             prompts = [text[STRIDE * i : STRIDE * i + length] for i in range(batch)]
-            row = compare(model, engine, prompts, options.steps, options.rounds)
+            row = compare(model, engine, prompts, options.steps, options.rounds, options.clock)
             rows.append(row)
             speeds = [f"{row[f'{name}_tokens_per_second']:.1f}" for name in ("kvpass", "contiguous", "no_cache")]
             ratios = [f"{row['times_contiguous']:.2f}", f"{row['times_no_cache']:.1f}"]
             table.add_row(str(batch), str(length), *speeds, *ratios)
     output().print(table)
-    chosen = {"steps": options.steps, "rounds": options.rounds, "uncached_steps": UNCACHED_STEPS}
+    chosen = {name: getattr(options, name) for name in ("steps", "rounds", "clock")}
+    chosen["uncached_steps"] = UNCACHED_STEPS
     output().print(f"written to {write_result(options.results, 'no_cache', chosen, rows)}", soft_wrap=True)
 
 

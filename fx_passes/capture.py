@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
@@ -20,12 +22,33 @@ EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
 LONGEST_TRIED = 4096  # longest sequence on which model and graph are compared
 
 
-def _decompose_einsum(equation: str, tensors: list[Tensor], path: list[int] | None = None) -> Any:
-    return aten.einsum.default._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, equation, tensors, path=path)
+# Only composites and aliases without a rule of their own are taken apart: the default table would destroy
+# scaled_dot_product_attention.
+COMPOSITES = (
+    "einsum", "tensordot", "inner", "ger", "kron", "bilinear", "chain_matmul", "linalg_matmul", "linalg_multi_dot",
+    "linalg_vecdot", "linalg_norm", "frobenius_norm", "cosine_similarity", "pairwise_distance", "nanmean", "square",
+    "concat", "concatenate", "hstack", "vstack", "dstack", "row_stack", "column_stack", "tile", "atleast_1d",
+    "atleast_2d", "atleast_3d", "meshgrid", "broadcast_tensors", "take_along_dim", "fliplr", "flipud",
+    "multiply", "divide", "subtract", "negative", "absolute", "clip", "greater", "greater_equal", "less", "less_equal",
+    "not_equal", "float_power", "fix", "arctan2", "isfinite", "isclose", "relu6", "selu", "log_sigmoid",
+    "special_softmax", "special_log_softmax", "special_logsumexp", "special_expit", "special_exp2", "special_expm1",
+    "special_log1p", "special_erf", "special_xlogy",
+)  # fmt: skip
 
 
-# Only what has no rule of its own is taken apart: the default table would destroy scaled_dot_product_attention.
-DECOMPOSITIONS = {aten.einsum.default: _decompose_einsum}
+def _decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    packets = [getattr(aten, name) for name in COMPOSITES if hasattr(aten, name)]
+    overloads = [getattr(packet, name) for packet in packets for name in packet.overloads()]
+    return {overload: partial(overload._op_dk, composite) for overload in overloads if _is_composite(overload)}
+
+
+def _is_composite(overload: OpOverload) -> bool:
+    try:
+        key = torch._C.DispatchKey.CompositeImplicitAutograd
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key))
+    except RuntimeError:  # an overload of TorchScript alone
+        return False
 
 
 def capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str = "") -> CapturedGraph:
@@ -47,7 +70,7 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str = "")
     try:
         with _plain_attention_modules():
             program = export(model, inputs, dynamic_shapes=(dims,) if _takes_varargs(model) else dims, strict=False)
-            program = program.run_decompositions(DECOMPOSITIONS)
+            program = program.run_decompositions(_decompositions())
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(

@@ -55,6 +55,7 @@ class FindAttention:
                 refusals.append(refuse(captured, node, f"this attention {error}", self.name))
                 continue
             node.replace_all_uses_with(replacement)
+            captured.graph.erase_node(node)  # torch tags sdpa as random, so that no clean-up would drop it
             found += 1
         captured.tidy()
         return PassResult(found, tuple(refusals))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpass.fx_passes import capture
 from kvpass.fx_passes.axes import Axes, Kind, Mixed
 from kvpass.fx_passes.axis_rules import RULES
 from kvpass.fx_passes.canonicalize import Canonicalize
@@ -23,12 +24,15 @@ HIT = (1, 4)  # sequence and token that are perturbed
 SAME = 1e-9  # results are float64
 
 # Refused although no token reaches another: the rules see less than is there.
-CONSERVATIVE = {
-    "unbound sequences": "",
-}
+CONSERVATIVE = {"twice the sequence": "two copies of the sequence are added, token to the same token"}
 
 # Names in RULES that torch.export takes apart before a pass could see them, or that another table covers.
 NOT_SEEN = {
+    **dict.fromkeys(
+        ("batch_norm", "chunk", "convolution", "flatten", "imag", "narrow", "real", "tensor_split", "to", "unflatten"),
+        "export writes it with other ops",
+    ),
+    "nonzero_numpy": "export writes it with other ops",
     "pointwise": "the rule of every op tagged so",
     "grouped_product": "the rule of the grouped products, which libraries register under names of their own",
     "kvpass::dense_attention": "made by find-attention; proven in test_find_attention",
@@ -65,7 +69,10 @@ def accepted() -> Traced:
 
 @pytest.fixture(scope="module")
 def refused() -> Traced:
-    return traced(REFUSED)
+    """The cases' own conditions on the length are set aside: here the rules have to see what depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "_longest_valid", lambda graph, model: None)
+        return traced(REFUSED)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +80,9 @@ def ids() -> Tensor:
     return torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(5))
 
 
-def perturbed(ids: Tensor) -> Tensor:
+def perturbed(ids: Tensor, hit: tuple[int, int] = HIT) -> Tensor:
     other = ids.clone()
-    other[HIT] = (other[HIT] + 7) % VOCAB
+    other[hit] = (other[hit] + 7) % VOCAB
     return other
 
 
@@ -134,17 +141,20 @@ def test_refused_with_the_reason(refused: Traced, name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_deserves_it(refused: Traced, ids: Tensor, name: str) -> None:
     """A token reaches another, or the value depends on the length, on the batch, or on chance."""
-    before, after = refused.run(ids)[name], refused.run(perturbed(ids))[name]
-    others = torch.ones(BATCH, LENGTH, dtype=torch.bool)
-    others[HIT] = False
-    reaches = (before - after).flatten(2).abs().amax(-1)[others].max() > SAME
+    before = refused.run(ids)[name]
+    reaches = False
+    for hit in range(LENGTH):
+        changed = (before - refused.run(perturbed(ids, (1, hit)))[name]).flatten(2).abs().amax(-1) > SAME
+        changed[1, hit] = False
+        reaches = reaches or bool(changed.any())
     shorter, fewer = refused.run(ids[:, : LENGTH - 3])[name], refused.run(ids[1:])[name]
     by_length = (before[:, : LENGTH - 3] - shorter).abs().max() > SAME
     by_batch = (before[1:] - fewer).abs().max() > SAME
     by_chance = name == "random numbers"
-    assert (reaches or by_length or by_batch or by_chance) != (name in CONSERVATIVE)
+    assert bool(reaches or by_length or by_batch or by_chance) != (name in CONSERVATIVE)
 
 
 def test_every_rule_has_a_case(accepted: Traced, refused: Traced) -> None:
     seen = accepted.names | refused.names
-    assert set(RULES) - seen == set(NOT_SEEN), "add a case to op_cases.py for a new rule"
+    missing = {name.removeprefix("aten::") for name in set(RULES) - seen}
+    assert missing == set(NOT_SEEN), "add a case to op_cases.py for a new rule"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvpass.config import CacheConfig
+from kvpass.fx_passes.canonicalize import Canonicalize
 from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments
 from kvpass.fx_passes.insert_cache import insert_cache
@@ -95,7 +96,7 @@ SPELLINGS = {  # scale, softcap, whether there are sinks
     "sdpa": ((WIDTH // HEADS) ** -0.5, None, False),
     "sdpa_with_mask": (0.25, None, False),
     "softmax": (0.25, None, False),
-    "einsum": (0.25, None, False),
+    "einsum": (1.0, None, False),  # the queries are divided before
     "softcap": (0.25, 5.0, False),
     "sink": (0.25, None, True),
 }
@@ -131,7 +132,9 @@ def test_the_canonical_graph_computes_what_the_module_does(every_spelling) -> No
 
 
 def test_a_second_run_changes_nothing(every_spelling) -> None:
+    """Once what find-attention emitted is canonical as well."""
     _, graph = every_spelling
+    Canonicalize().apply(graph)
     before = graph_text(graph)
     for step in passes(CONFIG):
         assert step.apply(graph) == PassResult(), step.name
@@ -151,7 +154,7 @@ def test_golden_graphs_from_capture_to_cache(spelling: str) -> None:
 
 REFUSED = {
     "not_causal": (Model("sdpa", "not_causal"), "read-masks", "layers.1", "not causal"),
-    "masked_by_tokens": (Model("masked_by_tokens"), "find-attention", "layers.0", "depends on token values"),
+    "masked_by_tokens": (Model("masked_by_tokens"), "prove-token-axis", "layers.0", "multiplies tokens with"),
     "mask_undone": (Model("mask_undone"), "find-attention", "layers.0", "after their mask or bias"),
     "cumulative": (Model("sdpa", after=Cumulative()), "prove-token-axis", "after", "works along the token axis"),
 }

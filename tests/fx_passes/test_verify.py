@@ -1,4 +1,4 @@
-"""Planted faults are caught: verify() fails for every wrong rewrite in a table of them, and passes for the right one."""
+"""Planted faults are caught: verify() fails for every wrong rewrite in a table, and passes for the right one."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ aten, kvpass_ops = torch.ops.aten, torch.ops.kvpass
 
 
 class Layer(nn.Module):
-    """Tiled heads (query head h reads head h % 2), a window or ALiBi, a softcap, a sink: everything that can go wrong."""
+    """Tiled heads (query head h reads head h % 2), a window or ALiBi, a softcap, a sink: all that can go wrong."""
 
     def __init__(self, windowed: bool) -> None:
         super().__init__()
@@ -170,7 +170,9 @@ def scaled(call: Node, name: str, factor: float) -> None:
 
 
 def drop_residual(module: GraphModule) -> None:
-    add = [n for n in module.graph.nodes if is_call(n, aten.add) and n.all_input_nodes[0] is not n.all_input_nodes[-1]][-1]
+    add = [n for n in module.graph.nodes if is_call(n, aten.add) and n.all_input_nodes[0] is not n.all_input_nodes[-1]][
+        -1
+    ]
     add.replace_all_uses_with(add.args[1])
 
 
@@ -181,8 +183,10 @@ def heads_reversed(module: GraphModule) -> None:
 FAULTS: dict[str, Callable[[GraphModule], None]] = {
     "positions are zero": lambda m: put_after(m, "positions", aten.zeros_like.default),
     "positions start at one": lambda m: put_after(m, "positions", aten.add.Tensor, 1),
-    "positions are the rows of the step": lambda m: put_after(m, "slot_mapping", aten.mul.Tensor, 1)
-    or placeholder(m, "positions").replace_all_uses_with(placeholder(m, "slot_mapping")),
+    "positions are the rows of the step": lambda m: (
+        put_after(m, "slot_mapping", aten.mul.Tensor, 1)
+        or placeholder(m, "positions").replace_all_uses_with(placeholder(m, "slot_mapping"))
+    ),
     "window one shorter": lambda m: set_argument(attention(m), "window", WINDOW - 1),
     "window one longer": lambda m: set_argument(attention(m), "window", WINDOW + 1),
     "no window": lambda m: set_argument(attention(m), "window", None),

@@ -65,7 +65,7 @@ def show(axes: Axes) -> str:
 
 
 def graph_text(graph: CapturedGraph | torch.fx.GraphModule) -> str:
-    """One line per node, `name = op(arguments)`; sizes in B and S, floats short, nothing that changes from run to run."""
+    """One line per node, `name = op(arguments)`; floats short, and nothing that changes from run to run."""
     lines: list[str] = []
     for node in graph.graph.nodes:
         if node.op == "placeholder":
