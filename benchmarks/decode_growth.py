@@ -1,6 +1,6 @@
 """Does a token cost more the more tokens there are, by more than the attention over them?
 
-Generates with kvpass and, around lengths from 64 to 4096, times each step of the engine and right after it attention by
+Generates with kvpass and, around lengths from 64 to 4096, times steps of the engine and between them attention by
 itself: the op ``kvpass::paged_attention`` with the shapes of that step, once for each layer. Had kvpass a cost of its
 own that grows with the length, the steps would grow by more than attention does.
 
@@ -21,15 +21,14 @@ from rich.table import Table
 
 import kvpass
 from kvpass.engine import Engine
-from kvpass.kernels.formats import allocate_cache
 from kvpass.measure import TO_THE_END, write_result
 from kvpass.models.pydecoder import PyDecoder, PyDecoderConfig, load
 from kvpass.terminal import output
-from kvpass.types import CachePlan, dtype_name
+from kvpass.types import dtype_name
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 3072, 4096)
 PROMPT = 16  # tokens, so that all the others are generated
-AROUND = 16  # steps on each side of a length that count for it
+AROUND = 30  # steps on each side of a length that count for it
 
 
 def build_engine(random: bool, batch: int, longest: int) -> Engine:
@@ -44,22 +43,21 @@ def build_engine(random: bool, batch: int, longest: int) -> Engine:
 
 
 class Attention:
-    """The attention of one decode step of all layers, and nothing else."""
+    """The attention of one decode step of all layers over the engine's own caches, and nothing else."""
 
-    def __init__(self, plan: CachePlan, heads: int, batch: int, longest: int) -> None:
-        self.size = plan.block_size
-        self.per_sequence = -(-(longest + 1) // self.size)
-        self.caches = [allocate_cache(spec, batch * self.per_sequence, self.size, "cpu") for spec in plan.caches]
-        self.queries = [torch.randn(batch, heads, spec.key_dim) for spec in plan.caches]
-        self.scale = plan.caches[0].key_dim ** -0.5
+    def __init__(self, engine: Engine, batch: int) -> None:
+        self.caches, self.size = engine.caches, engine.plan.block_size
+        self.tables = torch.arange(len(self.caches[0][0])).view(batch, -1)
+        heads, width = engine.report.sites[0].query_heads, engine.plan.caches[0].key_dim
+        self.queries = [torch.randn(batch, heads, width) for _ in self.caches]
+        self.scale = engine.report.sites[0].scale
         self.query_start = torch.arange(batch + 1)
 
     def seconds(self, length: int) -> float:
         """Processor time of the attention of a step at this length."""
-        batch = len(self.query_start) - 1
         # Fresh tensors, as in every step of the engine: the layers share one layout, different steps do not.
-        tables = torch.arange(batch * self.per_sequence).view(batch, -1)[:, : -(-length // self.size)].contiguous()
-        lengths = torch.full((batch,), length)
+        tables = self.tables[:, : -(-length // self.size)].contiguous()
+        lengths = torch.full((len(tables),), length)
         with torch.inference_mode():
             began = time.process_time()
             for query, (keys, values) in zip(self.queries, self.caches, strict=True):
@@ -68,22 +66,26 @@ class Attention:
 
 
 def measure(engine: Engine, attention: Attention, batch: int, lengths: tuple[int, ...]) -> dict[int, list[float]]:
-    """Median seconds of a step, and of attention alone, around each length."""
+    """Median seconds of a step, and of attention alone, around each length.
+
+    Of every three steps the first is timed, and after the second attention is: right after a step, so that it finds in
+    the processor's caches what attention within a step finds. The third step finds them disturbed by that.
+    """
     prompts = [[(7 * row + column) % 251 + 1 for column in range(PROMPT)] for row in range(batch)]
     tokens = engine.stream(prompts, max(lengths) + AROUND - PROMPT, TO_THE_END)
-    near: dict[int, list[tuple[float, float]]] = {length: [] for length in lengths}
+    steps: dict[int, list[float]] = {length: [] for length in lengths}
+    alone: dict[int, list[float]] = {length: [] for length in lengths}
     for length in range(PROMPT, max(lengths) + AROUND):
         began = time.process_time()
         for _ in range(batch):
             next(tokens)
         seconds = time.process_time() - began
-        for each in lengths:
-            if abs(length - each) <= AROUND:
-                # After a step, so that it finds the processor's caches as attention within a step does.
-                near[each].append((seconds, attention.seconds(length)))
-    return {
-        length: [statistics.median(column) for column in zip(*found, strict=True)] for length, found in near.items()
-    }
+        near = [each for each in lengths if abs(length - each) <= AROUND]
+        for each in near if length % 3 == 0 else []:
+            steps[each].append(seconds)
+        for each in near if length % 3 == 1 else []:
+            alone[each].append(attention.seconds(length))
+    return {length: [statistics.median(steps[length]), statistics.median(alone[length])] for length in lengths}
 
 
 def main() -> None:
@@ -97,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lengths = tuple(length for length in LENGTHS if length <= options.longest)
     engine = build_engine(options.random, options.batch, max(lengths) + AROUND)
-    attention = Attention(engine.plan, engine.report.sites[0].query_heads, options.batch, max(lengths) + AROUND)
+    attention = Attention(engine, options.batch)
     runs = [measure(engine, attention, options.batch, lengths) for _ in range(options.repeats)]
     table = Table(title=f"one decode step, {options.batch} sequences, {dtype_name(engine.caches[0][0].dtype)}")
     for name in ("length", "step, ms", "attention, ms", "step grew by", "attention grew by", "step less attention"):

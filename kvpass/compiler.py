@@ -100,7 +100,8 @@ def rewrite(
     if log.refusals:
         report = RewriteReport(refusals=tuple(log.refusals), seconds=seconds)
         listed = "\n".join(f"- {refusal}" for refusal in log.refusals[:8])
-        raise RefusedError(f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}", report) from log.error
+        message = f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}"
+        raise RefusedError(message, report) from log.error
     start = time.perf_counter()
     plan = plan_cache(captured, config, _vocabulary(captured))
     reference = reference_graph(captured, [site.node.name for site in plan.sites])

@@ -11,6 +11,7 @@ NEAR_SIGHTED = {
     "band of triu and tril, rotary",
     "window by distance, float mask",
     "chunks of eight",
+    "forget gates",
 }
 
 DECODERS: dict[str, Builder] = {

@@ -248,7 +248,7 @@ REFUSED = {
     # tokens with tokens
     "mean over tokens": (lambda m, x: x - x.mean(1, keepdim=True), "works along the token axis"),
     "mean over sequences": (lambda m, x: x - x.mean(0, keepdim=True), "works along the batch"),
-    "maximum of all": (lambda m, x: x - x.max(), "works along the batch"),
+    "sum of everything": (lambda m, x: x - x.sum(), "works along the batch"),
     "cumsum over tokens": (lambda m, x: x.cumsum(1), "works along the token axis"),
     "softmax over tokens": (lambda m, x: x.softmax(1), "works along the token axis"),
     "sort of tokens": (lambda m, x: x.sort(1).values, "works along the token axis"),
@@ -287,7 +287,7 @@ REFUSED = {
     "tokens picked by a sort": (lambda m, x: x.gather(1, x.argsort(1)), "works along the token axis"),
     "tokens picked by index": (lambda m, x: x[:, torch.arange(x.size(1)).flip(0)], ""),
     "tokens picked by constant index": (lambda m, x: x - x.index_select(1, torch.tensor([0])), "picks tokens by index"),
-    "written along the tokens": (lambda m, x: x.scatter(1, _ids(x)[:, :1, :1].clamp(max=2), 0.0), ""),
+    "written along the tokens": (lambda m, x: x.scatter_add(1, torch.zeros_like(_ids(x)), x[..., :2]), ""),
     "entries chosen by a mask": (lambda m, x: x - x[x > 0].sum(), "selects entries by a mask"),
     "wrong view": (lambda m, x: x.reshape(x.size(1), x.size(0), 6).transpose(0, 1), "reshapes across the batch axis"),
     "wrong view of heads": (
