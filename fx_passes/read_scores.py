@@ -19,6 +19,7 @@ from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit, is_symb
 from kvpass.fx_passes.infer_axes import Inference
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
 
+SMALLEST_SCALE = 0.05  # of scores that are masked already: less, and a fill of -1e4 would hide nothing
 HIDDEN = -1e4  # a fill or bias of at most this hides a key: exp(-1e4) is 0 in every float format
 
 
@@ -193,8 +194,8 @@ def _divide(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
 def _scale(reader: ScoreReader, node: Node, scores: Scores, inner: Node, other: Any) -> Scores:
     number = reader.constant(other)
     if number is not None:
-        if number <= 0 and scores.bias is not None:
-            raise NotUnderstood("scores are multiplied with a number that turns their mask around", node)
+        if number < SMALLEST_SCALE and scores.bias is not None:
+            raise NotUnderstood("scores are multiplied with a number that undoes their mask", node)
         bias = None if scores.bias is None else reader.emit(aten.mul.Tensor, scores.bias, number)
         if scores.cap is not None:
             return replace(scores, cap=scores.cap * number, bias=bias)
