@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +14,6 @@ from kvpass.config import CacheConfig
 from kvpass.contiguous_peer import ContiguousDecoder
 from kvpass.engine import Engine
 from kvpass.measure import (
-    TO_THE_END,
     Contender,
     EngineDecoder,
     Timing,
@@ -27,17 +26,19 @@ from kvpass.models.pydecoder import CHECKPOINT, PyDecoder, load, load_tokenizer
 from kvpass.runtime.stats import EngineStats
 from kvpass.terminal import heading, line, mebibytes, progress_bar, stage
 from kvpass.text_stream import TextStream, TextsView, label_of
+from kvpass.types import Sampling
 
 # A module of the held-out text, of which about 1000 tokens stand before the line at which the prompts part.
 OPENING = '"""A generally useful event scheduler class.'
 PARTING = "    def empty(self):"
 STUBS = (
-    "    def empty(self):\n",
-    "    def run(self, blocking=True):\n",
-    "    def __len__(self):\n",
-    "    def get(self, time, priority=0):\n",
+    "    def empty(self):",
+    "    def run(self, blocking=True):",
+    "    def __len__(self):",
+    "    def get(self, time, priority=0):",
 )
 MEMORY = "16MiB"
+IN_VIEW = Sampling(temperature=0.7, top_p=0.9, ignore_eos=True)  # measurements are greedy; to read, that is too dull
 
 PAGED, CONTIGUOUS, UNCACHED = "kvpass", "contiguous cache, written by hand", "no cache"
 
@@ -134,8 +135,9 @@ def stream(
     """Continue all prompts in view; the engine's figures, the most blocks shared at once, and those used just then."""
     texts = [TextStream(prompt, tokenizer) for prompt in ids]
     shared = used = 0
+    sampling = [replace(IN_VIEW, seed=index) for index in range(len(ids))]
     with TextsView(console, [label_of(number, prompt) for number, prompt in enumerate(prompts, 1)]) as view:
-        for index, token in engine.stream([list(prompt) for prompt in ids], new_tokens, TO_THE_END):
+        for index, token in engine.stream([list(prompt) for prompt in ids], new_tokens, sampling):
             view.add(index, texts[index].add(token))
             now = engine.stats()
             if now.blocks_shared >= shared:

@@ -92,7 +92,7 @@ class TextsView:
             return
         for label, text in zip(self._labels, self._texts, strict=True):
             self._console.print(Text(label, style="bold cyan"), soft_wrap=True)
-            self._console.print(Text(text.rstrip("\n")), soft_wrap=True)
+            self._console.print(Text(text.strip("\n")), soft_wrap=True)
             self._console.print()
 
     def _panels(self) -> Group:
