@@ -49,16 +49,16 @@ class DemoSizes:
 
     Attributes:
         new_tokens: new tokens of each prompt, in view.
-        rounds: how often each decoder is timed.
-        steps: steps of such a round.
+        turns: how often each decoder is timed.
+        steps: steps of such a turn.
         uncached_steps: the same without a cache, where each computes all tokens again.
-        seconds: time after which no further round begins.
+        seconds: time after which no further turns begin.
     """
 
     new_tokens: int = 96
-    rounds: int = 5
-    steps: int = 32
-    uncached_steps: int = 2
+    turns: int = 12
+    steps: int = 8
+    uncached_steps: int = 1
     seconds: float = 15.0
 
 
@@ -111,14 +111,15 @@ def run(
     console.print(engine.report)
     heading(console, f"{len(ids)} prompts of {min(map(len, ids))} to {max(map(len, ids))} tokens, continued at once")
     stats, shared, used = stream(console, engine, tokenizer, prompts, ids, sizes.new_tokens)
-    peer = ContiguousDecoder(model, len(ids), max(map(len, ids)) + max(sizes.new_tokens, sizes.steps + 1))
+    timed_tokens = 1 + sizes.turns * sizes.steps
+    peer = ContiguousDecoder(model, len(ids), max(map(len, ids)) + timed_tokens)
     contenders = (
-        Contender(PAGED, EngineDecoder(engine, sizes.steps + 1), sizes.steps),
+        Contender(PAGED, EngineDecoder(engine, timed_tokens), sizes.steps),
         Contender(CONTIGUOUS, peer, sizes.steps),
         Contender(UNCACHED, UncachedDecoder(model), sizes.uncached_steps),
     )
-    with progress_bar(console, "measure side by side", (sizes.rounds + 1) * len(contenders)) as advance:
-        timings = time_side_by_side(contenders, ids, sizes.rounds, sizes.seconds, advance)
+    with progress_bar(console, "measure side by side", (sizes.turns + 1) * len(contenders)) as advance:
+        timings = time_side_by_side(contenders, ids, sizes.turns, sizes.seconds, advance)
     figures = DemoFigures(timings, stats, shared, used, peer.reserved_bytes)
     show_figures(console, figures, engine)
     return figures
@@ -150,17 +151,18 @@ def stream(
 def show_figures(console: Console, figures: DemoFigures, engine: Engine) -> None:
     """Print speed, memory, and what proves that the tokens are right."""
     machine = describe_machine()
-    heading(console, f"speed on {machine['processor']}, {machine['threads']} threads of torch {machine['torch']}")
+    heading(console, f"speed on {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}")
     table = Table()
     table.add_column("decoder")
-    for name in ("tokens/s", "ms per step", "s to first tokens", "kvpass is"):
+    for name in ("tokens/s", "ms per step", "threads", "s to first tokens", "kvpass is"):
         table.add_column(name, justify="right")
     for name, timing in figures.timings.items():
         table.add_row(
             name,
             f"{timing.tokens_per_second:.1f}",
             f"{1000 * timing.seconds_per_step:.2f}",
-            f"{timing.seconds_to_start:.2f}",
+            f"{timing.threads}",
+            f"{timing.start_seconds:.2f}",
             "" if name == PAGED else f"{figures.times_faster_than(name):.2f}x as fast",
         )
     console.print(table)

@@ -110,30 +110,27 @@ class Timing:
 
     Attributes:
         batch: prompts that were under way, N.
-        start_seconds: time to the first token of all prompts, once per round.
+        threads: threads of torch that its steps ran on.
+        start_seconds: time to the first token of all prompts.
         step_seconds: time of each step.
-        tokens: new tokens of each prompt in the last round.
+        tokens: new tokens of each prompt.
     """
 
     batch: int
-    start_seconds: list[float] = field(default_factory=list)
+    threads: int
+    start_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
 
     @property
     def seconds_per_step(self) -> float:
-        """Median over all steps of all rounds."""
+        """Median over all steps."""
         return statistics.median(self.step_seconds)
 
     @property
     def tokens_per_second(self) -> float:
         """New tokens of all prompts together, per second of decoding, from the median step."""
         return self.batch / self.seconds_per_step
-
-    @property
-    def seconds_to_start(self) -> float:
-        """Median time to the first token of all prompts."""
-        return statistics.median(self.start_seconds)
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ class Contender:
     Attributes:
         name: for tables.
         decoder: what is timed.
-        steps: steps per round; slow decoders need fewer.
+        steps: steps of one turn; slow decoders need fewer.
     """
 
     name: str
@@ -154,47 +151,61 @@ class Contender:
 def time_side_by_side(
     contenders: Sequence[Contender],
     prompts: Sequence[Sequence[int]],
-    rounds: int,
+    turns: int,
     seconds: float = math.inf,
     after_each: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every contender on the same prompts, in turn, ``rounds`` times over, after a step of each to warm up.
+    """Time all contenders on the same prompts: each begins, and then they take turns of a few steps each.
+
+    What else the machine does meanwhile falls on all of them alike. Each takes two turns before, to warm up: one on a
+    single thread and one on all that torch may use. It then runs on the number that was quicker, since what suits a
+    step of one token hampers a step of a thousand, and the other way round.
 
     Args:
         contenders: those that take part.
         prompts: token ids, any lengths.
-        rounds: how often; what else the machine does then falls on all of them alike.
-        seconds: no round begins after this time, but one is always done.
-        after_each: called after each contender's turn.
+        turns: how many turns each of them gets, at least 2.
+        seconds: after this time no further turns begin, but each contender gets one.
+        after_each: called after each turn that counts, and after each beginning.
         clock: one of :data:`CLOCKS`.
     """
-    timings = {contender.name: Timing(len(prompts)) for contender in contenders}
+    all_threads = torch.get_num_threads()
     began = time.perf_counter()
-    for contender in contenders:
-        _take_turn(Contender(contender.name, contender.decoder, 1), prompts, Timing(len(prompts)), clock)
-        after_each()
-    for done in range(rounds):
-        if done > 0 and time.perf_counter() - began > seconds:
-            break
+    timings: dict[str, Timing] = {}
+    try:
         for contender in contenders:
-            _take_turn(contender, prompts, timings[contender.name], clock)
+            trials = [Timing(len(prompts), threads) for threads in sorted({1, all_threads})]
+            tokens = [[token] for token in contender.decoder.start(prompts)]
+            for trial in trials:
+                trial.tokens = tokens
+                _take_turn(contender, trial, clock)
+            best = min(trials, key=lambda trial: trial.seconds_per_step)
+            torch.set_num_threads(all_threads)
+            timing = timings[contender.name] = Timing(len(prompts), best.threads)
+            before = clock()
+            timing.tokens = [[token] for token in contender.decoder.start(prompts)]
+            timing.start_seconds = clock() - before
             after_each()
+        for turn in range(turns):
+            if turn > 0 and time.perf_counter() - began > seconds:
+                break
+            for contender in contenders:
+                _take_turn(contender, timings[contender.name], clock)
+                after_each()
+    finally:
+        torch.set_num_threads(all_threads)
     return timings
 
 
-def _take_turn(
-    contender: Contender, prompts: Sequence[Sequence[int]], timing: Timing, clock: Callable[[], float]
-) -> None:
-    began = clock()
-    newest = contender.decoder.start(prompts)
-    timing.start_seconds.append(clock() - began)
-    timing.tokens = [[token] for token in newest]
+def _take_turn(contender: Contender, timing: Timing, clock: Callable[[], float]) -> None:
+    torch.set_num_threads(timing.threads)
     for _ in range(contender.steps):
-        began = clock()
-        newest = contender.decoder.step(newest)
-        timing.step_seconds.append(clock() - began)
-        for history, token in zip(timing.tokens, newest, strict=True):
+        newest = [history[-1] for history in timing.tokens]
+        before = clock()
+        following = contender.decoder.step(newest)
+        timing.step_seconds.append(clock() - before)
+        for history, token in zip(timing.tokens, following, strict=True):
             history.append(token)
 
 

@@ -104,20 +104,28 @@ class Counts:
         return [self.steps] * len(tokens)
 
 
-def test_decoders_are_timed_in_turn_and_warming_up_does_not_count():
-    turns = itertools.count()
+def test_decoders_take_turns_and_warming_up_does_not_count():
+    reports = itertools.count()
     contenders = [Contender("long", Counts(), 5), Contender("short", Counts(), 2)]
-    timings = time_side_by_side(contenders, [[1], [2]], rounds=3, after_each=lambda: next(turns))
-    assert next(turns) == 8
+    timings = time_side_by_side(contenders, [[1], [2]], turns=3, after_each=lambda: next(reports))
+    assert next(reports) == 8
     assert (len(timings["long"].step_seconds), len(timings["short"].step_seconds)) == (15, 6)
-    assert len(timings["long"].start_seconds) == 3
-    assert timings["short"].tokens == [[0, 1, 2], [0, 1, 2]]
+    assert timings["short"].tokens == [list(range(7))] * 2
     assert timings["short"].tokens_per_second == pytest.approx(2 / timings["short"].seconds_per_step)
 
 
-def test_when_time_is_up_no_further_round_begins():
-    timings = time_side_by_side([Contender("one", Counts(), 5)], [[1]], rounds=3, seconds=0.0)
-    assert len(timings["one"].start_seconds) == 1
+def test_when_time_is_up_no_further_turns_begin():
+    timings = time_side_by_side([Contender("one", Counts(), 5)], [[1]], turns=3, seconds=0.0)
+    assert len(timings["one"].step_seconds) == 5
+
+
+def test_the_number_of_threads_is_put_back():
+    torch.set_num_threads(2)
+    try:
+        timings = time_side_by_side([Contender("one", Counts(), 1)], [[1]], turns=2)
+        assert torch.get_num_threads() == 2 and timings["one"].threads in (1, 2)
+    finally:
+        torch.set_num_threads(1)
 
 
 class Drips:
@@ -158,12 +166,12 @@ def test_the_prompts_share_about_a_thousand_tokens(tokenizer, held_out):
 def test_the_demo_runs_and_its_figures_are_those_of_the_run(tokenizer):
     prompts = [f"{'x = [1, 2, 3]' * 12}\n{stub}" for stub in ("def f(x):\n", "class A:\n")]
     file = io.StringIO()
-    figures = demo.run(plain_console(file), tiny_decoder(), tokenizer, prompts, demo.DemoSizes(10, rounds=1, steps=9))
+    figures = demo.run(plain_console(file), tiny_decoder(), tokenizer, prompts, demo.DemoSizes(10, turns=3, steps=4))
     text = file.getvalue()
     ours = figures.timings[demo.PAGED].tokens
-    assert [len(tokens) for tokens in ours] == [10, 10]
-    assert count_agreeing(ours, figures.timings[demo.CONTIGUOUS].tokens) == (20, 20)
-    assert count_agreeing(ours, figures.timings[demo.UNCACHED].tokens) == (6, 6)
+    assert [len(tokens) for tokens in ours] == [13, 13]
+    assert count_agreeing(ours, figures.timings[demo.CONTIGUOUS].tokens) == (26, 26)
+    assert count_agreeing(ours, figures.timings[demo.UNCACHED].tokens) == (8, 8)
     assert 0 < figures.blocks_shared < figures.blocks_used
     assert figures.stats.bytes_peak_used <= figures.stats.bytes_reserved
     for words in (
@@ -172,7 +180,7 @@ def test_the_demo_runs_and_its_figures_are_those_of_the_run(tokenizer):
         "[2] class A:",
         "tokens/s",
         "verification passed",
-        "same greedy tokens as no cache: 6 of 6",
+        "same greedy tokens as no cache: 8 of 8",
         f"blocks shared: {figures.blocks_shared} of {figures.blocks_used}",
     ):
         assert words in text
