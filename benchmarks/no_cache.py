@@ -1,8 +1,8 @@
 """Tokens per second of kvpass, of the same model without a cache, and of a contiguous cache written by hand.
 
-All three decode the same prompts greedily, taking turns of a few steps each, each on one thread or on all, as
-suits it better. Figures are medians over all steps.
-Ratios are of medians. The time to read the prompts is not part of them; it is in the JSON.
+All three decode the same prompts greedily, taking turns of a few steps each, each on one thread or on all, as suits it
+better. Figures are medians over all steps, ratios are of medians. The time to read the prompts is not part of them; it
+is in the JSON.
 
     python benchmarks/no_cache.py
 """
