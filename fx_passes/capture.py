@@ -179,7 +179,7 @@ def _longest_valid(captured: CapturedGraph, model: nn.Module) -> int | None:
     conditions = [g.expr for g in shapes.guards if g.expr.free_symbols <= {captured.batch, captured.length}]
     longest: int | None = None
     for condition in conditions:
-        broken = _first_broken(condition, captured)
+        broken = next((n for n in _broken(condition, captured) if not _apart(condition, captured, model, n)), None)
         if broken is None:
             continue
         if broken <= EXAMPLE_LENGTH:
@@ -187,11 +187,14 @@ def _longest_valid(captured: CapturedGraph, model: nn.Module) -> int | None:
                 f"the forward takes another branch depending on the size of its input: the captured graph demands "
                 f"{condition}, which does not hold for a sequence of {broken} tokens"
             )
-        alone = all(_holds(condition, captured, broken + d) for d in (1, 2, 3))
-        if alone and broken <= LONGEST_TRIED and _agree(captured, model, broken):
-            continue
         longest = broken - 1 if longest is None else min(longest, broken - 1)
     return longest
+
+
+def _apart(condition: sympy.Basic, captured: CapturedGraph, model: nn.Module, length: int) -> bool:
+    """Whether a condition fails at this length and not at the next ones, and model and graph agree there."""
+    alone = all(_holds(condition, captured, length + d) for d in (1, 2, 3))
+    return alone and length <= LONGEST_TRIED and _agree(captured, model, length)
 
 
 def _agree(captured: CapturedGraph, model: nn.Module, length: int) -> bool:
@@ -208,18 +211,16 @@ def _agree(captured: CapturedGraph, model: nn.Module, length: int) -> bool:
     return bool((wanted - got).abs().max() <= 1e-3 * scale)
 
 
-def _first_broken(condition: sympy.Basic, captured: CapturedGraph) -> int | None:
-    """The shortest length, of those worth trying, at which a condition fails for a batch of 2 or 3.
+def _broken(condition: sympy.Basic, captured: CapturedGraph) -> Iterator[int]:
+    """The lengths, of those worth trying, at which a condition fails for a batch of 2 or 3, shortest first.
 
     Conditions are comparisons with numbers: they are tried at all short lengths and around every number in them.
     """
     numbers = {int(n) for n in condition.atoms(sympy.Integer) if 0 < n < 2**31}
     tried = set(range(2, 65)) | {n + d for n in numbers for d in (-1, 0, 1, 2)} | {2 * n + 1 for n in numbers}
     for length in sorted(n for n in tried if n >= 2):
-        for batch in (2, 3):
-            if not _holds(condition, captured, length, batch):
-                return length
-    return None
+        if not all(_holds(condition, captured, length, batch) for batch in (2, 3)):
+            yield length
 
 
 def _holds(condition: sympy.Basic, captured: CapturedGraph, length: int, batch: int = 2) -> bool:
