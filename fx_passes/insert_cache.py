@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from kvpass.fx_passes.arrange import arrange
 from kvpass.fx_passes.axes import Factor, Kind
+from kvpass.fx_passes.clean_up import clean_up
 from kvpass.fx_passes.find_positions import SOURCE, PositionSource, Tabulated
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
 from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan, StoredHeads, live_nodes
@@ -30,12 +31,14 @@ class PagedGraph:
         module: takes token ids ``[1, T]``, the step's tensors in the order of :data:`STEP_INPUTS`, then keys and
             values of every cache; returns logits ``[1, R, V]``.
         plan: the caches.
-        site_outputs: name of each attention site and of the node that holds its result ``[1, Hq, T, Dv]``.
+        observed: the same, but returns a tuple: the logits, and the result ``[1, Hq, T, Dv]`` of each attention.
+        site_names: the attentions in the order of ``observed``.
     """
 
     module: GraphModule
     plan: CachePlan
-    site_outputs: dict[str, str]
+    observed: GraphModule
+    site_names: tuple[str, ...]
 
 
 def insert_cache(captured: CapturedGraph, plan: GraphPlan) -> PagedGraph:
@@ -52,20 +55,33 @@ def insert_cache(captured: CapturedGraph, plan: GraphPlan) -> PagedGraph:
     step = _add_inputs(captured, plan, device)
     _replace_positions(captured, plan, live, step["positions"])
     written: set[int] = set()
-    outputs: dict[str, str] = {}
+    results: list[Node] = []
     for site in plan.sites:
         with captured.graph.inserting_before(site.node):
             if site.cache not in written:
                 _write(captured, plan, plan.stored[site.cache], site, step)
                 written.add(site.cache)
             replacement = _attend(captured, plan, site, step)
-        outputs[site.name] = replacement.name
+        results.append(replacement)
         site.node.replace_all_uses_with(replacement)
         captured.graph.erase_node(site.node)
     captured.tidy()
     select_logits(captured, step["logits_index"])
+    observed = _observe(captured, results)
+    return PagedGraph(captured.module, plan.cache_plan, observed, tuple(site.name for site in plan.sites))
+
+
+def _observe(captured: CapturedGraph, results: list[Node]) -> GraphModule:
+    """Clean the graph up, and make the module that also returns ``results``."""
+    end = next(node for node in reversed(captured.graph.nodes) if node.op == "output")
+    end.args = ((captured.output, *results),)
+    clean_up(captured)
+    copied = Graph()
+    copied.output(copied.graph_copy(captured.graph, {}))
+    observed = GraphModule(captured.module, copied)
+    end.args = ((captured.output,),)
     captured.tidy()
-    return PagedGraph(captured.module, plan.cache_plan, outputs)
+    return observed
 
 
 def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) -> dict[str, Node]:

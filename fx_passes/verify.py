@@ -94,7 +94,7 @@ def verify(
     alone = original(run.sequences[0][:1].unsqueeze(0))[0].float()
     found.errors["single token"] = _error(run.first_logits, alone, scale, run.tolerance[1])
     sites = reference(run.sequences[0].unsqueeze(0), *run.position_ids(reference))[1:]
-    for name, site, result in zip(paged.site_outputs, sites, run.site_rows(), strict=True):
+    for name, site, result in zip(paged.site_names, sites, run.site_rows(), strict=True):
         magnitude = float(site.float().abs().max()) or 1.0
         found.site_errors[name] = _error(result.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
     found.history_effect = _history_effect(original, run.sequences[0], wanted[0], scale, module.plan.vocab_size)
@@ -123,7 +123,7 @@ class _Run:
         self.plan: CachePlan = module.plan
         self.module = module
         self.device = module.device
-        self.observed = with_sites(paged.module, paged.module.graph, list(paged.site_outputs.values()))
+        self.observed = paged.observed
         self.tolerance = TOLERANCE[_coarsest(module)]
         block = self.plan.block_size
         windows = [s.window for s in self.plan.caches if s.window is not None and s.window < LONGEST - 16]
@@ -135,7 +135,7 @@ class _Run:
         second = torch.cat([ids[0, : self.shared], ids[1, : max(1, longest - self.shared - 5)]])
         self.sequences = [ids[0], second, ids[2, : max(1, longest // 3)]]
         self._allocate(generator)
-        self.first_rows: list[list[Tensor]] = [[] for _ in paged.site_outputs]
+        self.first_rows: list[list[Tensor]] = [[] for _ in paged.site_names]
 
     def _allocate(self, generator: torch.Generator) -> None:
         block = self.plan.block_size

@@ -16,6 +16,7 @@ from kvpass.engine import Engine
 from kvpass.errors import CaptureError, InputError, RefusedError, VerificationError
 from kvpass.fx_passes.bind import PagedModule
 from kvpass.fx_passes.capture import capture
+from kvpass.fx_passes.clean_up import count_nodes
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.insert_cache import insert_cache
 from kvpass.fx_passes.passes import passes, run_passes
@@ -95,6 +96,7 @@ def rewrite(
         report = RewriteReport(refusals=(Refusal(str(error), pass_name="capture"),))
         raise RefusedError(f"kvpass could not capture the model. {error}", report) from error
     seconds = {"capture": time.perf_counter() - start}
+    before = count_nodes(captured.graph)
     log = run_passes(captured, passes(config))
     seconds |= log.seconds
     if log.refusals:
@@ -111,6 +113,8 @@ def rewrite(
         max_length_reason=plan.cache_plan.max_length_reason,
     )
     paged = insert_cache(captured, plan)
+    after = count_nodes(paged.module.graph)
+    report = replace(report, calls=(before[0], after[0]), launches=(before[1], after[1]))
     module = PagedModule(paged)
     seconds["insert-cache"] = time.perf_counter() - start
     if check:

@@ -90,6 +90,8 @@ class RewriteReport:
         max_length: longest sequence for which the rewrite is proven; None means every length.
         max_length_reason: what limits it.
         seconds: time of each step.
+        calls: calls in the captured graph, and in the graph of one paged step.
+        launches: the same, without views and sizes.
     """
 
     sites: tuple[SiteReport, ...] = ()
@@ -98,6 +100,8 @@ class RewriteReport:
     max_length: int | None = None
     max_length_reason: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    calls: tuple[int, int] | None = None
+    launches: tuple[int, int] | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -161,4 +165,8 @@ class RewriteReport:
         limit = (
             "any length" if self.max_length is None else f"up to {self.max_length} tokens ({self.max_length_reason})"
         )
-        return f"cache: {after} bytes per token (attention received {before}{times}); sequences of {limit}"
+        cache = f"cache: {after} bytes per token (attention received {before}{times}); sequences of {limit}"
+        if self.calls is None or self.launches is None:
+            return cache
+        calls, launches = (f"{first} -> {last}" for first, last in (self.calls, self.launches))
+        return f"{cache}\ngraph: {calls} calls, {launches} of them computations"

@@ -81,12 +81,12 @@ class Rewritten:
     paged: PagedGraph
 
     def spoilt(self, fault: Callable[[GraphModule], None]) -> PagedGraph:
-        module = self.paged.module
+        module = self.paged.observed
         other = GraphModule(module, copy.deepcopy(module.graph))
         fault(other)
         other.graph.lint()
         other.recompile()
-        return PagedGraph(other, self.paged.plan, self.paged.site_outputs)
+        return PagedGraph(other, self.paged.plan, other, self.paged.site_names)
 
     def check(self, paged: PagedGraph) -> Comparison:
         return verify(self.model, self.reference, paged, PagedModule(paged))
