@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpass.kernels.cache_ops import check_whole
 from kvpass.kernels.formats import format_of
 
 
@@ -117,6 +118,7 @@ def fake_paged_attention(
     """
     tokens, heads, _ = query.shape
     width = _check_paged(query, key_cache, value_cache, key_format, value_format)
+    _check_step(block_tables, seq_lens, query_start)
     if tree_mask is not None:
         _check_tree(tree_mask, tokens)
     return query.new_empty(tokens, heads, width)
@@ -156,6 +158,7 @@ def fake_paged_attention_stats(
     """
     tokens, heads, _ = query.shape
     width = _check_paged(query, key_cache, value_cache, key_format, value_format)
+    _check_step(block_tables, seq_lens, query_start)
     if tree_mask is not None:
         _check_tree(tree_mask, tokens)
     slots = (len(block_tables), key_cache.shape[1], block_tables.shape[1] * key_cache.shape[2])
@@ -212,6 +215,7 @@ def fake_latent_attention(
     torch._check(stored == width, lambda: f"query has head dim {width}, latent cache {stored}")
     torch._check(cache.shape[1] == 1, lambda: f"a latent cache has one head, not {cache.shape[1]}")
     torch._check(1 <= value_dim <= width, lambda: f"value_dim={value_dim} must lie in 1 .. {width}")
+    _check_step(block_tables, seq_lens, query_start)
     return query.new_empty(tokens, heads, value_dim)
 
 
@@ -251,6 +255,7 @@ def fake_cascade_attention(
     """
     tokens, heads, _ = query.shape
     width = _check_paged(query, key_cache, value_cache, key_format, value_format)
+    _check_step(block_tables, seq_lens, query_start)
     torch._check(
         shared_start.shape[0] == shared_lens.shape[0] + 1,
         lambda: f"shared_start has {shared_start.shape[0]} entries for {shared_lens.shape[0]} groups: one more is due",
@@ -267,6 +272,17 @@ def _check_paged(
     torch._check(stored == width, lambda: f"query has head dim {width}, key cache {stored}")
     _check_heads(query.shape[1], key_cache.shape[1], value_cache.shape[1])
     return format_of(value_cache, value_format).row_width(value_cache.shape[3])
+
+
+def _check_step(block_tables: Tensor, seq_lens: Tensor, query_start: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (block_tables, seq_lens, query_start)]
+    torch._check(
+        block_tables.dim() == 2
+        and seq_lens.shape[0] == block_tables.shape[0]
+        and query_start.shape[0] == block_tables.shape[0] + 1,
+        lambda: f"block_tables, seq_lens and query_start are {shapes}: they must be [N, W], [N] and [N + 1]",
+    )
+    check_whole(block_tables=block_tables, seq_lens=seq_lens, query_start=query_start)
 
 
 def _check_tree(tree_mask: Tensor, tokens: int) -> None:

@@ -115,12 +115,14 @@ def _forced(name: str, op: str, arguments: dict[str, Any]) -> Callable[..., Any]
     return kernel
 
 
-def implementation_of(op: str, names: tuple[str, ...]) -> Callable[..., Any]:
+def implementation_of(op: str, names: tuple[str, ...], check: Callable[..., object]) -> Callable[..., Any]:
     """What runs when ``kvpass::op`` is called: the chosen backend, without gradients and autocast.
 
     Args:
         op: name of the op.
         names: its arguments in order.
+        check: its shape function, which complains of arguments that do not fit each other. Kernels that work on bare
+            memory rely on it.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -133,6 +135,10 @@ def implementation_of(op: str, names: tuple[str, ...]) -> Callable[..., Any]:
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return run(*args, **kwargs)
+        try:
+            check(*args, **kwargs)
+        except RuntimeError as error:
+            raise InputError(f"kvpass::{op}: {error}") from None
         arguments = dict(zip(names, args, strict=False)) | kwargs
         if os.environ.get("KVPASS_DEBUG", "") not in ("", "0"):
             check_indices(op, arguments)

@@ -40,6 +40,11 @@ def fake_write_cache(
             new.shape[1:] == shape,
             lambda: f"cannot write {tuple(new.shape)} into a cache of heads and dims {shape}",  # noqa: B023
         )
+    torch._check(
+        slot_mapping.shape[0] == key.shape[0] == value.shape[0],
+        lambda: f"slot_mapping has {slot_mapping.shape[0]} entries for {key.shape[0]} keys, {value.shape[0]} values",
+    )
+    check_whole(slot_mapping=slot_mapping)
 
 
 def fake_norm_rotary_write(
@@ -110,6 +115,7 @@ def fake_copy_blocks(caches: Sequence[Tensor], source: Tensor, target: Tensor) -
         source: int64 ``[M]``.
         target: int64 ``[M]``, all different.
     """
+    check_whole(source=source, target=target)
     torch._check(
         source.shape == target.shape, lambda: f"{source.shape[0]} source blocks for {target.shape[0]} target blocks"
     )
@@ -132,5 +138,15 @@ def fake_gather_cache(
     """
     stored = format_of(cache, format).row_width(cache.shape[3])
     torch._check(stored == width, lambda: f"width={width} was asked of a cache with rows of {stored} numbers")
+    check_whole(block_tables=block_tables, seq_lens=seq_lens)
     slots = block_tables.shape[1] * cache.shape[2]
     return cache.new_empty(block_tables.shape[0], slots, cache.shape[1], width, dtype=torch.float32)
+
+
+def check_whole(**indices: Tensor) -> None:
+    """Complain unless all of these tensors are int64."""
+    for name, tensor in indices.items():
+        torch._check(
+            tensor.dtype is torch.int64,
+            lambda: f"{name} is {tensor.dtype}: it must be torch.int64",  # noqa: B023
+        )

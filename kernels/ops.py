@@ -90,7 +90,7 @@ def register_op(name: str) -> None:
         return
     qualname = f"kvpass::{name}"
     torch.library.define(qualname, SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualname, "default", implementation_of(name, argument_names(name)))
+    torch.library.impl(qualname, "default", implementation_of(name, argument_names(name), FAKES[name]))
     # Without this, torch would record the torch calls inside the op, and a written cache would come to require grad.
     torch.library.impl(qualname, "Autograd", torch.library.fallthrough_kernel)
     torch.library.register_fake(qualname, FAKES[name])

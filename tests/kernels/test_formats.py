@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from kvpass.config import CACHE_DTYPES
 from kvpass.errors import ConfigError, InputError
@@ -20,29 +19,13 @@ from kvpass.kernels.formats import (
     unpack_slabs,
 )
 from kvpass.types import CacheSpec
+from tests.kernels.random_cases import allowed_error
 
 WIDTHS = {"int8": 24 + 4, "int4": 24 // 2 + 4}  # stored width of 24 numbers; that of the float formats is 24
 
 
 def spec(key_format: str, value_format: str) -> CacheSpec:
     return CacheSpec("layers.0", 3, 24, 8, key_format, value_format)
-
-
-def bound(name: str, rows: Tensor) -> Tensor:
-    """Largest error that a format may make of each number of ``rows [..., D]``."""
-    absmax, size = rows.abs().amax(-1, keepdim=True), rows.abs()
-    halves = {"int8": absmax / 127 / 2, "int4": absmax / 7 / 2}
-    if name in halves:
-        return (halves[name] * 1.0001 + 1e-44).expand_as(rows)
-    # half a unit in the last place, and half of the smallest number that there is
-    bits, smallest = {
-        "float32": (24, 0.0),
-        "bfloat16": (8, 2.0**-133),
-        "float16": (11, 2.0**-24),
-        "fp8_e4m3": (4, 2.0**-9),
-        "fp8_e5m2": (3, 2.0**-16),
-    }[name]
-    return size * 2.0**-bits + smallest / 2
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -80,7 +63,7 @@ def test_numbers_come_back_within_the_bound_of_the_format(name: str, dtype: torc
     assert slabs.shape == (4, block_size, FORMATS[name].stored_width(22))
     numbers = unpack_slabs(slabs, FORMATS[name])
     assert numbers.dtype is torch.float32
-    assert ((numbers - rows.float()).abs() <= bound(name, rows.float())).all()
+    assert ((numbers - rows.float()).abs() <= allowed_error(rows, name)).all()
     assert not numbers[3].any()
 
 
