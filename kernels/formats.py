@@ -1,4 +1,18 @@
-"""How keys and values are stored: one row per format, and the arithmetic of what a cache costs."""
+"""How keys and values are stored: one row per format, its bytes, and the way of a row of numbers there and back.
+
+A cache is a pair of tensors ``[B, Hkv, P, W]``, W being the *stored width* of one token's row of a head. Everything of
+a *slab* (one block, one head, P tokens) lies in one tensor, so that whoever owns blocks copies and frees them whole:
+
+float formats
+    ``float32``, ``bfloat16``, ``float16``, ``fp8_e4m3``, ``fp8_e5m2``: tensors of that dtype, W = D. A cast into fp8
+    saturates; NaN and infinities become NaN. fp8 has no scale here: passes fold one per head around the ops.
+scaled formats
+    ``int8``, ``int4``: uint8 tensors whose slab is P rows of codes, and after them P float32 scales, one for each
+    token's row; W = (bytes of D codes) + 4. A number is ``scale * code``, symmetric: ``scale = absmax / 127`` or
+    ``absmax / 7``, 0 for a row of zeros, NaN for a row that is not finite; ``code = round(x / scale)``, half to even.
+    int8 codes are two's complement. int4 codes are split-half nibbles ``code + 8``: byte j holds dim j in its low and
+    dim ``j + D / 2`` in its high half, so that two half-length dots need no interleave.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpass.errors import ConfigError
+from kvpass.errors import ConfigError, InputError
 from kvpass.types import CacheSpec, dtype_name
+
+SCALE_BYTES = 4  # a float32 for each row of a scaled format
 
 
 @dataclass(frozen=True)
@@ -19,24 +35,47 @@ class CacheFormat:
     Attributes:
         name: the row's name in :data:`FORMATS`, as written in a :class:`~kvpass.types.CacheSpec`.
         dtype: dtype of the tensor that holds the elements.
-        bits: bits per element.
+        bits: bits per element, without scales.
+        largest: of a scaled format the largest code; of fp8 the largest number; None where neither is needed.
     """
 
     name: str
     dtype: torch.dtype
     bits: int
+    largest: float | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether each row has a scale of its own, behind the codes of its slab."""
+        return self.dtype is torch.uint8
+
+    def stored_width(self, dim: int) -> int:
+        """Size W of the cache tensor's last dim for rows of ``dim`` numbers.
+
+        Raises:
+            ConfigError: if rows of that width cannot be stored.
+        """
+        if not self.scaled:
+            return dim
+        if dim * self.bits % 8:
+            raise ConfigError(f"cache format {self.name} needs an even head dim, not {dim}: choose another format")
+        return dim * self.bits // 8 + SCALE_BYTES
+
+    def row_width(self, stored: int) -> int:
+        """Numbers D in a row of stored width ``stored``; the inverse of :meth:`stored_width`."""
+        return (stored - SCALE_BYTES) * 8 // self.bits if self.scaled else stored
 
     def bytes_per_token(self, heads: int, dim: int) -> int:
-        """Exact bytes that one token takes: ``heads`` rows of ``dim`` elements each."""
-        return heads * (dim * self.bits // 8)
+        """Exact bytes that one token takes, scales included: ``heads`` rows of ``dim`` numbers each."""
+        return heads * self.stored_width(dim) * self.dtype.itemsize
 
     def allocate(self, num_blocks: int, heads: int, block_size: int, dim: int, device: torch.device | str) -> Tensor:
-        """Zeros of shape ``[B, heads, P, dim]``. In main memory a block takes room only once it is written."""
-        shape = (num_blocks, heads, block_size, dim)
+        """Zeros of shape ``[B, heads, P, W]``. In main memory a block takes room only once it is written."""
+        shape = (num_blocks, heads, block_size, self.stored_width(dim))
         if torch.device(device).type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=device)
         # numpy leaves zeroed pages to the operating system, where torch.zeros writes them all
-        count = num_blocks * heads * block_size * dim * self.dtype.itemsize
+        count = num_blocks * block_size * self.bytes_per_token(heads, dim)
         return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(self.dtype).view(shape)
 
 
@@ -46,8 +85,13 @@ FORMATS: dict[str, CacheFormat] = {
         CacheFormat("float32", torch.float32, 32),
         CacheFormat("bfloat16", torch.bfloat16, 16),
         CacheFormat("float16", torch.float16, 16),
+        CacheFormat("fp8_e4m3", torch.float8_e4m3fn, 8, 448.0),
+        CacheFormat("fp8_e5m2", torch.float8_e5m2, 8, 57344.0),
+        CacheFormat("int8", torch.uint8, 8, 127.0),
+        CacheFormat("int4", torch.uint8, 4, 7.0),
     )
 }
+_FLOATS = {row.dtype: row for row in FORMATS.values() if not row.scaled}
 
 
 def find_format(name: str) -> CacheFormat:
@@ -67,14 +111,121 @@ def format_for_dtype(dtype: torch.dtype) -> str:
     Raises:
         ConfigError: if no format does, as for float64.
     """
-    name = dtype_name(dtype)
-    if name not in FORMATS:
-        raise ConfigError(f"no cache format keeps {name} unchanged: choose one of {', '.join(FORMATS)} as cache dtype")
-    return name
+    for row in FORMATS.values():
+        if row.dtype is dtype and not row.scaled:
+            return row.name
+    kept = ", ".join(row.name for row in FORMATS.values() if not row.scaled)
+    raise ConfigError(f"no cache format keeps {dtype_name(dtype)} unchanged: choose one of {kept} as cache dtype")
+
+
+def format_of(cache: Tensor, name: str | None) -> CacheFormat:
+    """The format of a cache tensor that an op was given, with the name that came along.
+
+    Args:
+        cache: ``[..., W]``.
+        name: None for the float formats, whose dtype says all (float64, which has no row, included).
+
+    Raises:
+        InputError: if name and dtype do not fit each other, or the dtype alone does not say enough.
+    """
+    if name is None:
+        if not cache.dtype.is_floating_point:
+            scaled = ", ".join(row.name for row in FORMATS.values() if row.scaled)
+            raise InputError(f"a {dtype_name(cache.dtype)} cache needs the name of its format: one of {scaled}")
+        plain = CacheFormat(dtype_name(cache.dtype), cache.dtype, cache.dtype.itemsize * 8)
+        return _FLOATS.get(cache.dtype, plain)
+    row = find_format(name)
+    if row.dtype is not cache.dtype:
+        raise InputError(
+            f"a cache of format {name} is a tensor of {dtype_name(row.dtype)}, not of {dtype_name(cache.dtype)}"
+        )
+    return row
+
+
+def quantise_rows(rows: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor | None]:
+    """Store rows of numbers.
+
+    Args:
+        rows: float ``[..., D]``.
+        form: the format.
+
+    Returns:
+        what a slab holds of the rows: the elements ``[..., D]`` in the format's dtype and None, or of a scaled format
+        the codes uint8 ``[..., W - 4]`` and the scales float32 ``[...]``. The codes of a row that is not finite are 0.
+    """
+    if not form.scaled:
+        if form.largest is not None:
+            rows = rows.float().masked_fill(rows.isinf(), torch.nan).clamp(-form.largest, form.largest)
+        return rows.to(form.dtype), None
+    assert form.largest is not None, "a scaled format has a largest code"
+    rows = rows.float()
+    absmax = rows.abs().amax(-1)
+    scales = (absmax / form.largest).masked_fill(~absmax.isfinite(), torch.nan)
+    codes = (rows / scales.unsqueeze(-1)).nan_to_num(0.0).round_().clamp_(-form.largest, form.largest)
+    codes = codes.masked_fill_((scales == 0).unsqueeze(-1), 0.0).to(torch.int8)
+    if form.bits == 8:
+        return codes.view(torch.uint8), scales
+    low, high = (codes + 8).view(torch.uint8).chunk(2, -1)
+    return low.bitwise_or(high << 4), scales
+
+
+def widen_codes(codes: Tensor, form: CacheFormat, dtype: torch.dtype) -> Tensor:
+    """The elements of stored rows without their scales: ``[..., D]`` in ``dtype``, a fresh tensor."""
+    if not form.scaled:
+        return codes.to(dtype, copy=True)
+    if form.bits == 8:
+        return codes.view(torch.int8).to(dtype)
+    half = codes.shape[-1]
+    rows = torch.empty(*codes.shape[:-1], 2 * half, dtype=dtype, device=codes.device)
+    rows[..., :half] = codes & 15
+    rows[..., half:] = codes >> 4
+    return rows.sub_(8)
+
+
+def dequantise_rows(codes: Tensor, scales: Tensor | None, form: CacheFormat) -> Tensor:
+    """The numbers that stored rows stand for, float32 ``[..., D]``; the inverse of :func:`quantise_rows`."""
+    rows = widen_codes(codes, form, torch.float32)
+    return rows if scales is None else rows * scales.unsqueeze(-1)
+
+
+def split_slabs(slabs: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor]:
+    """Views of the two parts of slabs of a scaled format.
+
+    Args:
+        slabs: uint8 ``[..., P, W]``, contiguous in the last two dims.
+        form: a scaled format.
+
+    Returns:
+        codes uint8 ``[..., P, W - 4]`` and the bytes of the scales, uint8 ``[..., P, 4]``.
+    """
+    tokens, width = slabs.shape[-2:]
+    flat, codes = slabs.flatten(-2), tokens * (width - SCALE_BYTES)
+    return (
+        flat[..., :codes].unflatten(-1, (tokens, width - SCALE_BYTES)),
+        flat[..., codes:].unflatten(-1, (tokens, SCALE_BYTES)),
+    )
+
+
+def pack_slabs(rows: Tensor, form: CacheFormat) -> Tensor:
+    """Whole slabs ``[..., P, W]``, as a cache of the format holds them, of rows ``[..., P, D]``."""
+    codes, scales = quantise_rows(rows, form)
+    if scales is None:
+        return codes
+    tail = scales.contiguous().view(torch.uint8)
+    packed = torch.cat((codes.flatten(-2), tail), -1)
+    return packed.view(*rows.shape[:-1], -1)
+
+
+def unpack_slabs(slabs: Tensor, form: CacheFormat) -> Tensor:
+    """The numbers ``[..., P, D]`` float32 that slabs ``[..., P, W]`` stand for."""
+    if not form.scaled:
+        return slabs.float()
+    codes, tail = split_slabs(slabs, form)
+    return dequantise_rows(codes, tail.contiguous().view(torch.float32).squeeze(-1), form)
 
 
 def cache_bytes_per_token(spec: CacheSpec) -> int:
-    """Exact bytes that one token takes in the cache ``spec``, keys and values together."""
+    """Exact bytes that one token takes in the cache ``spec``, keys and values together, scales included."""
     keys = find_format(spec.key_format).bytes_per_token(spec.num_kv_heads, spec.key_dim)
     values = find_format(spec.value_format).bytes_per_token(spec.num_kv_heads, spec.value_dim)
     return keys + values
@@ -86,7 +237,7 @@ def allocate_cache(
     """The two tensors of one cache, zero-initialised.
 
     Returns:
-        keys ``[B, Hkv, P, D]`` and values ``[B, Hkv, P, Dv]``, each in its format.
+        keys ``[B, Hkv, P, W]`` and values ``[B, Hkv, P, Wv]``, each in its format; W is D in the float formats.
     """
     keys = find_format(spec.key_format)
     values = find_format(spec.value_format)

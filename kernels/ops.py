@@ -1,8 +1,10 @@
-"""Schemas of the ``kvpass::`` ops, their shape functions, and their registration.
+"""Schemas of the ``kvpass::`` ops and their registration.
 
 Importing this module defines the ops; importing it again, under whatever name, changes nothing. The caches are explicit
 mutable arguments: a graph that holds these ops can be functionalised, exported and compiled like any other, and no
-compiler may drop or reorder a write.
+compiler may drop or reorder a write. What each op means is written where its shape function is:
+:mod:`kvpass.kernels.attention_ops` and :mod:`kvpass.kernels.cache_ops`. Who computes it is decided call by call in
+:mod:`kvpass.kernels.backends`.
 
 The ops are for inference. Under grad mode, and with parameters that require grad, they run and record nothing.
 """
@@ -12,143 +14,87 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from kvpass.kernels import reference
+from kvpass.kernels.attention_ops import (
+    fake_cascade_attention,
+    fake_dense_attention,
+    fake_latent_attention,
+    fake_paged_attention,
+    fake_paged_attention_stats,
+)
+from kvpass.kernels.backends import implementation_of
+from kvpass.kernels.cache_ops import (
+    fake_copy_blocks,
+    fake_gather_cache,
+    fake_norm_rotary_write,
+    fake_write_cache,
+)
+
+_WRITE = "Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping"
+_STEP = "Tensor block_tables, Tensor seq_lens, Tensor query_start"
+_CACHES = "Tensor query, Tensor key_cache, Tensor value_cache"
+_FEATURES = (
+    "float? softcap=None, int? window=None, Tensor? slopes=None, Tensor? sinks=None, Tensor? bias=None, int? chunk=None"
+)
+_FORMATS = "str? key_format=None, str? value_format=None"
 
 SCHEMAS: dict[str, str] = {
     "dense_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, float? softcap=None,"
         " Tensor? sinks=None) -> Tensor"
     ),
-    "write_cache": (
-        "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping) -> ()"
-    ),
+    "write_cache": f"({_WRITE}, {_FORMATS}) -> ()",
     "paged_attention": (
-        "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,"
-        " Tensor query_start, float scale, float? softcap=None, int? window=None, Tensor? slopes=None,"
-        " Tensor? sinks=None, Tensor? bias=None) -> Tensor"
+        f"({_CACHES}, {_STEP}, float scale, {_FEATURES}, Tensor? tree_mask=None, {_FORMATS}) -> Tensor"
+    ),
+    "paged_attention_stats": (
+        f"({_CACHES}, {_STEP}, float scale, {_FEATURES}, Tensor? tree_mask=None, {_FORMATS}, bool mass=False)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "latent_attention": (
+        f"(Tensor query, Tensor cache, {_STEP}, float scale, int value_dim, {_FEATURES}, str? format=None) -> Tensor"
+    ),
+    "cascade_attention": (
+        f"({_CACHES}, {_STEP}, Tensor shared_start, Tensor shared_lens, float scale, {_FEATURES}, {_FORMATS}) -> Tensor"
+    ),
+    "copy_blocks": "(Tensor(a!)[] caches, Tensor source, Tensor target) -> ()",
+    "gather_cache": "(Tensor cache, Tensor block_tables, Tensor seq_lens, int width, str? format=None) -> Tensor",
+    "norm_rotary_write": (
+        f"(Tensor query, {_WRITE}, Tensor? query_weight, Tensor? key_weight, float eps, Tensor? cos, Tensor? sin,"
+        f" bool interleaved=False, {_FORMATS}) -> Tensor"
     ),
 }
 
-
-def fake_dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention over whole sequences: the one form into which passes rewrite every spelling of attention.
-
-    Query head h reads KV head ``h // (Hq // Hkv)``. Scores are ``softcap * tanh(scale * q.k / softcap) + bias``, or
-    ``scale * q.k + bias`` without a softcap. A sink is one more logit in the denominator, with no value. Scores and
-    softmax are float32, or float64 for float64 inputs.
-
-    Args:
-        query: ``[N, Hq, Sq, D]``; Hq is a multiple of Hkv.
-        key: ``[N, Hkv, Sk, D]``.
-        value: ``[N, Hkv, Sk, Dv]``.
-        bias: float, broadcastable to ``[N, Hq, Sq, Sk]``; ``-inf`` hides a key.
-        scale: factor of ``q.k``.
-        softcap: bound of the scores before the bias.
-        sinks: ``[Hq]``.
-
-    Returns:
-        ``[N, Hq, Sq, Dv]`` in the query's dtype; zeros where nothing is visible.
-    """
-    batch, heads, rows, width = query.shape
-    torch._check(key.shape[3] == width, lambda: f"query has head dim {width}, key {key.shape[3]}")
-    _check_heads(heads, key.shape[1], value.shape[1])
-    return query.new_empty(batch, heads, rows, value.shape[3])
+FAKES: dict[str, Callable[..., object]] = {
+    "dense_attention": fake_dense_attention,
+    "write_cache": fake_write_cache,
+    "paged_attention": fake_paged_attention,
+    "paged_attention_stats": fake_paged_attention_stats,
+    "latent_attention": fake_latent_attention,
+    "cascade_attention": fake_cascade_attention,
+    "copy_blocks": fake_copy_blocks,
+    "gather_cache": fake_gather_cache,
+    "norm_rotary_write": fake_norm_rotary_write,
+}
 
 
-def fake_write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store the keys and values of T tokens, cast to the dtypes of the caches.
-
-    Args:
-        key: ``[T, Hkv, D]``.
-        value: ``[T, Hkv, Dv]``.
-        key_cache: ``[B, Hkv, P, D]``, contiguous; written.
-        value_cache: ``[B, Hkv, P, Dv]``, contiguous; written.
-        slot_mapping: int64 ``[T]``, ``block * P + offset`` of each token, all different.
-    """
-    for new, cache in ((key, key_cache), (value, value_cache)):
-        shape = (cache.shape[1], cache.shape[3])
-        torch._check(new.shape[1:] == shape, lambda: f"cannot write {new.shape} into a cache {cache.shape}")  # noqa: B023
+def argument_names(name: str) -> tuple[str, ...]:
+    """The arguments of ``kvpass::name`` in order."""
+    schema = torch._C.parse_schema(f"kvpass::{name}{SCHEMAS[name]}")
+    return tuple(argument.name for argument in schema.arguments)
 
 
-def fake_paged_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Causal attention of one step over paged caches that already hold the step's own keys and values.
-
-    Row ``t`` of sequence n has position ``q = seq_lens[n] - (query_start[n + 1] - query_start[n]) + t -
-    query_start[n]``. It sees keys ``k <= q`` with ``q - k < window`` that the bias does not hide, with scores
-    ``softcap(scale * q.k) - slopes[h] * (q - k) + bias[h, ...]``; see :class:`kvpass.types.MaskMeaning`. Scores and
-    softmax are float32, or float64 for a float64 query.
-
-    Slots past a sequence's end, and entries of its block table past its end, may hold anything. A NaN or infinity of
-    a token *of the sequence* can reach the other queries of that sequence, as it does in any softmax times matrix.
-
-    Args:
-        query: ``[T, Hq, D]``; Hq is a multiple of Hkv. Query head h reads KV head ``h // (Hq // Hkv)``.
-        key_cache: ``[B, Hkv, P, D]``, contiguous.
-        value_cache: ``[B, Hkv, P, Dv]``, contiguous.
-        block_tables: int64 ``[N, W]``.
-        seq_lens: int64 ``[N]``.
-        query_start: int64 ``[N + 1]``.
-        scale: factor of ``q.k``.
-        softcap: bound of the scores before slopes and bias.
-        window: newest keys that a query sees, itself included.
-        slopes: ALiBi slopes, float32 ``[Hq]``.
-        sinks: ``[Hq]``, one more logit in the denominator, with no value.
-        bias: ``[1 | Hq, L]`` by distance ``q - k`` or ``[1 | Hq, L, L]`` by (q, k); ``-inf`` hides a key.
-
-    Returns:
-        ``[T, Hq, Dv]`` in the query's dtype; zeros where nothing is visible.
-
-    Raises:
-        InputError: if lengths, query starts, block tables and bias do not fit each other (when run, not when traced).
-    """
-    tokens, heads, width = query.shape
-    torch._check(key_cache.shape[3] == width, lambda: f"query has head dim {width}, key cache {key_cache.shape[3]}")
-    _check_heads(heads, key_cache.shape[1], value_cache.shape[1])
-    return query.new_empty(tokens, heads, value_cache.shape[3])
-
-
-def _check_heads(heads: int, key_heads: int, value_heads: int) -> None:
-    torch._check(
-        key_heads == value_heads and heads % key_heads == 0,
-        lambda: f"{heads} query heads cannot be grouped over {key_heads} key and {value_heads} value heads",
-    )
-
-
-def register_op(name: str, implementation: Callable[..., object], fake: Callable[..., object]) -> None:
+def register_op(name: str) -> None:
     """Define ``kvpass::name`` unless it exists; the definition lives as long as the process."""
     if hasattr(torch.ops.kvpass, name):
         return
     qualname = f"kvpass::{name}"
     torch.library.define(qualname, SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualname, "default", implementation)
+    torch.library.impl(qualname, "default", implementation_of(name, argument_names(name), FAKES[name]))
     # Without this, torch would record the torch calls inside the op, and a written cache would come to require grad.
     torch.library.impl(qualname, "Autograd", torch.library.fallthrough_kernel)
-    torch.library.register_fake(qualname, fake)
+    torch.library.register_fake(qualname, FAKES[name])
 
 
-register_op("dense_attention", reference.dense_attention, fake_dense_attention)
-register_op("write_cache", reference.write_cache, fake_write_cache)
-register_op("paged_attention", reference.paged_attention, fake_paged_attention)
+for _name in SCHEMAS:
+    register_op(_name)

@@ -17,6 +17,7 @@ Chunks
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Tiling(NamedTuple):
         window: newest keys that a query sees, itself included; None means all.
         slabs: slabs gathered at once.
         scores: elements of a score matrix at once.
+        chunk: a query sees only keys of its own chunk of so many positions; None means all.
     """
 
     block_size: int
@@ -44,10 +46,22 @@ class Tiling(NamedTuple):
     window: int | None
     slabs: int
     scores: int
+    chunk: int | None = None
 
     def first_visible(self, position: int) -> int:
         """Oldest key position that the query at ``position`` sees."""
-        return 0 if self.window is None else max(0, position - self.window + 1)
+        oldest = 0 if self.window is None else max(0, position - self.window + 1)
+        return oldest if self.chunk is None else max(oldest, position // self.chunk * self.chunk)
+
+    def out_of_reach(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """bool, broadcast: pairs of positions that window or chunk keep apart; None if neither is set."""
+        apart = None
+        if self.window is not None:
+            apart = query - key >= self.window
+        if self.chunk is not None:
+            differs = query.div(self.chunk, rounding_mode="floor") != key.div(self.chunk, rounding_mode="floor")
+            apart = differs if apart is None else apart | differs
+        return apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +74,14 @@ class Sight:
         hidden: bool ``[R | 1, 1, m, K - hidden_from]``, the (query, key) pairs that may not be seen; None if there
             are none.
         hidden_from: every key in a column before this one is seen by all queries.
+        may_see_nothing: whether a query may see no key at all, before any bias.
     """
 
     query: Tensor
     key: Tensor
     hidden: Tensor | None
     hidden_from: int = 0
+    may_see_nothing: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +109,14 @@ class DecodeChunk:
     Attributes:
         rows: int64 ``[R]``; None when the chunk is all rows of the step in order.
         heads: int64 ``[R]``, KV head of each row.
+        sequences: int64 ``[R]``, sequence of each row.
         parts: several only when a single row is longer than a chunk should be.
         sight: of one query per row, ``m = 1``.
     """
 
     rows: Tensor | None
     heads: Tensor
+    sequences: Tensor
     parts: tuple[Part, ...]
     sight: Sight
 
@@ -125,11 +143,15 @@ class PrefillRun:
     Attributes:
         heads: KV heads.
         slabs: int64 ``[heads * blocks]``.
+        sequence: its number in the step.
+        origin: position of the first gathered key.
         pieces: the sequence's tokens, cut so that the scores stay bounded.
     """
 
     heads: slice
     slabs: Tensor
+    sequence: int
+    origin: int
     pieces: tuple[PrefillPiece, ...]
 
 
@@ -158,20 +180,21 @@ def lay_out_step(block_tables: Tensor, seq_lens: Tensor, query_start: Tensor, ti
     """
     lens, starts = seq_lens.tolist(), query_start.tolist()
     counts = [stop - start for start, stop in itertools.pairwise(starts)]
-    _check_step(lens, starts, counts, block_tables.shape[1] * tiling.block_size)
+    check_step(lens, starts, counts, block_tables.shape[1] * tiling.block_size)
     single = [n for n, count in enumerate(counts) if count == 1]
     chunks = _decode_chunks(block_tables, lens, starts, single, tiling)
     runs = [
         run
         for n, count in enumerate(counts)
         if count > 1
-        for run in _prefill_runs(block_tables[n], lens[n], starts[n], count, tiling)
+        for run in _prefill_runs(block_tables[n], n, lens[n], starts[n], count, tiling)
     ]
     longest = max((length for length, count in zip(lens, counts, strict=True) if count), default=0)
     return StepLayout(starts[-1], longest, tuple(chunks), tuple(runs))
 
 
-def _check_step(lens: list[int], starts: list[int], counts: list[int], room: int) -> None:
+def check_step(lens: list[int], starts: list[int], counts: list[int], room: int) -> None:
+    """Raise :class:`InputError` if lengths, query starts and the room in the block tables do not fit each other."""
     if len(counts) != len(lens) or starts[0] != 0:
         raise InputError(f"query_start={starts} does not hold the first row of each of {len(lens)} sequences and T")
     for n, (length, count) in enumerate(zip(lens, counts, strict=True)):
@@ -235,6 +258,7 @@ def _decode_chunk(
     return DecodeChunk(
         rows=None if everything else (token * tiling.num_kv_heads + head).flatten(),
         heads=head.expand(len(sequences), -1).reshape(-1),
+        sequences=chosen.expand(-1, len(heads)).reshape(-1),
         parts=tuple(_cut_parts(slabs, hidden, columns, tiling)),
         sight=Sight(per_row(query), per_row(key), hidden),
     )
@@ -255,22 +279,40 @@ def _cut_parts(slabs: Tensor, hidden: Tensor | None, columns: int, tiling: Tilin
     return parts
 
 
-def _prefill_runs(table: Tensor, length: int, start: int, count: int, tiling: Tiling) -> list[PrefillRun]:
-    size, device = tiling.block_size, table.device
+def _prefill_runs(
+    table: Tensor, sequence: int, length: int, start: int, count: int, tiling: Tiling
+) -> list[PrefillRun]:
     position = length - count
-    first_block = tiling.first_visible(position) // size
-    blocks = table[first_block : -(-length // size)] * tiling.num_kv_heads
+    origin = tiling.first_visible(position) // tiling.block_size * tiling.block_size
+
+    def cut(rows: int) -> tuple[PrefillPiece, ...]:
+        return tuple(
+            _prefill_piece(start, position, first, min(count, first + rows), origin, tiling, table.device)
+            for first in range(0, count, rows)
+        )
+
+    return cut_runs(table, sequence, length, count, origin, tiling, cut)
+
+
+def cut_runs(
+    table: Tensor,
+    sequence: int,
+    length: int,
+    count: int,
+    origin: int,
+    tiling: Tiling,
+    cut: Callable[[int], tuple[PrefillPiece, ...]],
+) -> list[PrefillRun]:
+    """The runs of one sequence, by KV heads; ``cut(m)`` gives the pieces of at most m tokens."""
+    size = tiling.block_size
+    blocks = table[origin // size : -(-length // size)] * tiling.num_kv_heads
     step = min(tiling.num_kv_heads, max(1, tiling.slabs // len(blocks)))
-    rows = min(count, max(1, tiling.scores // (step * tiling.group_size * length)))
-    pieces = tuple(
-        _prefill_piece(start, position, first, min(count, first + rows), first_block * size, tiling, device)
-        for first in range(0, count, rows)
-    )
+    pieces = cut(min(count, max(1, tiling.scores // (step * tiling.group_size * length))))
     runs = []
     for first in range(0, tiling.num_kv_heads, step):
         heads = range(first, min(tiling.num_kv_heads, first + step))
-        slabs = blocks + torch.arange(heads.start, heads.stop, device=device)[:, None]
-        runs.append(PrefillRun(slice(heads.start, heads.stop), slabs.flatten(), pieces))
+        slabs = blocks + torch.arange(heads.start, heads.stop, device=table.device)[:, None]
+        runs.append(PrefillRun(slice(heads.start, heads.stop), slabs.flatten(), sequence, origin, pieces))
     return runs
 
 
@@ -280,10 +322,10 @@ def _prefill_piece(
     oldest, newest = tiling.first_visible(position + first), position + last
     query = torch.arange(position + first, newest, device=device).view(1, 1, -1, 1)
     key = torch.arange(oldest, newest, device=device).view(1, 1, 1, -1)
-    # Without a window, a key older than the piece is seen by all of it: only the last columns need a mask.
-    hidden_from = 0 if tiling.window is not None else position + first - oldest
-    distance = query - key[..., hidden_from:]
-    hidden = distance < 0 if tiling.window is None else (distance < 0) | (distance >= tiling.window)
+    # Without window and chunk, a key older than the piece is seen by all of it: only the last columns need a mask.
+    hidden_from = 0 if tiling.window is not None or tiling.chunk is not None else position + first - oldest
+    hidden, apart = query < key[..., hidden_from:], tiling.out_of_reach(query, key)
+    hidden = hidden if apart is None else hidden | apart
     return PrefillPiece(
         tokens=slice(start + first, start + last),
         keys=slice(oldest - origin, newest - origin),

@@ -15,63 +15,18 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from kvpass.kernels import naive, ops
+from tests.kernels.tiny_attention import PAGED, WRITE, TinyAttention, export_tiny, tiny_step
 
 DENSE = torch.ops.kvpass.dense_attention.default
-WRITE = torch.ops.kvpass.write_cache.default
-PAGED = torch.ops.kvpass.paged_attention.default
-OPS = {"dense_attention": DENSE, "write_cache": WRITE, "paged_attention": PAGED}
-
-
-class TinyAttention(nn.Module):
-    """One attention layer over a paged cache, with its cache tensors as arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(16, (4 + 2 + 2) * 8)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        slots: Tensor,
-        tables: Tensor,
-        lens: Tensor,
-        starts: Tensor,
-    ) -> Tensor:
-        query, key, value = self.project(hidden).unflatten(1, (8, 8)).split((4, 2, 2), 1)
-        WRITE(key, value, key_cache, value_cache, slots)
-        rows: Tensor = PAGED(query, key_cache, value_cache, tables, lens, starts, 0.35, window=6)
-        return rows.flatten(1)
-
-
-def tiny_step(lengths: list[int], seed: int = 0) -> tuple[Tensor, ...]:
-    """Arguments of :class:`TinyAttention` for the prefill of some sequences."""
-    random = torch.Generator().manual_seed(seed)
-    width = max(-(-length // 4) for length in lengths)
-    tables = torch.randperm(40, generator=random)[: len(lengths) * width].view(len(lengths), width)
-    slots = torch.cat([tables[n, torch.arange(x) // 4] * 4 + torch.arange(x) % 4 for n, x in enumerate(lengths)])
-    return (
-        torch.randn(sum(lengths), 16, generator=random),
-        *(torch.full((40, 2, 4, 8), torch.nan) for _ in range(2)),
-        slots,
-        tables,
-        torch.tensor(lengths),
-        torch.tensor([0, *lengths]).cumsum(0),
-    )
-
-
-def export_tiny(module: nn.Module) -> torch.export.ExportedProgram:
-    token, block, sequence = (torch.export.Dim(name) for name in ("tokens", "blocks", "sequences"))
-    shapes: Any = ({0: token}, {}, {}, {0: token}, {0: sequence, 1: block}, {0: sequence}, {0: sequence + 1})
-    return torch.export.export(module, tiny_step([9, 5, 6]), dynamic_shapes=shapes, strict=False)
+WRITING = ("write_cache", "copy_blocks", "norm_rotary_write")
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
 def test_the_schema_is_the_one_declared(name: str) -> None:
     schema = torch._C.parse_schema(f"kvpass::{name}{ops.SCHEMAS[name]}")
-    assert str(OPS[name]._schema) == str(schema)
-    assert OPS[name]._schema.is_mutable == (name == "write_cache")
+    op = getattr(torch.ops.kvpass, name).default
+    assert str(op._schema) == str(schema)
+    assert op._schema.is_mutable == (name in WRITING)
 
 
 def test_importing_again_changes_nothing() -> None:

@@ -1,0 +1,147 @@
+"""Who computes an op: the table of backends, and the choice of one for each call.
+
+A backend is a module. Its functions have the names and signatures of the ops that it has kernels for, and besides
+
+- ``available() -> bool``: whether it can run here at all (was built, can be loaded);
+- ``unsupported(op, **arguments) -> str | None``: why it cannot serve a call, or None. It is given the arguments that
+  the caller gave; those left out have their defaults. The reason is one phrase that does not depend on sizes;
+- optionally ``why_unavailable() -> str``: what ``available`` found missing.
+
+The first row that serves the device and the call is taken; the torch reference is the last and serves everything. What
+keeps a row from serving is said once per process, as a :class:`RuntimeWarning`.
+
+``KVPASS_BACKEND=name`` forces a row, on whatever device; a call that it has a kernel for and cannot serve is an error
+then. ``KVPASS_DEBUG=1`` checks before each call that no index leads out of a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from kvpass.errors import ConfigError, InputError
+from kvpass.kernels.index_checks import check_indices
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table.
+
+    Attributes:
+        name: as written in ``KVPASS_BACKEND``.
+        module: import path of the module.
+        devices: types of the devices that it serves; empty for all.
+    """
+
+    name: str
+    module: str
+    devices: tuple[str, ...] = ()
+
+
+BACKENDS: tuple[Backend, ...] = (Backend("reference", "kvpass.kernels.reference"),)
+
+
+@functools.cache
+def load(backend: Backend) -> ModuleType | None:
+    """The module of a row, or None, with a warning, when it cannot run here."""
+    try:
+        module = importlib.import_module(backend.module)
+        if module.available():
+            return module
+        why = module.why_unavailable() if hasattr(module, "why_unavailable") else "it is not available on this machine"
+    except (ImportError, OSError) as error:
+        why = f"loading it failed: {error}"
+    _say_once(f"kvpass kernels: the backend {backend.name} does not serve, slower ones take its place ({why})")
+    return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def choose(op: str, device: str, arguments: dict[str, Any]) -> Callable[..., Any]:
+    """The function that computes one call of ``kvpass::op``.
+
+    Args:
+        op: name of the op.
+        device: type of the device of its tensors.
+        arguments: those that the caller gave, by name.
+
+    Raises:
+        InputError: if the backend that the environment forces cannot serve the call.
+        ConfigError: if the environment forces a backend that does not exist.
+    """
+    forced = os.environ.get("KVPASS_BACKEND")
+    if forced:
+        return _forced(forced, op, arguments)
+    for backend in BACKENDS:
+        if backend.devices and device not in backend.devices:
+            continue
+        module = load(backend)
+        kernel: Callable[..., Any] | None = getattr(module, op, None)
+        if module is None or kernel is None:
+            continue
+        why = module.unsupported(op, **arguments)
+        if why is None:
+            return kernel
+        _say_once(f"kvpass::{op}: the backend {backend.name} does not serve this call, a slower one does ({why})")
+    raise InputError(f"kvpass::{op} has no backend for the device {device}")
+
+
+def _forced(name: str, op: str, arguments: dict[str, Any]) -> Callable[..., Any]:
+    found = [backend for backend in BACKENDS if backend.name == name]
+    if not found:
+        known = ", ".join(backend.name for backend in BACKENDS)
+        raise ConfigError(f"KVPASS_BACKEND={name} does not exist: choose one of {known}")
+    module = load(found[0])
+    if module is None:
+        raise InputError(f"KVPASS_BACKEND={name} cannot run on this machine: unset it, or see the warning before this")
+    kernel: Callable[..., Any] | None = getattr(module, op, None)
+    if kernel is None:
+        fallback: Callable[..., Any] = getattr(importlib.import_module(BACKENDS[-1].module), op)
+        return fallback
+    why = module.unsupported(op, **arguments)
+    if why is not None:
+        raise InputError(f"kvpass::{op} cannot be served by KVPASS_BACKEND={name}: {why}")
+    return kernel
+
+
+def implementation_of(op: str, names: tuple[str, ...], check: Callable[..., object]) -> Callable[..., Any]:
+    """What runs when ``kvpass::op`` is called: the chosen backend, without gradients and autocast.
+
+    Args:
+        op: name of the op.
+        names: its arguments in order.
+        check: its shape function, which complains of arguments that do not fit each other. Kernels that work on bare
+            memory rely on it.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return run(*args, **kwargs)
+        first = args[0] if args else kwargs[names[0]]
+        tensor = first if isinstance(first, torch.Tensor) else next(iter(first), None)
+        device = "cpu" if tensor is None else tensor.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return run(*args, **kwargs)
+        try:
+            check(*args, **kwargs)
+        except RuntimeError as error:
+            raise InputError(f"kvpass::{op}: {error}") from None
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        if os.environ.get("KVPASS_DEBUG", "") not in ("", "0"):
+            check_indices(op, arguments)
+        return choose(op, device, arguments)(*args, **kwargs)
+
+    return run

@@ -1,0 +1,152 @@
+"""What the ops that fill, move and read back caches take, mean and give: docstrings, checks and shape functions.
+
+Caches are ``[B, Hkv, P, W]`` in a format of :mod:`kvpass.kernels.formats`, contiguous; a format's name may be left out
+for the float formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpass.kernels.formats import format_of
+
+
+def fake_write_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_format: str | None = None,
+    value_format: str | None = None,
+) -> None:
+    """Store the keys and values of T tokens in the formats of the caches.
+
+    Args:
+        key: ``[T, Hkv, D]``.
+        value: ``[T, Hkv, Dv]``.
+        key_cache: ``[B, Hkv, P, W]``, contiguous; written.
+        value_cache: ``[B, Hkv, P, Wv]``, contiguous; written.
+        slot_mapping: int64 ``[T]``, ``block * P + offset`` of each token, all different.
+        key_format: name of the format of ``key_cache``.
+        value_format: name of the format of ``value_cache``.
+    """
+    for new, cache, name in ((key, key_cache, key_format), (value, value_cache, value_format)):
+        shape = (cache.shape[1], format_of(cache, name).row_width(cache.shape[3]))
+        torch._check(
+            new.shape[1:] == shape,
+            lambda: f"cannot write {tuple(new.shape)} into a cache of heads and dims {shape}",  # noqa: B023
+        )
+    torch._check(
+        slot_mapping.shape[0] == key.shape[0] == value.shape[0],
+        lambda: f"slot_mapping has {slot_mapping.shape[0]} entries for {key.shape[0]} keys, {value.shape[0]} values",
+    )
+    check_whole(slot_mapping=slot_mapping)
+
+
+def fake_norm_rotary_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool = False,
+    key_format: str | None = None,
+    value_format: str | None = None,
+) -> Tensor:
+    """Norm and rotate queries and keys, and store keys and values: what stands before an attention, in one pass.
+
+    First the RMS norm of each head, ``x / sqrt(mean(x * x) + eps) * weight``, of queries and of keys where a weight is
+    given. Then ``x * cos + turn(x) * sin`` over the first Dr dims, where ``turn`` gives ``(-x2, x1)`` of the two halves
+    ``x1, x2``, or if interleaved of each pair of neighbours; the other dims stay. All in float32, without rounding to
+    the inputs' dtype in between. Then the keys and values are stored as by ``write_cache``.
+
+    Args:
+        query: ``[T, Hq, D]``.
+        key: ``[T, Hkv, D]``; this and the next four as in ``write_cache``.
+        value: ``[T, Hkv, Dv]``.
+        key_cache: ``[B, Hkv, P, W]``, contiguous; written.
+        value_cache: ``[B, Hkv, P, Wv]``, contiguous; written.
+        slot_mapping: int64 ``[T]``.
+        query_weight: ``[D]``, or None for no norm of the queries.
+        key_weight: ``[D]``, or None for no norm of the keys.
+        eps: added to the mean square.
+        cos: float32 ``[T, Dr]`` with an even Dr of at most D, or None (with ``sin``) for no rotation.
+        sin: float32 ``[T, Dr]``.
+        interleaved: neighbours are rotated against each other, not the two halves.
+        key_format: name of the format of ``key_cache``.
+        value_format: name of the format of ``value_cache``.
+
+    Returns:
+        the query after norm and rotation, ``[T, Hq, D]`` in its dtype, a new tensor.
+    """
+    fake_write_cache(key, value, key_cache, value_cache, slot_mapping, key_format, value_format)
+    width = query.shape[2]
+    torch._check(key.shape[2] == width, lambda: f"query has head dim {width}, key {key.shape[2]}")
+    torch._check((cos is None) == (sin is None), lambda: "cos and sin are given together or not at all")
+    if cos is not None and sin is not None:
+        shape = tuple(cos.shape)
+        torch._check(
+            shape == tuple(sin.shape) and shape[1] % 2 == 0 and shape[1] <= width,
+            lambda: f"cos {shape} and sin {tuple(sin.shape)} must be [T, Dr] with an even Dr of at most {width}",
+        )
+    for weight in (query_weight, key_weight):
+        if weight is not None:
+            torch._check(weight.numel() == width, lambda: f"a norm weight of a head dim of {width} has {width} entries")
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def fake_copy_blocks(caches: Sequence[Tensor], source: Tensor, target: Tensor) -> None:
+    """Copy whole blocks within caches: block ``source[i]`` to block ``target[i]``, in every tensor.
+
+    All blocks are read before any is written, so blocks may be moved about and exchanged.
+
+    Args:
+        caches: tensors ``[B, ...]`` of any dtypes, contiguous; written.
+        source: int64 ``[M]``.
+        target: int64 ``[M]``, all different.
+    """
+    check_whole(source=source, target=target)
+    torch._check(
+        source.shape == target.shape, lambda: f"{source.shape[0]} source blocks for {target.shape[0]} target blocks"
+    )
+
+
+def fake_gather_cache(
+    cache: Tensor, block_tables: Tensor, seq_lens: Tensor, width: int, format: str | None = None
+) -> Tensor:
+    """Read back what caches hold for each sequence.
+
+    Args:
+        cache: ``[B, Hkv, P, W]``, contiguous.
+        block_tables: int64 ``[N, W]``; entries past a sequence's end may hold anything.
+        seq_lens: int64 ``[N]``.
+        width: numbers D of a row.
+        format: name of the format of ``cache``.
+
+    Returns:
+        float32 ``[N, W * P, Hkv, D]``, zeros past the end of each sequence.
+    """
+    stored = format_of(cache, format).row_width(cache.shape[3])
+    torch._check(stored == width, lambda: f"width={width} was asked of a cache with rows of {stored} numbers")
+    check_whole(block_tables=block_tables, seq_lens=seq_lens)
+    slots = block_tables.shape[1] * cache.shape[2]
+    return cache.new_empty(block_tables.shape[0], slots, cache.shape[1], width, dtype=torch.float32)
+
+
+def check_whole(**indices: Tensor) -> None:
+    """Complain unless all of these tensors are int64."""
+    for name, tensor in indices.items():
+        torch._check(
+            tensor.dtype is torch.int64,
+            lambda: f"{name} is {tensor.dtype}: it must be torch.int64",  # noqa: B023
+        )

@@ -1,0 +1,61 @@
+"""A seeded sweep of random calls over every op, format and feature: ``python -m tests.kernels.sweep --help``.
+
+Runs against one backend, through the ops themselves, and ends with exit code 1 on the first case that is wrong; the
+seed in the message is all that is needed to run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections import Counter
+
+import torch
+
+from kvpass.kernels import ops
+from kvpass.kernels.formats import FORMATS
+from tests.kernels.cache_cases import CHECKS
+from tests.kernels.random_cases import ATTENTIONS, attention_case
+
+
+def run_case(seed: int, op: str, formats: tuple[str, str], slack: float) -> None:
+    """Make the case of this seed, and raise AssertionError if the op gets it wrong."""
+    kernel = getattr(torch.ops.kvpass, op).default
+    if op in CHECKS:
+        CHECKS[op](kernel, seed, *formats)
+    else:
+        attention_case(seed, op, *formats).check(kernel, slack)
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="reference", help="value of KVPASS_BACKEND; '' lets the table choose")
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first case; the others count up")
+    parser.add_argument("--op", choices=(*ATTENTIONS, *CHECKS), help="only this op")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="only this format")
+    parser.add_argument("--slack", type=float, default=1.0, help="factor of the bounds of attention, for kernels that "
+                        "quantise queries or weights as well")  # fmt: skip
+    chosen = parser.parse_args()
+    os.environ["KVPASS_BACKEND"] = chosen.backend
+    start, done = time.perf_counter(), Counter[str]()
+    for seed in range(chosen.seed, chosen.seed + chosen.cases):
+        pick = random.Random(~seed)
+        op = chosen.op or pick.choice([name for name in ops.SCHEMAS if name in ATTENTIONS or name in CHECKS])
+        formats = tuple(chosen.format or pick.choice(list(FORMATS)) for _ in range(2))
+        try:
+            run_case(seed, op, (formats[0], formats[1]), chosen.slack)
+        except AssertionError as error:
+            print(f"seed {seed}: {op} {formats} is wrong\n{error}")
+            return 1
+        done[op] += 1
+    print(f"{sum(done.values())} cases right in {time.perf_counter() - start:.0f} s: {dict(sorted(done.items()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
