@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -77,6 +77,16 @@ class CapturedGraph:
                 dim = 0 if which == "batch" else 1
                 self.size_nodes[which] = emit(self, aten.sym_size.int, self.input_ids, dim)
         return self.size_nodes[which]
+
+    def copy(self) -> CapturedGraph:
+        """A graph of its own over the same tensors; to be made before any pass has run."""
+        graph = Graph()
+        renamed: dict[Node, Node] = {}
+        for node in self.graph.nodes:
+            renamed[node] = graph.node_copy(node, lambda n: renamed[n])
+        position_ids = self.position_ids and renamed[self.position_ids]
+        module = GraphModule(self.module, graph)
+        return replace(self, module=module, input_ids=renamed[self.input_ids], position_ids=position_ids, size_nodes={})
 
     def tidy(self) -> None:
         """Drop dead nodes and recompile; the graph is checked to be well formed."""

@@ -1,4 +1,4 @@
-"""The ``kvpass`` command: ``demo``, ``generate`` and ``inspect``.
+"""The ``kvpass`` command: ``demo``, ``generate``, ``inspect``, ``eval`` and ``tune``.
 
 Results go to standard output, everything else to standard error. The exit code is 0, 1 for a model that was refused,
 or 2 for something that cannot be used; the latter two say why in one line each, and never with a traceback.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from kvpass.errors import KvpassError, RefusedError
-from kvpass.terminal import error_line, output
+from kvpass.terminal import error_line, line, output, stages
 
 REFUSED, UNUSABLE, INTERRUPTED = 1, 2, 130
 # typer exports none of the classes between BadParameter and Exception, and they are click's or its own by version.
@@ -58,10 +59,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL_HELP = "pydecoder (the model that comes with kvpass), the folder of a transformers model, or module:callable."
+MODEL_HELP = (
+    "pydecoder or recall (the models that come with kvpass), the folder of a transformers model, or module:callable."
+)
+
+DEFAULT_FORMATS = "float32,bfloat16,float16,fp8_e4m3,fp8_e5m2,int8,int4"
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 Dtype = Annotated[str, typer.Option(help="Format of keys and values: auto, float32, bfloat16 or float16.")]
+Formats = Annotated[str, typer.Option(help="Formats of the cache, with commas between them.")]
+TextFile = Annotated[Path | None, typer.Option("--text", help="Text to measure on; shipped models bring their own.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of text that are read.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens of a window; none sees beyond its own.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Tokens of a text that are read in one step; 1 is decoding.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per block, a power of two.")]
 
 
@@ -106,14 +117,21 @@ def generate(
     block_size: BlockSize = 32,
     memory: Annotated[str, typer.Option(help="Memory of the cache, such as 512MiB.")] = "256MiB",
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json, instead of the one in the folder.")] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="Options of the cache as JSON, such as tune writes, before all others."),
+    ] = None,
 ) -> None:
     """Continue prompts with a model that is rewritten to use a paged KV cache."""
     from kvpass import CacheConfig, Sampling, compile
     from kvpass.config import check_sampling
+    from kvpass.config_file import read_options
     from kvpass.loading import encode_prompts, load_model
     from kvpass.text_stream import show_texts
 
-    config = CacheConfig(dtype=dtype, block_size=block_size, memory=memory)
+    given: dict[str, Any] = {} if config_file is None else read_options(config_file)
+    cache_size = {} if "num_blocks" in given else {"memory": memory}
+    config = CacheConfig(**{"dtype": dtype, "block_size": block_size, **cache_size, **given})
     check_sampling(Sampling(temperature, top_p, top_k, min_p, seed))
     loaded = load_model(model, tokenizer)
     ids = encode_prompts(loaded, prompt)
@@ -146,6 +164,84 @@ def inspect(
         output().print(report)
     if report.refusals or (report.verification is not None and not report.verification.passed):
         raise typer.Exit(REFUSED)
+
+
+@app.command("eval")
+def evaluate_formats(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", metavar="MODEL", help=f"{MODEL_HELP} Without it: both shipped.")
+    ] = None,
+    formats: Formats = DEFAULT_FORMATS,
+    text: TextFile = None,
+    config: Annotated[list[Path] | None, typer.Option(help="A file that tune wrote, to be measured as well.")] = None,
+    tokens: Tokens = 16384,
+    window: Window = 1024,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that prompts are continued by.")] = 384,
+    chunk: Chunk = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what each format of the cache costs in quality: perplexity, divergence, agreement, recall."""
+    from kvpass.config_file import read_options
+    from kvpass.eval_sets import EvalSizes, eval_sets
+    from kvpass.evaluate import evaluate
+    from kvpass.loading import SHIPPED, load_model
+    from kvpass.quality_tables import quality_data, quality_table
+
+    measured = dict.fromkeys(split_names(formats)) | {
+        path.stem: read_options(path).get("dtype") for path in config or ()
+    }
+    measured = {name: dtype or name for name, dtype in measured.items()}
+    sizes = EvalSizes(text_tokens=tokens, window=window, new_tokens=new_tokens)
+    found = []
+    for name in model or SHIPPED:
+        loaded = load_model(name)
+        sets = eval_sets(loaded, text, sizes)
+        with stages() as stage:
+            rows = evaluate(loaded.model, measured, sets.samples, sets.prompts, sizes.new_tokens, chunk, stage)
+        found.append(quality_data(name, rows))
+        if not as_json:
+            output().print(quality_table(name, rows))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+
+
+@app.command("tune")
+def tune_formats(
+    model: Model,
+    budget: Annotated[str, typer.Option(help="Most that a token may take: 640 (bytes), or 5bits per stored number.")],
+    formats: Formats = "bfloat16,int8,int4",
+    text: TextFile = None,
+    tokens: Tokens = 4096,
+    window: Window = 512,
+    chunk: Chunk = 32,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, for the --config of generate and eval.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose the format of each layer's keys and values by what it costs in quality, under a budget of memory."""
+    from kvpass.config_file import write_config
+    from kvpass.eval_sets import EvalSizes, eval_sets
+    from kvpass.loading import load_model
+    from kvpass.quality_tables import tuning_data, tuning_lines, tuning_table
+    from kvpass.tune import parse_budget, tune
+
+    allowed = parse_budget(budget)
+    loaded = load_model(model)
+    sets = eval_sets(loaded, text, EvalSizes(text_tokens=tokens, window=window, task_rows=16))
+    with stages() as stage:
+        tuning = tune(loaded.model, sets.samples, split_names(formats), allowed, chunk, stage)
+    if as_json:
+        typer.echo(json.dumps(tuning_data(model, tuning), indent=2))
+    else:
+        output().print(tuning_table(model, tuning))
+        for row in tuning_lines(tuning):
+            line(output(), row)
+    if out is not None:
+        write_config(out, {"dtype": tuning.dtype})
+
+
+def split_names(text: str) -> list[str]:
+    """``"int8, int4"`` -> ``["int8", "int4"]``."""
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
 def usage_message(error: Exception) -> str:

@@ -63,6 +63,30 @@ def compile(
     return Engine(module, module.plan, config, report, end_of_sequence(model))
 
 
+class Recompiler:
+    """Compiles one model with several configurations, and captures it only once.
+
+    Args:
+        model: as for :func:`compile`; its parameters must not change meanwhile.
+
+    Raises:
+        InputError: if the model cannot be used as it is.
+        RefusedError: if it cannot be captured.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._device = check_model(model)
+        self._adapter = LogitsModel(model, False)
+        self._adapter.eval()
+        self._captured = capture_model(self._adapter, self._device)
+
+    def compile(self, config: CacheConfig, verify: bool = True) -> Engine:
+        """As :func:`compile`, with the same errors."""
+        module, report = rewrite(self._adapter, config, self._device, verify, self._captured.copy())
+        return Engine(module, module.plan, config, report, end_of_sequence(self._model))
+
+
 def check_model(model: nn.Module) -> torch.device:
     """The device of the model.
 
@@ -84,17 +108,30 @@ def check_model(model: nn.Module) -> torch.device:
     return device
 
 
-def rewrite(
-    model: LogitsModel, config: CacheConfig, device: torch.device, check: bool = True
-) -> tuple[PagedModule, RewriteReport]:
-    """Run the passes on an adapted model; gives the paged module and the report."""
-    start = time.perf_counter()
+def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
+    """The graph of an adapted model.
+
+    Raises:
+        RefusedError: if it cannot be captured.
+    """
     try:
         with torch.no_grad():
-            captured = capture(for_capture(model), example_for(model, device), path_prefix=f"{MODEL}.{MODEL}")
+            return capture(for_capture(model), example_for(model, device), path_prefix=f"{MODEL}.{MODEL}")
     except CaptureError as error:
         report = RewriteReport(refusals=(Refusal(str(error), pass_name="capture"),))
         raise RefusedError(f"kvpass could not capture the model. {error}", report) from error
+
+
+def rewrite(
+    model: LogitsModel,
+    config: CacheConfig,
+    device: torch.device,
+    check: bool = True,
+    captured: CapturedGraph | None = None,
+) -> tuple[PagedModule, RewriteReport]:
+    """Run the passes on an adapted model, or on a capture of it, which is used up; gives the module and the report."""
+    start = time.perf_counter()
+    captured = captured or capture_model(model, device)
     seconds = {"capture": time.perf_counter() - start}
     before = count_nodes(captured.graph)
     log = run_passes(captured, passes(config))

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from kvpass.errors import InputError
-from kvpass.models import pydecoder
+from kvpass.models import pydecoder, recall
 
-SHIPPED = "pydecoder"  # on the command line: the model that comes with kvpass
+SHIPPED_TEXT, SHIPPED_RECALL = "pydecoder", "recall"  # on the command line: the models that come with kvpass
+SHIPPED = {SHIPPED_TEXT: pydecoder.CHECKPOINT, SHIPPED_RECALL: recall.CHECKPOINT}
 FORMS = "a transformers folder, a folder like that of the shipped model, or module:callable"
 
 
@@ -43,7 +44,7 @@ class LoadedModel:
 
 
 def load_model(name: str, tokenizer_file: str | None = None) -> LoadedModel:
-    """The model called ``name``: ``pydecoder``, a folder, or ``module:callable``.
+    """The model called ``name``: a shipped one (``pydecoder``, ``recall``), a folder, or ``module:callable``.
 
     Args:
         name: what to load.
@@ -52,7 +53,7 @@ def load_model(name: str, tokenizer_file: str | None = None) -> LoadedModel:
     Raises:
         InputError: if there is no such model, or it cannot be loaded.
     """
-    path = pydecoder.CHECKPOINT if name == SHIPPED else Path(name).expanduser()
+    path = SHIPPED.get(name) or Path(name).expanduser()
     if path.is_dir():
         loaded = _load_folder(name, path)
     elif path.exists():

@@ -53,6 +53,17 @@ def stage(console: Console, text: str) -> Iterator[None]:
 
 
 @contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """Show on standard error what is under way; gives a function to be called with what begins."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(Text(text))
+
+
+@contextmanager
 def progress_bar(console: Console, text: str, total: int) -> Iterator[Callable[[], None]]:
     """Like :func:`stage`, with a bar; gives a function to be called ``total`` times."""
     bar = Progress(
