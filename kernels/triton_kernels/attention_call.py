@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from kvpass.kernels.triton_kernels.attention import attention_kernel, merge_kernel
@@ -92,7 +93,7 @@ class AttentionCall:
     @property
     def block_size(self) -> int:
         """Tokens per block, P."""
-        return self.keys.tensor.shape[2]
+        return self.keys.block_size
 
     def with_part(self, part: str) -> AttentionCall:
         """The same call for one part of a cascade; its sinks are added where the parts are merged."""
@@ -208,7 +209,9 @@ def describe_caches(call: AttentionCall, target: Target) -> dict[str, Any]:
     """The caches, and the dots with them, as the attention kernels take them."""
     keys, values = call.keys, call.values
     latent = values is keys
-    value_b = 0 if latent and values.piece_a >= call.value_dim and values.form.bits != 4 else values.piece_b
+    reached = values.piece_a * (4 if values.form.scaled else 1)  # dims that piece A covers
+    value_b = 0 if latent and reached >= call.value_dim else values.piece_b
+    dot = dot_dtype(call.query.dtype, keys.form, target)
     return {
         "key_cache": keys.tensor,
         "key_scales": keys.scales,
@@ -227,8 +230,9 @@ def describe_caches(call: AttentionCall, target: Target) -> dict[str, Any]:
         "VALUE_A": values.piece_a,
         "VALUE_B": value_b,
         "LATENT": latent,
-        "DOT": dot_dtype(call.query.dtype, keys.form, target),
-        "VALUE_DOT": dot_dtype(call.query.dtype, values.form, target, values.form.scaled),
+        "DOT": dot,
+        "NORMED": call.query.dtype is torch.bfloat16 and dot is tl.float16,
+        "VALUE_DOT": dot_dtype(call.query.dtype, values.form, target),
         "PRECISION": dot_precision(target),
     }
 
@@ -239,7 +243,8 @@ def lay_out_mass(
     """The launch that fills ``mass``, float32 ``[N, Hkv, W * P]``, from the call's log-sum-exp ``[T, Hq]``."""
     tile = call.choose_tile(target)
     taken = (
-        "key_cache", "key_scales", "P", "D", "KEY_FORMAT", "KEY_ROW", "KEY_SLAB", "KEY_A", "KEY_B", "DOT", "PRECISION",
+        "key_cache", "key_scales", "P", "D", "KEY_FORMAT", "KEY_ROW", "KEY_SLAB", "KEY_A", "KEY_B", "DOT", "NORMED",
+        "PRECISION",
     )  # fmt: skip
     caches = describe_caches(call, target)
     arguments = {

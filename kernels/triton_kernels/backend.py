@@ -24,11 +24,10 @@ from kvpass.kernels.triton_kernels.cache_calls import (
     lay_out_copy,
     lay_out_gather,
     lay_out_write,
-    see_for_write,
 )
 from kvpass.kernels.triton_kernels.launch import INTERPRETED, find_target
 from kvpass.kernels.triton_kernels.limits import check_arguments, explain_refusal
-from kvpass.kernels.triton_kernels.stored import see_cache
+from kvpass.kernels.triton_kernels.stored import see_cache, see_for_write
 
 
 def available() -> bool:
@@ -57,9 +56,8 @@ def write_cache(
 ) -> None:
     """``kvpass::write_cache`` in one launch."""
     check_arguments("write_cache", locals())
-    target = find_target(key.device)
-    keys = see_for_write(key_cache, key_format, target)
-    values = see_for_write(value_cache, value_format, target)
+    keys = see_for_write(key_cache, key_format)
+    values = see_for_write(value_cache, value_format)
     lay_out_write(_in_rows(key), _in_rows(value), keys, values, slot_mapping.contiguous()).run()
 
 
@@ -81,9 +79,8 @@ def norm_rotary_write(
 ) -> Tensor:
     """``kvpass::norm_rotary_write`` in one launch."""
     check_arguments("norm_rotary_write", locals())
-    target = find_target(query.device)
-    keys = see_for_write(key_cache, key_format, target)
-    values = see_for_write(value_cache, value_format, target)
+    keys = see_for_write(key_cache, key_format)
+    values = see_for_write(value_cache, value_format)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     rotation = Rotation(
         _in_rows(query), out, _packed(query_weight), _packed(key_weight), eps, _packed(cos), _packed(sin), interleaved

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kvpass.kernels.triton_kernels.launch import Launch, Target
-from kvpass.kernels.triton_kernels.stored import Stored, see_cache
+from kvpass.kernels.triton_kernels.launch import Launch
+from kvpass.kernels.triton_kernels.stored import Stored
 from kvpass.kernels.triton_kernels.write import copy_kernel, gather_kernel, write_kernel
 
 WRITTEN_ELEMENTS = 1024  # per program
@@ -55,7 +55,7 @@ def lay_out_write(
         "stride_key_head": key.stride(1),
         "stride_value_token": value.stride(0),
         "stride_value_head": value.stride(1),
-        "P": keys.tensor.shape[2],
+        "P": keys.block_size,
         "D": width,
         "KEY_FORMAT": keys.spelling,
         "KEY_ROW": keys.row,
@@ -105,11 +105,11 @@ def lay_out_gather(stored: Stored, block_tables: Tensor, seq_lens: Tensor, out: 
         "table_width": block_tables.shape[1],
         "heads": out.shape[2],
         "width": stored.width,
-        "P": stored.tensor.shape[2],
+        "P": stored.block_size,
         "FORMAT": stored.spelling,
         "ROW": stored.row,
         "SLAB": stored.slab,
-        "COLUMNS": triton.next_power_of_2(stored.row),
+        "A": triton.next_power_of_2(stored.row),
     }
     return Launch(gather_kernel, (block_tables.shape[0] * block_tables.shape[1], out.shape[2]), arguments, stages=1)
 
@@ -128,8 +128,3 @@ def lay_out_copy(cache: Tensor, source: Tensor, target: Tensor) -> list[Launch]:
             {"to": blocks, "at": between, "to_blocks": target, "at_blocks": None},
         )
     ]
-
-
-def see_for_write(cache: Tensor, name: str | None, target: Target) -> Stored:
-    """The cache as kernels write it: fp8 as bytes, encoded in integers, the same on every device."""
-    return see_cache(cache, name, Target(target.architecture, target.processors, False, target.interpreted))

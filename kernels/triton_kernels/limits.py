@@ -38,6 +38,8 @@ def explain_refusal(op: str, arguments: Mapping[str, Any]) -> str | None:
         form = format_of(cache, arguments.get(FORMAT_OF[name]))
         if form.dtype is torch.float64:
             return f"{name} is float64: the kernels take {', '.join(FORMATS)}"
+        if form.scaled and form.row_width(cache.shape[3]) * form.bits % 32:
+            return f"the head dim of {name} is no multiple of {32 // form.bits}, as {form.name} needs"
         if form.row_width(cache.shape[3]) > WIDEST:
             return f"a head of {name} is wider than {WIDEST}"
     return None

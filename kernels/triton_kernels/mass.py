@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvpass.kernels.triton_kernels.attention import load_query
+from kvpass.kernels.triton_kernels.attention import load_query_sets, multiply_keys
 from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores
-from kvpass.kernels.triton_kernels.tiles import decode, find_slabs, load_rows, load_scales
+from kvpass.kernels.triton_kernels.tiles import find_slabs, load_rows, load_scales
 
 
 @triton.jit
@@ -16,11 +16,10 @@ def mass_kernel(
     scale, softcap, window, chunk, table_width, heads, stride_token, stride_head, bias_rows, bias_length, tree_width,
     GROUP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KEY_FORMAT: tl.constexpr, KEY_ROW: tl.constexpr,
     KEY_SLAB: tl.constexpr, KEY_A: tl.constexpr, KEY_B: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORMED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mass of BLOCK_N slots of one sequence and KV head: scores once more, and weights by the known log-sum-exp."""
-    key_nibbles: tl.constexpr = KEY_FORMAT == "int4"
-    half: tl.constexpr = D // 2 if key_nibbles else D
+    key_scaled: tl.constexpr = KEY_FORMAT == "int8" or KEY_FORMAT == "int4"
     n = tl.program_id(0)
     head = tl.program_id(1)
     keys = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -37,13 +36,12 @@ def mass_kernel(
     there = (keys < length) & (keys >= oldest) & (count > 0)
     slabs = find_slabs(block_tables + n.to(tl.int64) * table_width, keys, there, head, heads, P, 2 * P)
     offsets = keys % P
-    key_a = tl.arange(0, KEY_A)
-    key_b = KEY_A + tl.arange(0, KEY_B if KEY_B else 1)
-    raw = load_rows(key_cache, slabs, offsets, there, key_a, KEY_ROW, KEY_SLAB)
+    raw = load_rows(key_cache, slabs, offsets, there, tl.arange(0, KEY_A), KEY_ROW, KEY_SLAB)
+    raw_b = raw
     if KEY_B:
-        raw_b = load_rows(key_cache, slabs, offsets, there, key_b, KEY_ROW, KEY_SLAB)
+        raw_b = load_rows(key_cache, slabs, offsets, there, KEY_A + tl.arange(0, KEY_B), KEY_ROW, KEY_SLAB)
     key_scale = None
-    if KEY_FORMAT == "int8" or key_nibbles:
+    if key_scaled:
         key_scale = load_scales(key_scales, slabs, offsets, there, P, KEY_ROW, KEY_SLAB)
     received = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, count * GROUP, BLOCK_M):
@@ -53,17 +51,12 @@ def mass_kernel(
         valid = token < count
         position = past + token if positions is None else tl.load(positions + start + token, mask=valid, other=0)
         token += start
-        q = load_query(query, token, row_head, valid, key_a, stride_token, stride_head, half, DOT)
-        products = tl.dot(q, tl.trans(decode(raw, KEY_FORMAT, False, DOT)), input_precision=PRECISION)
-        if key_nibbles:
-            q = load_query(query, token, row_head, valid, half + key_a, stride_token, stride_head, D, DOT)
-            products += tl.dot(q, tl.trans(decode(raw, KEY_FORMAT, True, DOT)), input_precision=PRECISION)
-        if KEY_B:
-            q = load_query(query, token, row_head, valid, key_b, stride_token, stride_head, half, DOT)
-            products += tl.dot(q, tl.trans(decode(raw_b, KEY_FORMAT, False, DOT)), input_precision=PRECISION)
-            if key_nibbles:
-                q = load_query(query, token, row_head, valid, half + key_b, stride_token, stride_head, D, DOT)
-                products += tl.dot(q, tl.trans(decode(raw_b, KEY_FORMAT, True, DOT)), input_precision=PRECISION)
+        q0, q1, q2, q3, peak = load_query_sets(
+            query, token, row_head, valid, stride_token, stride_head, KEY_FORMAT, KEY_A, KEY_B, KEY_ROW, D, DOT, NORMED
+        )
+        products = multiply_keys(q0, q1, q2, q3, raw, raw_b, KEY_FORMAT, KEY_B, DOT, PRECISION)
+        if NORMED:
+            products = products * peak[:, None]
         seen = there[None, :] & valid[:, None]
         scores = finish_scores(
             products * scale, seen, token, row_head, position, keys, start, past, key_scale, softcap, window, chunk,

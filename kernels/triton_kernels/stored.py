@@ -25,9 +25,10 @@ class Stored:
         spelling: how kernels read it; a format, "float", or fp8 as bytes.
         tensor: the elements.
         scales: the same memory as float32, or None for formats without scales.
-        width: elements of a row, D.
-        row: stored elements of a row, in the tensor's dtype.
-        slab: stored elements of a slab, scales included.
+        block_size: tokens per block, P.
+        width: numbers of a row, D.
+        row: elements of a row, in the tensor's dtype.
+        slab: elements of a slab, scales included.
         piece_a: width of the first piece of a row.
         piece_b: width of the second, 0 if there is none.
     """
@@ -36,6 +37,7 @@ class Stored:
     spelling: str
     tensor: Tensor
     scales: Tensor | None
+    block_size: int
     width: int
     row: int
     slab: int
@@ -54,33 +56,50 @@ def split_width(width: int) -> tuple[int, int]:
 
 
 def see_cache(cache: Tensor, name: str | None, target: Target) -> Stored:
-    """The cache ``[B, Hkv, P, W]`` as the kernels take it.
+    """The cache ``[B, Hkv, P, W]`` as the kernels read it: scaled formats in words of 32 bits.
 
     Raises:
         InputError: if the name and the dtype of the cache do not fit each other.
     """
     form = format_of(cache, name)
     width, size = form.row_width(cache.shape[3]), cache.shape[2]
-    row = width // 2 if form.bits == 4 else width
-    scales, slab, spelling = None, size * cache.shape[3], "float"
+    if not form.scaled:
+        spelling = "float"
+        if form.name in FP8 and not target.native_fp8:
+            cache, spelling = cache.view(torch.uint8), f"{form.name}_bytes"
+        return Stored(form, spelling, cache, None, size, width, width, size * width, *split_width(width))
+    row = width * form.bits // 32
+    words, scales = (cache.view(-1).view(dtype).view(*cache.shape[:2], -1) for dtype in (torch.int32, torch.float32))
+    pieces = split_width(row) if form.bits == 8 else (max(16, 1 << (row - 1).bit_length()), 0)
+    return Stored(form, form.name, words, scales, size, width, row, size * (row + 1), *pieces)
+
+
+def see_for_write(cache: Tensor, name: str | None) -> Stored:
+    """The cache as the kernels write it: scaled formats and fp8 in bytes, which are made the same on every device.
+
+    Raises:
+        InputError: if the name and the dtype of the cache do not fit each other.
+    """
+    form = format_of(cache, name)
+    width, size = form.row_width(cache.shape[3]), cache.shape[2]
+    row, slab, spelling, scales = width, size * cache.shape[3], "float", None
     if form.scaled:
-        scales, spelling = cache.view(-1).view(torch.float32), form.name
-    elif form.name in FP8 and not target.native_fp8:
+        row, spelling = width * form.bits // 8, form.name
+        scales = cache.view(-1).view(torch.float32)
+    elif form.name in FP8:
         cache, spelling = cache.view(torch.uint8), f"{form.name}_bytes"
-    return Stored(form, spelling, cache, scales, width, row, slab, *split_width(row))
+    return Stored(form, spelling, cache, scales, size, width, row, slab, *split_width(row))
 
 
-def dot_dtype(query: torch.dtype, form: CacheFormat, target: Target, scaled_weights: bool = False) -> Any:
+def dot_dtype(query: torch.dtype, form: CacheFormat, target: Target) -> Any:
     """The dtype of a dot of queries or weights with a cache of this format; it holds the cache's elements exactly.
 
-    scaled_weights: the weights were multiplied by the scales of rows, and may have left the range of float16.
+    That is float16 for elements of 8 bits and less, into which they are brought in the fewest instructions.
     """
-    kind = query
-    if form.bits > 8 and form.dtype is not query:
-        kind = torch.float32
-    if scaled_weights and kind == torch.float16:
-        kind = torch.bfloat16
-    return tl.float32 if kind == torch.bfloat16 and target.interpreted else FLOATS[kind]
+    if form.bits <= 8:
+        return tl.float32 if query is torch.float32 else tl.float16
+    kind = query if form.dtype is query else torch.float32
+    return tl.float32 if kind is torch.bfloat16 and target.interpreted else FLOATS[kind]
 
 
 def dot_precision(target: Target) -> str:

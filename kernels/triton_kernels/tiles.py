@@ -1,10 +1,14 @@
 """What every Triton kernel of this room shares: reading and writing rows of a cache in each format, small searches.
 
-A row is one token and one head; its elements are split into *pieces* whose widths are powers of two, as tiles must be:
-piece A, and piece B for what is left (head dim 96 is 64 + 32, a latent of 576 is 512 + 64). An int4 row is split-half,
-so that a piece of its bytes gives two pieces of elements, low and high nibbles, and two dots.
+A row is one token and one head. Tiles are powers of two wide, so a row is read in two *pieces*: A, and B for what is
+left (head dim 96 is 64 + 32, a latent of 576 is 512 + 64).
 
-No element is multiplied by a scale: :func:`decode` gives the integers as they are, in the dtype of the dot.
+int8 and int4 rows are read as 32-bit words and unpacked two numbers at a time: under the bits of the float16 number
+1024 an integer below 1024 is that float16 plus 1024. That takes one or two instructions a number, where a conversion
+takes six. The numbers of a word are a few positions apart, so a piece of words gives several *sets* of dims, each for a
+dot of its own: four at most, counting pieces. :func:`set_dims` says which dims a set holds.
+
+No element is multiplied by a scale: unpacking and :func:`decode` give the integers as they are.
 """
 
 from __future__ import annotations
@@ -47,25 +51,57 @@ def load_rows(cache, slabs, offsets, valid, cols, ROW: tl.constexpr, SLAB: tl.co
 
 @triton.jit
 def load_scales(scales, slabs, offsets, valid, P: tl.constexpr, ROW: tl.constexpr, SLAB: tl.constexpr):
-    """The rows' scales, which follow the elements of a slab; ``scales`` is the cache seen as float32."""
-    return tl.load(scales + slabs * (SLAB // 4) + (P * ROW // 4) + offsets, mask=valid, other=0.0)
+    """The rows' scales, which follow the words of a slab; ``scales`` is the cache seen as float32."""
+    return tl.load(scales + slabs * SLAB + P * ROW + offsets, mask=valid, other=0.0)
 
 
 @triton.jit
-def decode(raw, FORMAT: tl.constexpr, HIGH: tl.constexpr, DOT: tl.constexpr):
-    """Stored elements as ``DOT``, without their scale. HIGH picks the nibble of an int4 byte."""
+def set_dims(cols, INDEX: tl.constexpr, FORMAT: tl.constexpr, A: tl.constexpr, ROW: tl.constexpr):
+    """Dims of the columns of a set; past the row's end they are beyond any width.
+
+    Set 0 is piece A and set 1 piece B. The upper numbers of words are sets 2 and 3; int4 has four sets and no piece B.
+    """
     if FORMAT == "int8":
-        return raw.to(tl.int8, bitcast=True).to(DOT)
+        word = cols // 2 + (A if INDEX % 2 else 0)
+        return tl.where(word < ROW, 4 * word + 2 * (cols % 2) + INDEX // 2, 1 << 20)
     elif FORMAT == "int4":
-        nibble = (raw >> 4) if HIGH else (raw & 15)
-        return (nibble.to(tl.int8, bitcast=True) - 8).to(DOT)
-    elif FORMAT == "fp8_e4m3_bytes":
+        word = cols // 2
+        return tl.where(word < ROW, (INDEX % 2) * (4 * ROW) + 4 * word + 2 * (cols % 2) + INDEX // 2, 1 << 20)
+    else:
+        return cols + (A if INDEX else 0)
+
+
+@triton.jit
+def unpack(raw, INDEX: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr):
+    """The numbers of a set, ``[R, columns]`` in ``DOT``, from stored elements or words; without their scale."""
+    if FORMAT == "int8":
+        bits = ((raw >> (8 * (INDEX // 2))) & 0x00FF00FF) ^ 0x64806480
+        return (pair_halves(bits) - 1152.0).to(DOT)
+    elif FORMAT == "int4":
+        bits = ((raw >> (4 * INDEX)) & 0x000F000F) | 0x64006400
+        return (pair_halves(bits) - 1032.0).to(DOT)
+    else:
+        return decode(raw, FORMAT, DOT)
+
+
+@triton.jit
+def pair_halves(bits):
+    """The two float16 numbers of each int32 ``[R, C]``, side by side ``[R, 2 * C]``."""
+    low = bits.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(low, high), (bits.shape[0], 2 * bits.shape[1]))
+
+
+@triton.jit
+def decode(raw, FORMAT: tl.constexpr, DOT: tl.constexpr):
+    """Elements of a float format as ``DOT``."""
+    if FORMAT == "fp8_e4m3_bytes":
         # The bits of an e4m3 number, moved to where a float16 has them, are that number / 256; subnormals too.
         bits = raw.to(tl.int16)
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
         return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0).to(DOT)
     elif FORMAT == "fp8_e5m2_bytes":
-        return (raw.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32).to(DOT)
+        return (raw.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(DOT)
     else:
         return raw.to(DOT)
 
@@ -114,5 +150,5 @@ def quantize(x, scale, LEVELS: tl.constexpr):
 
 @triton.jit
 def store_row_scales(scales, slabs, offsets, valid, scale, P: tl.constexpr, ROW: tl.constexpr, SLAB: tl.constexpr):
-    """Counterpart of :func:`load_scales`."""
+    """Counterpart of :func:`load_scales`, with ROW and SLAB in bytes."""
     tl.store(scales + slabs * (SLAB // 4) + (P * ROW // 4) + offsets, scale, mask=valid)

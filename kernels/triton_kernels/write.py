@@ -6,14 +6,15 @@ import triton
 import triton.language as tl
 
 from kvpass.kernels.triton_kernels.tiles import (
-    decode,
     encode_fp8,
     find_slabs,
     load_rows,
     load_scales,
     quantize,
     row_scale,
+    set_dims,
     store_row_scales,
+    unpack,
 )
 
 
@@ -177,9 +178,10 @@ def row_factor(
 @triton.jit
 def gather_kernel(
     out, cache, scales, block_tables, seq_lens, table_width, heads, width,
-    P: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SLAB: tl.constexpr, COLUMNS: tl.constexpr,
+    P: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SLAB: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """One block of one sequence and head, dequantised into ``out [N, W * P, Hkv, D]``; zeros past the end."""
+    scaled: tl.constexpr = FORMAT == "int8" or FORMAT == "int4"
     n = tl.program_id(0) // table_width
     column = tl.program_id(0) - n * table_width
     head = tl.program_id(1)
@@ -187,18 +189,18 @@ def gather_kernel(
     keys = column * P + offsets
     valid = keys < tl.load(seq_lens + n)
     slabs = find_slabs(block_tables + n.to(tl.int64) * table_width, keys, valid, head, heads, P, 2 * P)
-    cols = tl.arange(0, COLUMNS)
-    raw = load_rows(cache, slabs, offsets, valid, cols, ROW, SLAB)
-    x = decode(raw, FORMAT, False, tl.float32)
+    raw = load_rows(cache, slabs, offsets, valid, tl.arange(0, A), ROW, SLAB)
     rows = (n.to(tl.int64) * table_width * P + keys) * heads + head
-    if FORMAT == "int8" or FORMAT == "int4":
-        scale = load_scales(scales, slabs, offsets, valid, P, ROW, SLAB)
-        x = x * scale[:, None]
-    tl.store(out + rows[:, None] * width + cols[None, :], x, mask=(cols < ROW)[None, :] & (offsets >= 0)[:, None])
-    if FORMAT == "int4":
-        high = decode(raw, FORMAT, True, tl.float32) * scale[:, None]
-        inside = (cols < ROW)[None, :] & (offsets >= 0)[:, None]
-        tl.store(out + rows[:, None] * width + ROW + cols[None, :], high, mask=inside)
+    factor = valid.to(tl.float32)
+    if scaled:
+        factor = load_scales(scales, slabs, offsets, valid, P, ROW, SLAB)
+    for index in tl.static_range(4):
+        if index == 0 or FORMAT == "int4" or (index == 2 and FORMAT == "int8"):
+            dims = set_dims(tl.arange(0, 2 * A if scaled else A), index, FORMAT, A, ROW)
+            x = unpack(raw, index, FORMAT, tl.float32)
+            x = tl.where(valid[:, None], x * factor[:, None], 0.0)
+            inside = (dims < width)[None, :] & (offsets >= 0)[:, None]
+            tl.store(out + rows[:, None] * width + dims[None, :], x, mask=inside)
 
 
 @triton.jit
