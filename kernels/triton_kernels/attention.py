@@ -35,7 +35,7 @@ def load_query_sets(
 ):  # fmt: skip
     """The query in the dims of the keys' sets, those that there are, in ``DOT``; and what to multiply products by.
 
-    NORMED: rows are divided by their largest magnitude, so that a bfloat16 query keeps its bits in float16.
+    NORMED: rows are divided by the power of two of their largest magnitude, and keep the bits of bfloat16 in float16.
     """
     nibbles: tl.constexpr = FORMAT == "int4"
     words: tl.constexpr = FORMAT == "int8" or nibbles
@@ -54,7 +54,8 @@ def load_query_sets(
         peak = tl.maximum(peak, tl.max(tl.abs(q1.to(tl.float32)), 1))
         peak = tl.maximum(peak, tl.max(tl.abs(q2.to(tl.float32)), 1))
         peak = tl.maximum(peak, tl.max(tl.abs(q3.to(tl.float32)), 1))
-        peak = tl.maximum(peak, 1e-30)
+        exponent = tl.maximum(peak, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
+        peak = exponent.to(tl.float32, bitcast=True)
         q0 = q0.to(tl.float32) / peak[:, None]
         q1 = q1.to(tl.float32) / peak[:, None]
         q2 = q2.to(tl.float32) / peak[:, None]
