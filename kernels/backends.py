@@ -46,7 +46,10 @@ class Backend:
     devices: tuple[str, ...] = ()
 
 
-BACKENDS: tuple[Backend, ...] = (Backend("reference", "kvpass.kernels.reference"),)
+BACKENDS: tuple[Backend, ...] = (
+    Backend("triton", "kvpass.kernels.triton_kernels.backend", ("cuda",)),
+    Backend("reference", "kvpass.kernels.reference"),
+)
 
 
 @functools.cache
