@@ -46,7 +46,10 @@ class Backend:
     devices: tuple[str, ...] = ()
 
 
-BACKENDS: tuple[Backend, ...] = (Backend("reference", "kvpass.kernels.reference"),)
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu", "kvpass.kernels.cpu.backend", ("cpu",)),
+    Backend("reference", "kvpass.kernels.reference"),
+)
 
 
 @functools.cache
