@@ -47,6 +47,7 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu", "kvpass.kernels.cpu.backend", ("cpu",)),
     Backend("triton", "kvpass.kernels.triton_kernels.backend", ("cuda",)),
     Backend("reference", "kvpass.kernels.reference"),
 )

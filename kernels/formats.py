@@ -26,6 +26,7 @@ from kvpass.errors import ConfigError, InputError
 from kvpass.types import CacheSpec, dtype_name
 
 SCALE_BYTES = 4  # a float32 for each row of a scaled format
+CACHE_LINE = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ class CacheFormat:
         shape = (num_blocks, heads, block_size, self.stored_width(dim))
         if torch.device(device).type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=device)
-        # numpy leaves zeroed pages to the operating system, where torch.zeros writes them all
+        # numpy leaves zeroed pages to the operating system, where torch.zeros writes them all, and asks for huge pages
         count = num_blocks * block_size * self.bytes_per_token(heads, dim)
-        return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(self.dtype).view(shape)
+        memory = np.zeros(count + CACHE_LINE, dtype=np.uint8)
+        start = -memory.ctypes.data % CACHE_LINE  # a row that begins within a line takes one more to read
+        return torch.from_numpy(memory[start : start + count]).view(self.dtype).view(shape)
 
 
 FORMATS: dict[str, CacheFormat] = {

@@ -1,0 +1,108 @@
+// Floats into the formats of a cache, rounded half to even as torch does.
+#pragma once
+
+#include "simd.h"
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE float of_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// A narrower float of `Exponent` and `Mantissa` bits, without its sign: `magnitude` is finite and in range.
+template <int Exponent, int Mantissa>
+INLINE uint32_t narrow_magnitude(float magnitude) {
+    constexpr int kShift = 23 - Mantissa, kBias = (1 << (Exponent - 1)) - 1;
+    constexpr uint32_t kSmallestNormal = static_cast<uint32_t>(128 - kBias) << 23;
+    uint32_t bits = bits_of(magnitude);
+    if (bits < kSmallestNormal) {  // adding a number whose last bit is the smallest step rounds to steps
+        constexpr uint32_t kMagic = static_cast<uint32_t>(151 - kBias - Mantissa) << 23;
+        return bits_of(magnitude + of_bits(kMagic)) - kMagic;
+    }
+    uint32_t odd = (bits >> kShift) & 1;
+    bits += (static_cast<uint32_t>(kBias - 127) << 23) + (1u << (kShift - 1)) - 1 + odd;
+    return bits >> kShift;
+}
+
+INLINE uint16_t to_half(float value) {
+    uint32_t sign = bits_of(value) >> 16 & 0x8000;
+    float magnitude = std::fabs(value);
+    if (magnitude != magnitude) return static_cast<uint16_t>(sign | 0x7e00);
+    if (magnitude >= 65536.0f) return static_cast<uint16_t>(sign | 0x7c00);
+    return static_cast<uint16_t>(sign | narrow_magnitude<5, 10>(magnitude));
+}
+
+INLINE uint8_t to_e4m3(float value) {
+    uint32_t sign = bits_of(value) >> 24 & 0x80;
+    float magnitude = std::fabs(value);
+    if (!(magnitude < INFINITY)) return static_cast<uint8_t>(sign | 0x7f);  // an infinity must stay visible
+    return static_cast<uint8_t>(sign | narrow_magnitude<4, 3>(magnitude < 448.0f ? magnitude : 448.0f));
+}
+
+INLINE uint8_t to_e5m2(float value) {
+    uint32_t sign = bits_of(value) >> 24 & 0x80;
+    float magnitude = std::fabs(value);
+    if (!(magnitude < INFINITY)) return static_cast<uint8_t>(sign | 0x7f);
+    return static_cast<uint8_t>(sign | narrow_magnitude<5, 2>(magnitude < 57344.0f ? magnitude : 57344.0f));
+}
+
+// A row of a float tensor of torch as floats, element by element: nothing behind it is touched.
+INLINE void read_row(const uint8_t* from, int64_t format, int64_t count, float* out) {
+    if (format == kFloat32) {
+        std::memcpy(out, from, 4 * count);
+    } else if (format == kBFloat16) {
+        for (int64_t i = 0; i < count; i++) out[i] = from_bfloat16(load<uint16_t>(from + 2 * i));
+    } else {
+        int64_t whole = count / kLanes * kLanes;
+        for (int64_t i = 0; i < whole; i += kLanes) store(out + i, load_elements<kFloat16>(from, i));
+        float tail[kLanes];
+        store(tail, load_tail<kFloat16>(from, whole, count - whole));
+        for (int64_t i = whole; i < count; i++) out[i] = tail[i - whole];
+    }
+}
+
+// The same way back.
+INLINE void write_row(const float* from, int64_t format, int64_t count, uint8_t* out) {
+    switch (format) {
+        case kFloat32:
+            std::memcpy(out, from, 4 * count);
+            return;
+        case kBFloat16:
+            for (int64_t i = 0; i < count; i++) store(out + 2 * i, to_bfloat16(from[i]));
+            return;
+        case kFloat16:
+            for (int64_t i = 0; i < count; i++) store(out + 2 * i, to_half(from[i]));
+            return;
+        case kE4M3:
+            for (int64_t i = 0; i < count; i++) out[i] = to_e4m3(from[i]);
+            return;
+        default:
+            for (int64_t i = 0; i < count; i++) out[i] = to_e5m2(from[i]);
+    }
+}
+
+// A row with `levels` steps to each side: the steps into `steps`, the scale returned; NaN if an element is not finite.
+INLINE float quantise_row(const float* row, int64_t count, float levels, int8_t* steps) {
+    float most = 0, check = 0;
+    for (int64_t i = 0; i < count; i++) {
+        float magnitude = std::fabs(row[i]);
+        most = magnitude > most ? magnitude : most;
+        check += row[i] * 0.0f;  // NaN unless all are finite
+    }
+    float scale = most / levels;
+    if (check != 0.0f || scale == 0.0f) {
+        for (int64_t i = 0; i < count; i++) steps[i] = 0;
+        return check != 0.0f ? NAN : 0.0f;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        float step = std::nearbyint(row[i] / scale);
+        steps[i] = static_cast<int8_t>(step > levels ? levels : step < -levels ? -levels : step);
+    }
+    return scale;
+}

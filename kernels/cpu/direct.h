@@ -1,0 +1,195 @@
+// Attention of a few query rows straight from the cache: every element is loaded once for up to four rows.
+//
+// This is decode. The rows of a chunk of keys are given by pointers, so that blocks of any size, anywhere, look alike.
+// While a chunk's keys are read its values are fetched into the second-level cache, and the next chunk's keys while its
+// values are read: the slabs of a sequence lie anywhere in memory, and no hardware prefetcher crosses from one to the next.
+#pragma once
+
+#include "simd.h"
+
+constexpr int kChunk = 64;  // keys taken together
+constexpr int kDirectRows = 4;
+
+// Rows that are wanted next.
+struct Upcoming {
+    const uint8_t* const* rows = nullptr;
+    int64_t bytes = 0;
+    int count = 0;
+
+    INLINE void fetch(int first, int rows_now) const {
+        int last = first + rows_now < count ? first + rows_now : count;
+        for (int j = first; j < last; j++)
+            for (int64_t b = 0; b < bytes; b += 64) prefetch(rows[j] + b);
+    }
+};
+
+// scores[r][j] = query[r] . key[j] for R rows; `query` is padded with zeros to a multiple of kLanes. Writes up to the
+// multiple of kLanes above `count`; the pointers are valid that far.
+template <int F, int R>
+INLINE void direct_scores(
+    const float* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, float* scores,
+    const Upcoming& upcoming
+) {
+    constexpr int K = kLanes / R;  // keys at once, so that the sums fill one vector
+    int64_t whole = dim / kLanes * kLanes;
+    for (int j = 0; j < count; j += K) {
+        upcoming.fetch(j, K);
+        vf sums[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) sums[i] = vf{};
+        for (int64_t d = 0; d < whole; d += kLanes) {
+            vf q[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) q[r] = load<vf>(query + r * query_stride + d);
+#pragma GCC unroll 16
+            for (int k = 0; k < K; k++) {
+                vf element = load_elements<F>(keys[j + k], d);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sums[r * K + k] += q[r] * element;
+            }
+        }
+        if (whole < dim)
+            for (int k = 0; k < K; k++) {
+                vf element = load_tail<F>(keys[j + k], whole, dim - whole);
+                for (int r = 0; r < R; r++) sums[r * K + k] += load<vf>(query + r * query_stride + whole) * element;
+            }
+        float flat[kLanes];
+        store(flat, sum_each(sums));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) std::memcpy(scores + r * kChunk + j, flat + r * K, 4 * K);
+    }
+}
+
+// out[r] += sum over j of weights[r][j] * value[j], for NV vectors of dims from d on.
+template <int F, int R, int NV>
+INLINE void direct_stripe(
+    const float* weights, const uint8_t* const* values, int count, int64_t d, int64_t tail, float* out,
+    int64_t out_stride, const Upcoming& upcoming
+) {
+    vf sums[R][NV];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) sums[r][v] = load<vf>(out + r * out_stride + d + v * kLanes);
+    for (int j = 0; j < count; j++) {
+        upcoming.fetch(j, 1);
+        vf element[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++)
+            element[v] = tail ? load_tail<F>(values[j], d, tail) : load_elements<F>(values[j], d + v * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            vf weight = splat(weights[r * kChunk + j]);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) sums[r][v] += weight * element[v];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) store(out + r * out_stride + d + v * kLanes, sums[r][v]);
+}
+
+// All dims of `out`, which is padded to a multiple of kLanes.
+template <int F, int R>
+INLINE void direct_values(
+    const float* weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
+    const Upcoming& upcoming
+) {
+    constexpr int NV = kLanes == 16 ? 4 : 2;
+    const Upcoming none;
+    int64_t d = 0;
+    for (; d + NV * kLanes <= dim; d += NV * kLanes)
+        direct_stripe<F, R, NV>(weights, values, count, d, 0, out, out_stride, d == 0 ? upcoming : none);
+    for (; d < dim; d += kLanes)
+        direct_stripe<F, R, 1>(
+            weights, values, count, d, d + kLanes <= dim ? 0 : dim - d, out, out_stride, d == 0 ? upcoming : none
+        );
+}
+
+#if KVPASS_DOT
+INLINE __m512bh as_pairs(__m512i bits) { return (__m512bh)bits; }
+
+// The same from bfloat16 keys and a query in bfloat16, in one part or in two (high and low) when it is not exact in one.
+template <int R, int Parts>
+INLINE void dot_scores(
+    const uint16_t* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, float* scores,
+    const Upcoming& upcoming
+) {
+    constexpr int K = kLanes / R;
+    for (int j = 0; j < count; j += K) {
+        upcoming.fetch(j, K);
+        __m512 sums[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) sums[i] = _mm512_setzero_ps();
+        for (int64_t d = 0; d < dim; d += 32) {
+            __m512bh q[R * Parts];
+#pragma GCC unroll 8
+            for (int r = 0; r < R * Parts; r++) q[r] = as_pairs(_mm512_loadu_si512(query + r * query_stride + d));
+#pragma GCC unroll 16
+            for (int k = 0; k < K; k++) {
+                __m512bh element = as_pairs(_mm512_loadu_si512(keys[j + k] + 2 * d));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+                    for (int p = 0; p < Parts; p++)
+                        sums[r * K + k] = _mm512_dpbf16_ps(sums[r * K + k], q[r * Parts + p], element);
+            }
+        }
+        float flat[kLanes];
+        store(flat, sum_each(reinterpret_cast<vf*>(sums)));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) std::memcpy(scores + r * kChunk + j, flat + r * K, 4 * K);
+    }
+}
+
+// Words of two rows side by side: lanes 0..15 of the first, or of the second half.
+INLINE __m512i interleave_words(__m512i a, __m512i b, bool high) {
+    alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    __m512i index = _mm512_load_si512(kLow);
+    if (high) index = _mm512_add_epi16(index, _mm512_set1_epi16(16));
+    return _mm512_permutex2var_epi16(a, index, b);
+}
+
+// Weights in bfloat16 pairs of neighbouring keys, [R][Parts][kChunk / 2].
+template <int R, int Parts>
+INLINE void dot_values(
+    const uint32_t* weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
+    const Upcoming& upcoming
+) {
+    for (int64_t d = 0; d < dim; d += 64) {
+        bool wide = d + 64 <= dim;
+        __m512 sums[R][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++)
+                sums[r][v] = v < 2 || wide ? _mm512_loadu_ps(out + r * out_stride + d + 16 * v) : _mm512_setzero_ps();
+        for (int j = 0; j < count; j += 2) {
+            if (d == 0) upcoming.fetch(j, 2);
+            __m512bh element[4];
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                int64_t at = 2 * (d + (wide ? 32 * half : 0));
+                __m512i a = _mm512_loadu_si512(values[j] + at), b = _mm512_loadu_si512(values[j + 1] + at);
+                element[2 * half] = as_pairs(interleave_words(a, b, false));
+                element[2 * half + 1] = as_pairs(interleave_words(a, b, true));
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+                for (int p = 0; p < Parts; p++) {
+                    __m512bh weight = as_pairs(_mm512_set1_epi32(weights[(r * Parts + p) * (kChunk / 2) + j / 2]));
+#pragma GCC unroll 4
+                    for (int v = 0; v < 4; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], weight, element[v]);
+                }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++)
+                if (v < 2 || wide) _mm512_storeu_ps(out + r * out_stride + d + 16 * v, sums[r][v]);
+    }
+}
+#endif

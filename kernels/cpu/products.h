@@ -1,0 +1,299 @@
+// The two products of a tile, each in the way that suits format, rows and machine.
+#pragma once
+
+#include "tile.h"
+
+// Calls body(format constant) for the format of a cache.
+template <class Body>
+INLINE void with_format(int64_t format, Body body) {
+    switch (format) {
+        case kFloat32: return body(std::integral_constant<int, kFloat32>{});
+        case kBFloat16: return body(std::integral_constant<int, kBFloat16>{});
+        case kFloat16: return body(std::integral_constant<int, kFloat16>{});
+        case kE4M3: return body(std::integral_constant<int, kE4M3>{});
+        case kE5M2: return body(std::integral_constant<int, kE5M2>{});
+        case kInt8: return body(std::integral_constant<int, kInt8>{});
+        default: return body(std::integral_constant<int, kInt4>{});
+    }
+}
+
+// Calls body(first row, rows constant) for rows in fours, and a last two or one; three are served as four.
+template <class Body>
+INLINE void with_rows(int rows, Body body) {
+    int r = 0;
+    for (; rows - r >= 3; r += 4) body(r, std::integral_constant<int, 4>{});
+    if (rows - r == 2) body(r, std::integral_constant<int, 2>{});
+    if (rows - r == 1) body(r, std::integral_constant<int, 1>{});
+}
+
+class Products {
+public:
+    Products(const AttentionCall& call, const Workspace& space, int rows)
+        : call_(call), w_(space), rows_(rows),
+          key_way_(choose_way(call.keys.format, call.query_format, call.keys.dim, rows)),
+          value_row_(call.latent && call.values.format == kInt4 ? call.keys.dim : call.values.dim),
+          value_way_(choose_way(call.values.format, call.query_format, value_row_ | call.values.dim, rows)),
+          pair_parts_(call.query_format == kBFloat16 ? 1 : 2),
+          key_parts_(call.keys.format == kInt4 && call.query_format == kBFloat16 ? 1 : 2) {}
+
+    const Workspace& space() const { return w_; }
+
+    // Brings the query, already in floats, into the form that the keys' way multiplies.
+    void prepare_query() {
+#if KVPASS_DOT
+        for (int r = 0; r < rows_; r++) {
+            const float* row = w_.query + r * w_.width;
+            if (key_way_ == Way::kDirectPairs || key_way_ == Way::kPackPairs) {
+                uint16_t* pairs = w_.query_pairs + r * pair_parts_ * w_.width;
+                split_row(row, w_.width, pair_parts_, pairs, pairs + w_.width);
+            } else if (key_way_ == Way::kPackBytes) {
+                int8_t* bytes = reinterpret_cast<int8_t*>(w_.query_bytes) + r * key_parts_ * w_.width;
+                w_.query_unit[r] =
+                    quantise_query(row, call_.keys.dim, key_parts_, bytes, bytes + w_.width, w_.query_sums + 2 * r);
+            }
+        }
+#endif
+    }
+
+    // w.scores[r][j] = query[r] . key[j]
+    void scores(const ChunkRows& chunk, const Upcoming& upcoming) {
+        int columns = static_cast<int>(round_up(chunk.count, 16));
+        int64_t dim = call_.keys.dim;
+        switch (key_way_) {
+            case Way::kDirect: return direct(chunk, columns, upcoming);
+            case Way::kPackFloats: {
+                expand(call_.keys.format, chunk.keys, columns, dim, w_.width, upcoming);
+                float* packed = reinterpret_cast<float*>(w_.packed_keys);
+                transpose_floats(w_.expanded, w_.width, columns, dim, packed);
+                multiply<FloatProduct>(
+                    reinterpret_cast<uint32_t*>(w_.query), w_.packed_keys, w_.scores, rows_, dim, columns,
+                    {w_.width, kChunk, kChunk}, false
+                );
+                return;
+            }
+#if KVPASS_DOT
+            case Way::kDirectPairs: return direct_pairs(chunk, columns, upcoming);
+            case Way::kPackPairs: {
+                int64_t padded = round_up(dim, 32);
+                const uint8_t* rows[kChunk];
+                narrow(call_.keys.format, chunk.keys, columns, dim, dim, upcoming, rows);
+                transpose_units(rows, columns, 2 * padded, w_.packed_keys);
+                multiply<PairProduct>(
+                    reinterpret_cast<uint32_t*>(w_.query_pairs), w_.packed_keys, w_.scores, rows_, padded / 2,
+                    columns, {w_.width / 2, kChunk, kChunk}, false
+                );
+                return;
+            }
+            case Way::kPackBytes: return byte_scores(chunk, columns, upcoming);
+#endif
+            default: return;
+        }
+    }
+
+    // w.out[r] += weights[r] . values, where the weights stand in w.scores
+    void values(const ChunkRows& chunk, const Upcoming& upcoming) {
+        int count = static_cast<int>(round_up(chunk.count, 16));
+        int64_t dim = call_.values.dim;
+        switch (value_way_) {
+            case Way::kDirect: {
+                const uint8_t* rows[kChunk];
+                int64_t format = readable(call_.values.format, chunk.values, chunk.count, value_row_, rows);
+                with_format(format, [&](auto f) {
+                    if constexpr (f != kInt4)
+                        with_rows(rows_, [&](int r, auto R) {
+                            direct_values<f, R>(
+                                w_.scores + r * kChunk, rows, chunk.count, dim, w_.out + r * w_.out_width,
+                                w_.out_width, r == 0 ? upcoming : Upcoming{}
+                            );
+                        });
+                });
+                return;
+            }
+            case Way::kPackFloats: {
+                // a latent's values are the keys that have just been expanded
+                int64_t width = call_.latent ? w_.width : w_.out_width;
+                if (!call_.latent || key_way_ != Way::kPackFloats)
+                    expand(call_.values.format, chunk.values, count, value_row_, width, upcoming);
+                else
+                    upcoming.fetch(0, kChunk);
+                multiply<FloatProduct>(
+                    reinterpret_cast<uint32_t*>(w_.scores), reinterpret_cast<uint32_t*>(w_.expanded), w_.out, rows_,
+                    count, round_up(dim, kLanes), {kChunk, width, w_.out_width}, true
+                );
+                return;
+            }
+#if KVPASS_DOT
+            case Way::kDirectPairs: {
+                split_weights_to_pairs(pair_parts_);
+                if (pair_parts_ == 1) return direct_pair_values<1>(chunk, upcoming);
+                return direct_pair_values<2>(chunk, upcoming);
+            }
+            case Way::kPackPairs: {
+                split_weights_to_pairs(1);
+                int64_t padded = round_up(dim, 32);
+                const uint8_t* rows[kChunk];
+                narrow(call_.values.format, chunk.values, count, value_row_, dim, upcoming, rows);
+                interleave_pairs(rows, count, padded, w_.packed_values);
+                multiply<PairProduct>(
+                    reinterpret_cast<uint32_t*>(w_.weight_pairs), w_.packed_values, w_.out, rows_, count / 2, padded,
+                    {kChunk / 2, padded, w_.out_width}, true
+                );
+                return;
+            }
+            case Way::kPackBytes: return byte_values(chunk, count, upcoming);
+#endif
+            default: return;
+        }
+    }
+
+private:
+    // The rows as a format that can be loaded in order: int4 is expanded, all else is as it stands.
+    int64_t readable(
+        int64_t format, const uint8_t* const* from, int count, int64_t dim, const uint8_t** rows
+    ) {
+        int64_t width = round_up(dim, 32);
+        std::memcpy(rows, from, sizeof(*rows) * kChunk);
+        if (format != kInt4) return format;
+        for (int j = 0; j < count; j++) expand_row<kInt4>(from[j], dim, w_.expanded + j * width);
+        for (int j = 0; j < kChunk; j++)
+            rows[j] = reinterpret_cast<uint8_t*>(w_.expanded + (j < count ? j : count - 1) * width);
+        return kFloat32;
+    }
+
+    void direct(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+        const uint8_t* rows[kChunk];
+        int64_t dim = call_.keys.dim;
+        int64_t format = readable(call_.keys.format, chunk.keys, chunk.count, dim, rows);
+        with_format(format, [&](auto f) {
+            if constexpr (f != kInt4)
+                with_rows(rows_, [&](int r, auto R) {
+                    direct_scores<f, R>(
+                        w_.query + r * w_.width, w_.width, rows, columns, dim, w_.scores + r * kChunk,
+                        r == 0 ? upcoming : Upcoming{}
+                    );
+                });
+        });
+    }
+
+    void expand(
+        int64_t format, const uint8_t* const* from, int count, int64_t dim, int64_t width, const Upcoming& upcoming
+    ) {
+        with_format(format, [&](auto f) {
+            for (int j = 0; j < count; j++) {
+                upcoming.fetch(j, 1);
+                expand_row<f>(from[j], dim, w_.expanded + j * width);
+            }
+        });
+    }
+
+#if KVPASS_DOT
+    // Pointers to the first `dim` elements of the rows in bfloat16, padded: to the cache where it holds whole vectors.
+    void narrow(
+        int64_t format, const uint8_t* const* from, int count, int64_t row_dim, int64_t dim, const Upcoming& upcoming,
+        const uint8_t** rows
+    ) {
+        int64_t padded = round_up(dim, 32);
+        if (format == kBFloat16 && dim == padded) {
+            upcoming.fetch(0, kChunk);
+            for (int j = 0; j < count; j++) rows[j] = from[j];
+            return;
+        }
+        with_format(format, [&](auto f) {
+            for (int j = 0; j < count; j++) {
+                upcoming.fetch(j, 1);
+                float* row = w_.expanded;
+                expand_row<f>(from[j], row_dim, row);
+                for (int64_t i = dim; i < padded; i++) row[i] = 0.0f;
+                split_row(row, padded, 1, w_.narrow + j * padded, nullptr);
+                rows[j] = reinterpret_cast<uint8_t*>(w_.narrow + j * padded);
+            }
+        });
+    }
+
+    void direct_pairs(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+        with_rows(rows_, [&](int r, auto R) {
+            const uint16_t* query = w_.query_pairs + r * pair_parts_ * w_.width;
+            float* scores = w_.scores + r * kChunk;
+            const Upcoming next = r == 0 ? upcoming : Upcoming{};
+            if (pair_parts_ == 1)
+                dot_scores<R, 1>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
+            else
+                dot_scores<R, 2>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
+        });
+    }
+
+    void split_weights_to_pairs(int parts) {
+        for (int r = 0; r < rows_; r++) {
+            uint16_t* pairs = w_.weight_pairs + r * parts * kChunk;
+            split_row(w_.scores + r * kChunk, kChunk, parts, pairs, pairs + kChunk);
+        }
+    }
+
+    template <int Parts>
+    void direct_pair_values(const ChunkRows& chunk, const Upcoming& upcoming) {
+        with_rows(rows_, [&](int r, auto R) {
+            dot_values<R, Parts>(
+                reinterpret_cast<uint32_t*>(w_.weight_pairs + r * Parts * kChunk), chunk.values,
+                static_cast<int>(round_up(chunk.count, 2)), call_.values.dim, w_.out + r * w_.out_width,
+                w_.out_width, r == 0 ? upcoming : Upcoming{}
+            );
+        });
+    }
+
+    void byte_scores(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+        int64_t dim = call_.keys.dim;
+        bool four = call_.keys.format == kInt4;
+        if (four)
+            pack_byte_keys<kInt4>(chunk.keys, columns, dim, w_.packed_keys, upcoming);
+        else
+            pack_byte_keys<kInt8>(chunk.keys, columns, dim, w_.packed_keys, upcoming);
+        multiply<SignedRowProduct>(
+            reinterpret_cast<uint32_t*>(w_.query_bytes), w_.packed_keys, w_.sums, rows_ * key_parts_, dim / 4, columns,
+            {w_.width / 4, kChunk, kChunk}, false
+        );
+        int offset = four ? 8 : 128;
+        for (int r = 0; r < rows_; r++) {
+            const int32_t* high = w_.sums + r * key_parts_ * kChunk;
+            int32_t undo_high = offset * w_.query_sums[2 * r], undo_low = offset * w_.query_sums[2 * r + 1];
+            for (int i = 0; i < columns; i += kLanes) {
+                vf score = __builtin_convertvector(load<vi>(high + i) - undo_high, vf);
+                if (key_parts_ == 2)
+                    score = score * 256.0f + __builtin_convertvector(load<vi>(high + kChunk + i) - undo_low, vf);
+                store(w_.scores + r * kChunk + i, score * w_.query_unit[r]);
+            }
+        }
+    }
+
+    void byte_values(const ChunkRows& chunk, int count, const Upcoming& upcoming) {
+        int64_t dim = call_.values.dim;
+        if (call_.values.format == kInt4)
+            pack_byte_values<kInt4>(chunk.values, count, value_row_, value_row_, w_.packed_values, upcoming);
+        else
+            pack_byte_values<kInt8>(chunk.values, count, dim, dim, w_.packed_values, upcoming);
+        for (int r = 0; r < rows_; r++) {
+            uint8_t* bytes = w_.weight_bytes + 2 * r * kChunk;
+            w_.weight_unit[r] = split_weights(w_.scores + r * kChunk, kChunk, bytes, bytes + kChunk);
+        }
+        multiply<UnsignedRowProduct>(
+            reinterpret_cast<uint32_t*>(w_.weight_bytes), w_.packed_values, w_.sums, 2 * rows_, count / 4, dim,
+            {kChunk / 4, value_row_, w_.out_width}, false
+        );
+        for (int r = 0; r < rows_; r++) {
+            const int32_t* high = w_.sums + 2 * r * w_.out_width;
+            float* out = w_.out + r * w_.out_width;
+            for (int64_t i = 0; i < dim; i += kLanes) {
+                vi sum = (load<vi>(high + i) << 8) + load<vi>(high + w_.out_width + i);
+                store(out + i, load<vf>(out + i) + __builtin_convertvector(sum, vf) * w_.weight_unit[r]);
+            }
+        }
+    }
+#endif
+
+    const AttentionCall& call_;
+    const Workspace w_;
+    const int rows_;
+    const Way key_way_;
+    const int64_t value_row_;  // elements to unpack of a value row: of a latent in int4 all, as its halves lie apart
+    const Way value_way_;
+    const int pair_parts_, key_parts_;
+};

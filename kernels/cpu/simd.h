@@ -1,0 +1,223 @@
+// Vectors of floats for whatever the object is compiled for, and how each format's elements become floats.
+//
+// GCC's and Clang's vector types carry most of it, so that one source serves every level; intrinsics stand only where
+// the compilers find no single instruction.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#include "call.h"
+
+#define INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define KVPASS_DOT 1  // dot products of bytes and of bfloat16 pairs
+#else
+#define KVPASS_DOT 0
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t vb __attribute__((vector_size(kLanes)));
+typedef int8_t vsb __attribute__((vector_size(kLanes)));
+
+template <class V>
+INLINE V load(const void* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class V>
+INLINE void store(void* to, V value) {
+    std::memcpy(to, &value, sizeof value);
+}
+
+INLINE vf splat(float value) { return value - vf{}; }
+INLINE vi splat_int(int32_t value) { return value - vi{}; }
+INLINE vf as_float(vi bits) { return (vf)bits; }
+INLINE vi as_int(vf value) { return (vi)value; }
+INLINE vf select(vi mask, vf yes, vf no) { return as_float((mask & as_int(yes)) | (~mask & as_int(no))); }
+
+template <int... I>
+INLINE vi make_iota(std::integer_sequence<int, I...>) {
+    return vi{I...};
+}
+INLINE vi iota() { return make_iota(std::make_integer_sequence<int, kLanes>{}); }
+
+INLINE void prefetch(const uint8_t* address) { __builtin_prefetch(address, 0, 2); }  // into the second level
+
+// A NaN passes: the comparison is false for it, and the second value is taken.
+INLINE vf at_least(vf value, float bound) { return value < bound ? splat(bound) : value; }
+INLINE vf at_most(vf value, float bound) { return value > bound ? splat(bound) : value; }
+
+template <int Step, int... I>
+INLINE vf every_second(vf a, vf b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I + Step)...);
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]; the rows are overwritten.
+INLINE vf sum_each(vf* rows) {
+    constexpr auto all = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 8
+    for (int count = kLanes / 2; count >= 1; count /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+            rows[i] = every_second<0>(rows[2 * i], rows[2 * i + 1], all) + every_second<1>(rows[2 * i], rows[2 * i + 1], all);
+    return rows[0];
+}
+
+template <int Stride, bool High, int... I>
+INLINE vf exchange(vf a, vf b, std::integer_sequence<int, I...>) {
+    if (High) return __builtin_shufflevector(a, b, ((I & Stride) ? kLanes + I : I + Stride)...);
+    return __builtin_shufflevector(a, b, ((I & Stride) ? kLanes + I - Stride : I)...);
+}
+
+template <int Stride>
+INLINE void transpose_stage(vf* rows) {
+    constexpr auto all = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++)
+        if (!(i & Stride)) {
+            vf a = rows[i], b = rows[i + Stride];
+            rows[i] = exchange<Stride, false>(a, b, all);
+            rows[i + Stride] = exchange<Stride, true>(a, b, all);
+        }
+}
+
+// Lane j of row i becomes lane i of row j.
+INLINE void transpose(vf* rows) {
+    if constexpr (kLanes == 16) transpose_stage<8 % kLanes>(rows);
+    if constexpr (kLanes >= 8) transpose_stage<4 % kLanes>(rows);
+    transpose_stage<2>(rows);
+    transpose_stage<1>(rows);
+}
+
+INLINE float sum_lanes(vf value) {
+    float lanes[kLanes], sum = 0;
+    store(lanes, value);
+    for (float lane : lanes) sum += lane;
+    return sum;
+}
+
+INLINE float max_lanes(vf value) {
+    float lanes[kLanes];
+    store(lanes, value);
+    float most = lanes[0];
+    for (float lane : lanes) most = lane > most ? lane : most;
+    return most;
+}
+
+// exp(x) to two units in the last place; 0 below -87.3, a NaN stays one. x is at most 88.
+INLINE vf exp_of(vf x) {
+    vf clamped = at_least(x, -87.33f);
+    vf n = clamped * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+    vi exponent = as_int(n) << 23;
+    n -= 12582912.0f;
+    vf r = clamped - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.0f / 5040.0f);
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    vf result = as_float(as_int(p) + exponent);
+    result = select(x < -87.33f, vf{}, result);
+    return select(x == x, result, x);
+}
+
+// tanh(x): its series near zero, where 1 - 2 / (exp(2x) + 1) would lose digits.
+INLINE vf tanh_of(vf x) {
+    vf s = x * x;
+    vf series = splat(-1382.0f / 155925.0f);
+    series = series * s + 62.0f / 2835.0f;
+    series = series * s - 17.0f / 315.0f;
+    series = series * s + 2.0f / 15.0f;
+    series = series * s - 1.0f / 3.0f;
+    series = (series * s) * x + x;
+    vf far = 1.0f - 2.0f / (exp_of(at_most(x + x, 40.0f)) + 1.0f);
+    return select((x < 0.35f) & (x > -0.35f), series, far);
+}
+
+INLINE vf half_to_float(vi half) {
+    vi magnitude = (half & 0x7fff) << 13;
+    vf value = as_float(magnitude) * 0x1p112f;  // exact, and right for subnormals
+    vi special = (half & 0x7c00) == 0x7c00;
+    vi bits = as_int(value) | (special & 0x7f800000) | ((half & 0x8000) << 16);
+    return as_float(bits);
+}
+
+// kLanes elements of a format as floats. int4 is not here: its halves lie apart, see expand_row.
+template <int F>
+INLINE vf load_elements(const uint8_t* row, int64_t i) {
+    if constexpr (F == kFloat32) {
+        return load<vf>(row + 4 * i);
+    } else if constexpr (F == kBFloat16) {
+        return as_float((vi)(__builtin_convertvector(load<vh>(row + 2 * i), vu) << 16));
+    } else if constexpr (F == kFloat16) {
+#if defined(__AVX512F__)
+        return (vf)_mm512_cvtph_ps(load<__m256i>(row + 2 * i));
+#elif defined(__F16C__) && defined(__AVX2__)
+        return (vf)_mm256_cvtph_ps(load<__m128i>(row + 2 * i));
+#else
+        return half_to_float(__builtin_convertvector(load<vh>(row + 2 * i), vi));
+#endif
+    } else if constexpr (F == kE4M3) {
+        vi byte = __builtin_convertvector(load<vb>(row + i), vi);
+        vf value = as_float((byte & 0x7f) << 20) * 0x1p120f;
+        vi nan = (byte & 0x7f) == 0x7f;
+        return as_float(as_int(value) | (nan & 0x7fc00000) | ((byte & 0x80) << 24));
+    } else if constexpr (F == kE5M2) {
+        return half_to_float(__builtin_convertvector(load<vb>(row + i), vi) << 8);
+    } else {
+        static_assert(F == kInt8, "no elements of this format can be loaded in order");
+        return __builtin_convertvector(__builtin_convertvector(load<vsb>(row + i), vi), vf);
+    }
+}
+
+template <int F>
+constexpr int64_t kElementBytes = F == kFloat32 ? 4 : F == kBFloat16 || F == kFloat16 ? 2 : 1;
+
+// The same where only `count` elements of the row are left: what lies behind them is not touched.
+template <int F>
+INLINE vf load_tail(const uint8_t* row, int64_t i, int64_t count) {
+    uint8_t bytes[kLanes * kElementBytes<F>] = {};
+    std::memcpy(bytes, row + i * kElementBytes<F>, count * kElementBytes<F>);
+    return load_elements<F>(bytes, 0);
+}
+
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE float from_bfloat16(uint16_t value) {
+    uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -1,0 +1,173 @@
+// Attention of one item: some rows of queries that read the same keys, chunk by chunk.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "gemm.h"
+#include "pack.h"
+#include "weigh.h"
+
+// Memory that a thread keeps between calls; each call lays it out anew.
+class Arena {
+public:
+    ~Arena() { std::free(memory_); }
+
+    void restart() { used_ = 0; }
+
+    void reserve(int64_t bytes) {
+        used_ = 0;
+        if (bytes <= size_) return;
+        std::free(memory_);
+        size_ = 0;
+        memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, round_up(bytes, 64)));
+        if (!memory_) throw std::bad_alloc();
+        size_ = bytes;
+    }
+
+    template <class T>
+    T* take(int64_t count) {
+        T* taken = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory_) + used_);
+        used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+        return taken;
+    }
+
+    int64_t used() const { return used_; }
+
+private:
+    uint8_t* memory_ = nullptr;
+    int64_t size_ = 0, used_ = 0;
+};
+
+// How a product is computed: from the cache itself, or packed; in floats, bfloat16 pairs or bytes.
+enum class Way { kDirect, kDirectPairs, kPackFloats, kPackPairs, kPackBytes };
+
+constexpr int kMostDirectRows = 8;
+
+inline Way choose_way(int64_t format, int64_t query_format, int64_t dim, int64_t rows) {
+#if KVPASS_DOT
+    if (format == kInt8 && dim % 16 == 0) return Way::kPackBytes;
+    if (format == kInt4 && dim % 32 == 0) return Way::kPackBytes;
+    if (rows <= kMostDirectRows) return format == kBFloat16 && dim % 32 == 0 ? Way::kDirectPairs : Way::kDirect;
+    bool exact = format != kFloat32 && format != kFloat16;  // in bfloat16
+    if (query_format == kBFloat16 && exact) return Way::kPackPairs;
+#else
+    (void)format, (void)query_format, (void)dim;
+#endif
+    return rows <= kMostDirectRows ? Way::kDirect : Way::kPackFloats;
+}
+
+// Where a thread works: what each head keeps, and below it what all heads use in turn. Rows are padded to a multiple of
+// four.
+struct Workspace {
+    int64_t width, out_width;  // D and Dv, padded
+    int64_t rows;
+    float *query, *out, *most, *total, *query_unit;
+    uint16_t* query_pairs;
+    uint8_t* query_bytes;
+    int32_t* query_sums;
+
+    float *scores, *expanded, *weight_unit;
+    uint32_t *packed_keys, *packed_values;
+    uint16_t *weight_pairs, *narrow;
+    uint8_t* weight_bytes;
+    int32_t* sums;
+
+    // The part of another head.
+    Workspace of_head(int64_t head) const {
+        Workspace part = *this;
+        part.query += head * rows * width;
+        part.out += head * rows * out_width;
+        part.most += head * rows;
+        part.total += head * rows;
+        part.query_unit += head * rows;
+        part.query_pairs += head * 2 * rows * width;
+        part.query_bytes += head * 2 * rows * width;
+        part.query_sums += head * 2 * rows;
+        return part;
+    }
+
+    void lay_out(Arena& arena, const AttentionCall& call, int64_t heads, int64_t rows_needed) {
+        width = round_up(call.keys.dim, 32);
+        out_width = round_up(call.values.dim, 32);
+        int64_t both = width > out_width ? width : out_width;
+        rows = round_up(rows_needed, 4);
+        arena.restart();
+        for (int pass = 0; pass < 2; pass++) {  // first to measure
+            query = arena.take<float>(heads * rows * width);
+            out = arena.take<float>(heads * rows * out_width);
+            most = arena.take<float>(heads * rows);
+            total = arena.take<float>(heads * rows);
+            query_unit = arena.take<float>(heads * rows);
+            query_pairs = arena.take<uint16_t>(heads * 2 * rows * width);
+            query_bytes = arena.take<uint8_t>(heads * 2 * rows * width);
+            query_sums = arena.take<int32_t>(heads * 2 * rows);
+            scores = arena.take<float>(rows * kChunk);
+            expanded = arena.take<float>(kChunk * both);
+            weight_unit = arena.take<float>(rows);
+            packed_keys = arena.take<uint32_t>(width * kChunk);
+            packed_values = arena.take<uint32_t>(kChunk * both);
+            weight_pairs = arena.take<uint16_t>(2 * rows * kChunk);
+            narrow = arena.take<uint16_t>(kChunk * both);
+            weight_bytes = arena.take<uint8_t>(2 * rows * kChunk);
+            sums = arena.take<int32_t>(2 * rows * (both > kChunk ? both : kChunk));
+            if (pass == 0) arena.reserve(arena.used());
+        }
+    }
+};
+
+// The rows of the cache that hold a chunk; past its end the last one again, so that no pointer leads elsewhere.
+struct ChunkRows {
+    int64_t start;
+    int count = 0;
+    const uint8_t* keys[kChunk];
+    const uint8_t* values[kChunk];
+    const uint8_t* key_scales[kChunk];
+    const uint8_t* value_scales[kChunk];
+};
+
+class Locator {
+public:
+    Locator(const AttentionCall& call)
+        : call_(call), key_(layout_of(call.keys, call.block_size)), value_(layout_of(call.values, call.block_size)) {
+        if (call.latent) value_ = key_;
+    }
+
+    void locate(const Item& item, int64_t head, int64_t start, ChunkRows& rows) const {
+        rows.start = start;
+        rows.count = static_cast<int>(std::clamp<int64_t>(item.end - start, 0, kChunk));
+        const int64_t* table = call_.tables + item.sequence * call_.table_stride;
+        int64_t size = call_.block_size;
+        for (int j = 0; j < rows.count;) {
+            int64_t key = start + j, offset = key % size;
+            int64_t slab = table[key / size] * call_.kv_heads + head;
+            const uint8_t* keys = call_.keys.data + slab * key_.slab_bytes;
+            const uint8_t* values = call_.values.data + slab * value_.slab_bytes;
+            int run = static_cast<int>(std::min<int64_t>(size - offset, rows.count - j));
+            for (int i = 0; i < run; i++, j++, offset++) {
+                rows.keys[j] = keys + offset * key_.row_bytes;
+                rows.values[j] = values + offset * value_.row_bytes;
+                rows.key_scales[j] = keys + key_.scale_bytes + 4 * offset;
+                rows.value_scales[j] = values + value_.scale_bytes + 4 * offset;
+            }
+            if (key_.scale_bytes) prefetch(rows.key_scales[j - 1]);
+            if (value_.scale_bytes) prefetch(rows.value_scales[j - 1]);
+        }
+        for (int j = rows.count; j < kChunk && rows.count; j++) {
+            rows.keys[j] = rows.keys[rows.count - 1];
+            rows.values[j] = rows.values[rows.count - 1];
+        }
+    }
+
+    const Layout& key() const { return key_; }
+    const Layout& value() const { return value_; }
+
+private:
+    const AttentionCall& call_;
+    Layout key_, value_;
+};
+
+inline void read_scales(const uint8_t* const* from, int count, float* scales) {
+    for (int j = 0; j < count; j++) std::memcpy(scales + j, from[j], 4);
+    for (int j = count; j < kChunk; j++) scales[j] = 0.0f;
+}

@@ -1,0 +1,126 @@
+// From scores to weights: scale, softcap, slopes, bias, what is hidden, and the online softmax.
+#pragma once
+
+#include "direct.h"
+#include "step.h"
+
+// The keys [start, start + count) of a chunk.
+struct Keys {
+    int64_t start;
+    int count;
+    const float* key_scales;    // or null; padded to kChunk
+    const float* value_scales;  // or null
+};
+
+class Weigher {
+public:
+    Weigher(const AttentionCall& call, const Plan& plan)
+        : call_(call), plan_(plan), plain_(call.softcap == 0 && !call.slopes && !call.bias && !call.tree) {}
+
+    // One row of scores of head `head` becomes weights, times the values' scales; rows past `count` weigh nothing.
+    // `most` and `total` are those of the online softmax; the result is the factor of what was summed up before.
+    float weigh(float* row, const Token& token, int64_t head, const Keys& keys, float& most, float& total) const {
+        score(row, token, head, keys);
+        vf highest = splat(-INFINITY);
+        for (int i = 0; i < kChunk; i += kLanes) {
+            vf value = load<vf>(row + i);
+            highest = highest > value ? highest : value;
+        }
+        float new_most = max_lanes(highest);
+        new_most = new_most > most ? new_most : most;
+        float base = new_most == -INFINITY ? 0.0f : new_most;
+        vf sum = vf{};
+        for (int i = 0; i < kChunk; i += kLanes) {
+            vf weight = exp_of(load<vf>(row + i) - base);
+            sum += weight;
+            if (keys.value_scales) weight *= load<vf>(keys.value_scales + i);
+            store(row + i, weight);
+        }
+        float factor = most == new_most ? 1.0f : std::exp(most - base);
+        total = total * factor + sum_lanes(sum);
+        most = new_most;
+        return factor;
+    }
+
+    // The final weights of a row whose log-sum-exp is known, added to mass[0 .. count).
+    void add_mass(float* row, const Token& token, int64_t head, const Keys& keys, float lse, float* mass) const {
+        if (lse == -INFINITY) return;
+        score(row, token, head, keys);
+        for (int i = 0; i < kChunk; i += kLanes) store(row + i, exp_of(load<vf>(row + i) - lse));
+        for (int j = 0; j < keys.count; j++) mass[j] += row[j];
+    }
+
+private:
+    // Raw products become scores, -inf where the token does not see the key.
+    void score(float* row, const Token& token, int64_t head, const Keys& keys) const {
+        float scale = static_cast<float>(call_.scale);
+        for (int i = 0; i < kChunk; i += kLanes) {
+            vf value = load<vf>(row + i) * scale;
+            if (keys.key_scales) value *= load<vf>(keys.key_scales + i);
+            store(row + i, value);
+        }
+        if (!plain_) enrich(row, token, head, keys);
+        int64_t high = call_.tree ? token.step_begin : token.high;
+        int64_t first = token.low - keys.start, last = high - keys.start;
+        if (first <= 0 && last >= kChunk && keys.count == kChunk) return;
+        if (call_.tree) {
+            show_tree(row, token, keys);
+            return;
+        }
+        if (last > keys.count) last = keys.count;
+        int32_t from = static_cast<int32_t>(std::clamp<int64_t>(first, 0, kChunk));
+        int32_t to = static_cast<int32_t>(std::clamp<int64_t>(last, 0, kChunk));
+        for (int i = 0; i < kChunk; i += kLanes) {
+            vi lane = iota() + i;
+            store(row + i, select((lane >= from) & (lane < to), load<vf>(row + i), splat(-INFINITY)));
+        }
+    }
+
+    // Softcap, slopes and bias.
+    void enrich(float* row, const Token& token, int64_t head, const Keys& keys) const {
+        if (call_.softcap != 0) {
+            float cap = static_cast<float>(call_.softcap), inverse = static_cast<float>(1.0 / call_.softcap);
+            for (int i = 0; i < kChunk; i += kLanes)
+                store(row + i, tanh_of(load<vf>(row + i) * inverse) * cap);
+        }
+        if (!call_.slopes && !call_.bias) return;
+        int64_t table_head = call_.bias_heads > 1 ? head : 0;
+        for (int j = 0; j < keys.count; j++) {
+            int64_t key = position_of(token, keys.start + j), distance = token.position - key;
+            if (distance < 0) continue;  // hidden
+            if (call_.slopes) row[j] -= call_.slopes[head] * static_cast<float>(distance);
+            if (!call_.bias) continue;
+            int64_t length = call_.bias_length;
+            if (call_.bias_by_pair)
+                row[j] += call_.bias[(table_head * length + token.position) * length + key];
+            else
+                row[j] += call_.bias[table_head * length + std::min(distance, length - 1)];
+        }
+    }
+
+    const uint8_t* tree_row(const Token& token) const {
+        return call_.tree + (&token - plan_.tokens.data()) * call_.tree_width;
+    }
+
+    // A key of this step stands where its own token does, which under a tree mask is not where it is stored.
+    int64_t position_of(const Token& token, int64_t key) const {
+        if (!call_.tree || key < token.step_begin) return key;
+        return plan_.tokens[call_.starts[token.sequence] + key - token.step_begin].position;
+    }
+
+    void show_tree(float* row, const Token& token, const Keys& keys) const {
+        const uint8_t* mask = tree_row(token);
+        int64_t oldest = call_.window > 0 ? token.position - call_.window + 1 : 0;
+        if (call_.chunk > 0) oldest = std::max(oldest, token.position / call_.chunk * call_.chunk);
+        for (int j = 0; j < kChunk; j++) {
+            int64_t key = keys.start + j;
+            bool seen = j < keys.count && position_of(token, key) >= oldest;
+            if (seen && key >= token.step_begin) seen = mask[key - token.step_begin] != 0;
+            if (!seen) row[j] = -INFINITY;
+        }
+    }
+
+    const AttentionCall& call_;
+    const Plan& plan_;
+    const bool plain_;
+};
