@@ -89,6 +89,7 @@ class RewriteReport:
         verification: None when it was switched off or not reached.
         max_length: longest sequence for which the rewrite is proven; None means every length.
         max_length_reason: what limits it.
+        forbidden_tokens: token ids that no sequence may contain; the rewrite is proven for sequences without them.
         seconds: time of each step.
     """
 
@@ -97,6 +98,7 @@ class RewriteReport:
     verification: Verification | None = None
     max_length: int | None = None
     max_length_reason: str = ""
+    forbidden_tokens: tuple[int, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -161,4 +163,7 @@ class RewriteReport:
         limit = (
             "any length" if self.max_length is None else f"up to {self.max_length} tokens ({self.max_length_reason})"
         )
-        return f"cache: {after} bytes per token (attention received {before}{times}); sequences of {limit}"
+        without = (
+            f", without the token ids {', '.join(map(str, self.forbidden_tokens))}" if self.forbidden_tokens else ""
+        )
+        return f"cache: {after} bytes per token (attention received {before}{times}); sequences of {limit}{without}"
