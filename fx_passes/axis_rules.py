@@ -21,10 +21,11 @@ from kvpass.fx_passes.axes import (
 )
 from kvpass.fx_passes.contraction import contract, contraction_of
 from kvpass.fx_passes.graph import aten, expression, is_call, shape_of
+from kvpass.fx_passes.group_rules import grouped_product
 from kvpass.fx_passes.indexing_rules import INDEXING_RULES
 from kvpass.fx_passes.infer_axes import AxisRule, Inference, Several, along, pointwise
 from kvpass.fx_passes.moving_rules import MOVING_RULES
-from kvpass.fx_passes.routing_rules import ROUTING_RULES, grouped_product, is_row_sort, nonzero, sort_rows
+from kvpass.fx_passes.routing_rules import ROUTING_RULES, is_row_sort, nonzero, sort_rows
 from kvpass.fx_passes.shape_values import Dependence
 
 

@@ -40,6 +40,7 @@ class CapturedGraph:
         position_ids: placeholder of the positions where the model demands them, else None.
         max_length: longest sequence that the capture allows, where the model limits it.
         path_prefix: module path of the adapter around the user's model, left out of reports.
+        forbidden_tokens: ids that no sequence may contain: what was proven holds without them.
     """
 
     module: GraphModule
@@ -50,6 +51,7 @@ class CapturedGraph:
     max_length: int | None = None
     path_prefix: str = ""
     size_nodes: dict[str, Node] = field(default_factory=dict)
+    forbidden_tokens: frozenset[int] = frozenset()
 
     @property
     def graph(self) -> Graph:

@@ -34,6 +34,15 @@ class Several:
     parts: tuple[Axes, ...]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some of the picked rows: the ``index``-th of ``count`` groups of the rows ``of``."""
+
+    of: Dim
+    index: int
+    count: int
+
+
 @dataclass
 class Inference:
     """State of one walk over the graph.
@@ -47,6 +56,8 @@ class Inference:
         results: axes of every node so far.
         next_tag: last name given to a head or a pick.
         picks: ops that pick rows of tokens by data, and the name of each pick.
+        part_tags: name of each group of picked rows, by the name of the pick and the number of the group.
+        parts: what each such name stands for.
     """
 
     captured: CapturedGraph
@@ -56,6 +67,8 @@ class Inference:
     results: dict[Node, Axes | Several | Mixed] = field(default_factory=dict)
     next_tag: int = 0
     picks: dict[Node, int] = field(default_factory=dict)
+    part_tags: dict[tuple[int, int], int] = field(default_factory=dict)
+    parts: dict[int, Part] = field(default_factory=dict)
 
     def axes(self, node: Any) -> Axes:
         """Axes of a tensor operand.
@@ -209,6 +222,8 @@ def _check_numbers(node: Node, named: dict[str, Any]) -> None:
 def _check_sizes(node: Node, axes: Axes) -> None:
     """The factors of every dim multiply to its size: a rule that forgot something is found here."""
     for dim, size in zip(axes, shape_of(node), strict=True):
+        if len(dim) == 1 and dim[0].kind is Kind.PICKED:  # how many rows there are, data says; the tag says which
+            continue
         product = 1
         for factor in dim:
             product = product * factor.size

@@ -21,6 +21,7 @@ from kvpass.fx_passes.axes import (
     relabel,
 )
 from kvpass.fx_passes.graph import expression, shape_of
+from kvpass.fx_passes.group_rules import is_picked, join_rows, split_rows
 from kvpass.fx_passes.infer_axes import AxisRule, Inference, Several, checked
 
 
@@ -100,9 +101,10 @@ def cat(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     all_axes = [inference.axes(n) for n in operands]
     joined = [axes[d] for axes in all_axes]
     rest = broadcast([tuple(dim for i, dim in enumerate(axes) if i != d) for axes in all_axes], len(shape) - 1)
-    if not all(is_free(dim) for dim in joined):
+    rows = join_rows(inference, joined)
+    if rows is None and not all(is_free(dim) for dim in joined):
         raise MixesTokens("joins tensors along the token axis")
-    return (*rest[:d], plain(shape[d]), *rest[d:])
+    return (*rest[:d], plain(shape[d]) if rows is None else rows, *rest[d:])
 
 
 def _beside_scores(
@@ -152,6 +154,8 @@ def select(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
 def split(inference: Inference, node: Node, named: dict[str, Any]) -> Several:
     axes = inference.axes(named["self"])
     d = named["dim"] % len(axes)
+    if is_picked(axes[d]):
+        return Several(tuple((*axes[:d], part, *axes[d + 1 :]) for part in split_rows(inference, node, axes[d])))
     if not is_free(axes[d]):
         raise MixesTokens("splits the sequence")
     parts = []

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvpass.config import CacheConfig
+from kvpass.fx_passes.assume_no_padding import AssumeNoPadding
 from kvpass.fx_passes.canonicalize import Canonicalize
 from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.find_attention import FindAttention
+from kvpass.fx_passes.fold_sink_gates import FoldSinkGates
 from kvpass.fx_passes.graph import CapturedGraph, PassResult
 from kvpass.fx_passes.prove_token_axis import ProveTokenAxis
 from kvpass.fx_passes.read_masks import ReadMasks
@@ -30,7 +32,14 @@ class Pass(Protocol):
 
 def passes(config: CacheConfig) -> tuple[Pass, ...]:
     """The passes that prove a graph, in order."""
-    return (Canonicalize(), FindAttention(), ReadMasks(config.max_length), ProveTokenAxis())
+    return (
+        Canonicalize(),
+        AssumeNoPadding(),
+        FoldSinkGates(),
+        FindAttention(),
+        ReadMasks(config.max_length),
+        ProveTokenAxis(),
+    )
 
 
 @dataclass

@@ -101,7 +101,8 @@ def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) ->
         _spec(heads, names, wins, config) for heads, names, wins in zip(stored, readers, windows, strict=True)
     )
     limit, reason = _longest(captured, inference, evaluator, sites, config)
-    plan = CachePlan(specs, config.block_size, vocab_size, limit, reason)
+    forbidden = tuple(sorted(captured.forbidden_tokens))
+    plan = CachePlan(specs, config.block_size, vocab_size, limit, reason, forbidden)
     return GraphPlan(plan, tuple(sites), tuple(stored), inference, evaluator)
 
 

@@ -109,9 +109,11 @@ def _divided(inference: Inference, node: Node) -> RowIndex | None:
     named = arguments(node)
     inner = row_index(inference, named["self"])
     divisor = named["other"]
-    exact = is_call(node, aten.floor_divide) or named.get("rounding_mode") == "floor"
+    exact = is_call(node, aten.floor_divide) or named.get("rounding_mode") in ("floor", "trunc")
     if inner is None or not exact or not isinstance(divisor, int) or not inner.target:
         return None
+    if divisor == 1:
+        return inner
     last = inner.target[-1]
     return RowIndex(inner.target[:-1], inner.tag) if last.kind is Kind.PLAIN and last.size == divisor else None
 
@@ -195,53 +197,6 @@ def _put_rows(inference: Inference, node: Node, base: Node, indices: list[Node |
     if pick is None or not matches or not same_rest or (kinds_in(axes[0]) - {Kind.ANY} and axes[0] != pick.target):
         raise MixesTokens("writes rows to tokens chosen by data")
     return (pick.target, *rows[1:])
-
-
-def grouped_product(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
-    """One matrix per group of rows: token-wise if the groups are those of the rows' own sorted keys."""
-    rows, weight, ends = (n for n in node.all_input_nodes[:3])
-    axes = inference.axes(rows)
-    at = axes[0]
-    sorted_rows = len(axes) == 2 and len(at) == 1 and at[0].kind is Kind.PICKED and is_free(axes[1])
-    if not sorted_rows or inference.is_data(weight) or _ends_of_groups(inference, ends) != at[0].tag:
-        raise MixesTokens("multiplies groups of tokens whose bounds were not recognised")
-    return (at, plain(shape_of(node)[-1]))
-
-
-def _ends_of_groups(inference: Inference, node: Node) -> int | None:
-    """The sort whose groups of equal keys end where the values say: a cumulative sum of a histogram of the keys."""
-    while is_call(node, *CASTS):
-        node = node.args[0]  # type: ignore[assignment]
-    if not is_call(node, aten.cumsum):
-        return None
-    counts = node.args[0]
-    while is_call(counts, *CASTS):
-        counts = counts.args[0]  # type: ignore[union-attr]
-    if not is_call(counts, aten.histc, aten.bincount) or not isinstance(counts, Node):
-        return None
-    named = arguments(counts)
-    if is_call(counts, aten.histc) and (named["min"] != 0 or named["max"] != named["bins"] - 1):
-        return None
-    keys = named["self"]
-    while is_call(keys, *CASTS):
-        keys = keys.args[0]
-    return _sort_of_keys(inference, keys)
-
-
-def _sort_of_keys(inference: Inference, keys: Node) -> int | None:
-    source = keys.args[0] if keys.args else None
-    if getattr(keys.target, "__name__", "") == "getitem" and is_call(source, aten.sort) and keys.args[1] == 0:
-        descending = arguments(source).get("descending")  # type: ignore[arg-type]
-        return None if descending else inference.picks.get(source)  # type: ignore[arg-type]
-    for sort, tag in inference.picks.items():
-        if is_call(sort, aten.sort, aten.argsort) and not arguments(sort).get("descending"):
-            if sort.args[0] is keys:
-                return tag
-            taken = is_call(keys, aten.index) and keys.args[0] is sort.args[0]
-            index = row_index(inference, keys.args[1][0]) if taken else None  # type: ignore[index]
-            if index is not None and index.tag == tag:
-                return tag
-    return None
 
 
 def counted(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:

@@ -97,7 +97,7 @@ def verify(
     for name, site, result in zip(paged.site_names, sites, run.site_rows(), strict=True):
         magnitude = float(site.float().abs().max()) or 1.0
         found.site_errors[name] = _error(result.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
-    found.history_effect = _history_effect(original, run.sequences[0], wanted[0], scale, module.plan.vocab_size)
+    found.history_effect = _history_effect(original, run.sequences[0], wanted[0], scale, module.plan)
     return found
 
 
@@ -109,11 +109,19 @@ def _error(got: Tensor, wanted: Tensor, scale: float, share: float) -> float:
 
 
 def _history_effect(
-    original: Callable[[Tensor], Tensor], ids: Tensor, wanted: Tensor, scale: float, vocab: int
+    original: Callable[[Tensor], Tensor], ids: Tensor, wanted: Tensor, scale: float, plan: CachePlan
 ) -> float:
     spoilt = ids.clone()
-    spoilt[0] = (spoilt[0] + vocab // 2 + 1) % vocab
+    allowed = allowed_tokens(plan)
+    place = int(torch.searchsorted(allowed, spoilt[0].cpu()))
+    spoilt[0] = allowed[(place + len(allowed) // 2 + 1) % len(allowed)]
     return float((original(spoilt.unsqueeze(0))[0, -1].float() - wanted[-1]).abs().max()) / scale
+
+
+def allowed_tokens(plan: CachePlan) -> Tensor:
+    """Token ids that a sequence may contain, int64, in order."""
+    ids = torch.arange(plan.vocab_size)
+    return ids[~torch.isin(ids, torch.tensor(plan.forbidden_tokens, dtype=torch.int64))]
 
 
 class _Run:
@@ -130,7 +138,8 @@ class _Run:
         longest = max([2 * block + 9, 41, *(w + 9 for w in windows)])
         longest = min(longest, LONGEST, self.plan.max_length or LONGEST)
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.plan.vocab_size, (3, longest), generator=generator).to(self.device)
+        allowed = allowed_tokens(self.plan)
+        ids = allowed[torch.randint(0, len(allowed), (3, longest), generator=generator)].to(self.device)
         self.shared = (longest - 1) // 2 // block * block
         second = torch.cat([ids[0, : self.shared], ids[1, : max(1, longest - self.shared - 5)]])
         self.sequences = [ids[0], second, ids[2, : max(1, longest // 3)]]

@@ -148,6 +148,7 @@ def rewrite(
         sites=site_reports(captured, plan),
         max_length=plan.cache_plan.max_length,
         max_length_reason=plan.cache_plan.max_length_reason,
+        forbidden_tokens=plan.cache_plan.forbidden_tokens,
     )
     paged = insert_cache(captured, plan)
     after = count_nodes(paged.module.graph)

@@ -241,11 +241,21 @@ class Engine:
             del self._requests[sequence]
             call.pending -= 1
             if sequence.finish_reason == "error":
-                call.failure = (
-                    f"the model gave logits with NaN or infinity for prompts[{request.index}] after "
-                    f"{request.delivered} new tokens, so no token could be chosen: run the original model on it; if "
-                    f"that is finite, the cache dtype may overflow, and bfloat16 or float32 reach further than float16"
-                )
+                call.failure = self._why_failed(request)
+
+    def _why_failed(self, request: _Request) -> str:
+        where = f"prompts[{request.index}] after {request.delivered} new tokens"
+        last = request.sequence.output[-1:]
+        if last and last[0] in self.plan.forbidden_tokens:
+            return (
+                f"the model gave token {last[0]}, the padding token, for {where}: what follows it is not proven; end "
+                f"there with Sampling(stop_token_ids=({last[0]},))"
+            )
+        return (
+            f"the model gave logits with NaN or infinity for {where}, so no token could be chosen: run the original "
+            f"model on it; if that is finite, the cache dtype may overflow, and bfloat16 or float32 reach further than "
+            f"float16"
+        )
 
     def _cancel(self, sequences: list[Sequence]) -> None:
         """Drop the sequences that have not ended, now or as soon as the lock is free.

@@ -89,6 +89,7 @@ class RewriteReport:
         verification: None when it was switched off or not reached.
         max_length: longest sequence for which the rewrite is proven; None means every length.
         max_length_reason: what limits it.
+        forbidden_tokens: token ids that no sequence may contain; the rewrite is proven for sequences without them.
         seconds: time of each step.
         calls: calls in the captured graph, and in the graph of one paged step.
         launches: the same, without views and sizes.
@@ -99,6 +100,7 @@ class RewriteReport:
     verification: Verification | None = None
     max_length: int | None = None
     max_length_reason: str = ""
+    forbidden_tokens: tuple[int, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     calls: tuple[int, int] | None = None
     launches: tuple[int, int] | None = None
@@ -165,7 +167,10 @@ class RewriteReport:
         limit = (
             "any length" if self.max_length is None else f"up to {self.max_length} tokens ({self.max_length_reason})"
         )
-        cache = f"cache: {after} bytes per token (attention received {before}{times}); sequences of {limit}"
+        without = (
+            f", without the token ids {', '.join(map(str, self.forbidden_tokens))}" if self.forbidden_tokens else ""
+        )
+        cache = f"cache: {after} bytes per token (attention received {before}{times}); sequences of {limit}{without}"
         if self.calls is None or self.launches is None:
             return cache
         calls, launches = (f"{first} -> {last}" for first, last in (self.calls, self.launches))

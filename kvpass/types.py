@@ -122,6 +122,8 @@ class CachePlan:
         max_length: longest sequence for which the rewritten graph is proven equal; None means every length.
         max_length_reason: where ``max_length`` comes from, for error messages.
         vocab_size: number of token ids that the model accepts.
+        forbidden_tokens: ids that no sequence may contain; the rewrite is proven for sequences without them. One is
+            the padding token of a model that counts positions without padding.
     """
 
     caches: tuple[CacheSpec, ...]
@@ -129,6 +131,7 @@ class CachePlan:
     vocab_size: int
     max_length: int | None = None
     max_length_reason: str = ""
+    forbidden_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

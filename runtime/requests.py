@@ -37,6 +37,7 @@ def make_sequences(
     sequences = []
     for index, (prompt, options) in enumerate(zip(prompts, samplings, strict=True)):
         tokens = _token_ids(prompt, index, plan.vocab_size)
+        _check_allowed(tokens, index, plan.forbidden_tokens)
         if plan.max_length is not None and len(tokens) + new > plan.max_length:
             reason = f" ({plan.max_length_reason})" if plan.max_length_reason else ""
             raise InputError(
@@ -46,7 +47,7 @@ def make_sequences(
             )
         seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
         stop_ids = options.stop_token_ids if options.ignore_eos else (*options.stop_token_ids, *eos_token_ids)
-        sequences.append(Sequence(tokens, new, options, seed, stop_ids))
+        sequences.append(Sequence(tokens, new, options, seed, stop_ids, plan.forbidden_tokens))
     return sequences
 
 
@@ -84,6 +85,15 @@ def _token_ids(prompt: object, index: int, vocab_size: int) -> list[int]:
             f"{vocab_size - 1}; check that the tokenizer belongs to the model"
         )
     return values
+
+
+def _check_allowed(tokens: list[int], index: int, forbidden: tuple[int, ...]) -> None:
+    for token in forbidden:
+        if token in tokens:
+            raise InputError(
+                f"prompts[{index}][{tokens.index(token)}] is {token}, the padding token: the model treats sequences "
+                f"that hold it in another way, and the rewrite is proven for those without it; prompts need no padding"
+            )
 
 
 def _token_id(value: object, where: str) -> int:

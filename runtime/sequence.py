@@ -36,6 +36,7 @@ class Sequence:
         sampling: how new tokens are chosen.
         seed: the request's seed, ``sampling.seed`` or a fresh one.
         stop_ids: generation ends after one of these tokens.
+        forbidden_ids: tokens after which nothing can be computed; generating one of these ends in error.
         arrival: place in the order of arrival, given by the scheduler.
         state: where the sequence is in its life.
         finish_reason: why it finished; None before, and when it was cancelled.
@@ -52,6 +53,7 @@ class Sequence:
         "arrival",
         "branch",
         "finish_reason",
+        "forbidden_ids",
         "max_new_tokens",
         "num_blocks",
         "num_computed",
@@ -71,12 +73,14 @@ class Sequence:
         sampling: Sampling,
         seed: int,
         stop_ids: Collection[int] = (),
+        forbidden_ids: Collection[int] = (),
     ) -> None:
         self.prompt_length = len(prompt)
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
         self.seed = seed
         self.stop_ids = frozenset(stop_ids)
+        self.forbidden_ids = frozenset(forbidden_ids)
         self.arrival = 0
         self.state = SequenceState.NEW
         self.finish_reason: FinishReason | None = None
@@ -129,6 +133,8 @@ class Sequence:
             self.finish("stop")
         elif self.num_output >= self.max_new_tokens:
             self.finish("length")
+        elif token in self.forbidden_ids:
+            self.finish("error")
 
     def finish(self, reason: FinishReason | None) -> None:
         """End the sequence; its blocks are the scheduler's to give back."""
