@@ -218,6 +218,7 @@ def _attend(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, step: dict
         sinks,
         _table(captured, bias, f"_bias_{node.name}", node),
         like=node,
+        **({} if mask.chunk is None else {"chunk": mask.chunk}),
     )
     sizes = [captured.size("batch"), captured.size("length"), heads, width]
     result = emit(captured, aten.reshape.default, paged, sizes, like=node)

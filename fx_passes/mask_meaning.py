@@ -1,18 +1,18 @@
 """Read what a mask or bias means from its values, whatever operations computed it.
 
 The bias of an attention is a function of nothing but the batch and the length. Evaluated at well chosen lengths it is
-compared with the known meanings, narrowest first: causal, sliding window, ALiBi (Press et al., "Train Short, Test
-Long"), a bias that depends on the distance of query and key alone (T5), and at last any function of the two positions,
-kept exactly as a table. What is none of these is refused, with the first place at which it goes wrong.
+compared with the known meanings, narrowest first: causal, sliding window, chunks, ALiBi (Press et al., "Train Short,
+Test Long"), a bias that depends on the distance of query and key alone (T5), and at last any function of the two
+positions, kept exactly as a table. What is none of these is refused, with the first place at which it goes wrong.
 
 How far a meaning holds:
 
-- It is proven for every length up to the longest that was evaluated, given that the matrices at all probed lengths are
-  corners of one another. Above that it holds as long as no integer of the mask's graph can change it, so lengths just
-  beyond each of them are probed.
-- An integer too large to be probed may change the mask from that length on: the limit is one token below it.
-- An integer that showed no effect by itself may act through another one, as in ``(q // 64 - k // 64) < 32``. Sums and
-  products of such an integer with the others count as integers of the graph too.
+- Up to the longest length that was evaluated it is proven by the values themselves, given that the matrices at all
+  probed lengths are corners of one another.
+- Beyond, it is proven where the graph could be read as an expression (:mod:`kvpass.fx_passes.prove_mask`) and a solver
+  proves the meaning of it. The expression must agree with the values at every probed length, or it is not used.
+- Where there is no proof the meaning ends at the longest probed length. Lengths just beyond every number of the graph,
+  their sums and products, are probed, and those at which the solver found the expression to be something else.
 - bfloat16 and float16 cannot count beyond 256 and 2048, so these two lengths are always exceeded.
 - A table holds for its own length, and a mask that has no value beyond some length, such as a buffer of fixed size,
   holds up to there.
@@ -37,12 +37,16 @@ from kvpass.fx_passes.mask_probe import (
     NotProvenError,
     differs,
     probe_lengths,
+    row_chunks,
 )
+from kvpass.fx_passes.prove_mask import MaskExpression, holds_up_to, prove_meaning
 from kvpass.types import MaskMeaning
 
 DEFAULT_TABLE_LENGTH = 2048
 # 512 MiB of float32.
 TABLE_ENTRIES = 2**27
+# Expression and values are compared entry by entry up to this length, and a proven meaning at every probed one.
+LONGEST_COMPARED = 300
 # No sequence is this long: such an integer is "to the end" of a slice, or what a mask writes for minus infinity.
 ENDLESS = 2**24
 # Smaller integers are dims, signs and off-by-ones far more often than sizes that hide behind another one.
@@ -56,6 +60,7 @@ def read_mask_meaning(
     absolute_scores: bool,
     num_heads: int,
     max_length: int | None,
+    expression: MaskExpression | None = None,
 ) -> MaskMeaning | str:
     """The meaning of a mask, or one sentence that says why it has none that could be proven.
 
@@ -65,7 +70,8 @@ def read_mask_meaning(
         thresholds: every integer constant of the graph that computes the mask.
         absolute_scores: the softmax has sinks: a constant added to a row counts, and a row may see no key at all.
         num_heads: query heads Hq.
-        max_length: length that a tabulated bias has to cover; 2048 when None.
+        max_length: length that a tabulated or an unproven bias has to cover; 2048 when None.
+        expression: what the graph was read as; None where it could not be read.
 
     Returns:
         The meaning, its tensors on the device on which the mask was evaluated, or the reason for refusal.
@@ -73,34 +79,116 @@ def read_mask_meaning(
     sizes = sorted({abs(threshold) for threshold in thresholds if abs(threshold) < ENDLESS})
     try:
         probe = MaskProbe(evaluate, num_heads, absolute_scores)
-        return _read(probe, sizes, max_length)
+        return _read(probe, sizes, max_length, expression)
     except NotProvenError as reason:
         return str(reason)
 
 
-def _read(probe: MaskProbe, sizes: list[int], max_length: int | None) -> MaskMeaning:
+def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression: MaskExpression | None) -> MaskMeaning:
     longest = min(LONGEST, probe.longest)
     for length in probe_lengths([*sizes, *ROUNDED_FROM], longest):
         probe.extend(length)
+    if expression is not None and not _agrees(expression, probe):
+        expression = None
+    if expression is not None:
+        proven = prove_meaning(expression, probe.num_heads, probe.absolute_scores, max_length)
+        if proven is not None and _reproduces(proven, probe):
+            return _with_proof(probe, proven, expression)
+    return _probed(probe, sizes, max_length, expression)
+
+
+def _with_proof(probe: MaskProbe, proven: MaskMeaning, expression: MaskExpression) -> MaskMeaning:
+    """A proven meaning on the mask's device, as far as the graph has values."""
+    device = probe.largest.values.device
+    slopes, bias = (None if tensor is None else tensor.to(device) for tensor in (proven.slopes, proven.bias))
+    ends = [proven.limit, None if probe.fails_at is None else probe.fails_at - 1]
+    limit = min((end for end in ends if end is not None), default=None)
+    notes = "".join(f"; {note}" for note in expression.notes)
+    reach = "every length" if limit is None else f"every length up to {limit}"
+    evidence = f"proven for {reach}; checked at S = {probe.tried()}{notes}"
+    return replace(proven, slopes=slopes, bias=bias, limit=limit, evidence=evidence)
+
+
+def _probed(
+    probe: MaskProbe, sizes: list[int], max_length: int | None, expression: MaskExpression | None
+) -> MaskMeaning:
+    """The meaning as far as values alone tell, or as far as the expression is proven to go on like that."""
+    longest = min(LONGEST, probe.longest)
     meaning = recognise(probe.largest)
-    may_act = {*sizes, *ROUNDED_FROM}
     if meaning.bias is None:
-        combined = _combined(sizes, meaning.window)
-        may_act |= combined
-        farthest = max((size for size in combined if size < longest), default=0)
+        farthest = max((size for size in _combined(sizes, meaning.window) if size < longest), default=0)
         if farthest >= probe.largest.length:
             meaning = recognise(probe.extend(min(farthest + BEYOND, longest)))
+    proven_up_to = 0
+    if meaning.bias is None and meaning.slopes is None and expression is not None:
+        found = holds_up_to(expression, meaning, probe.absolute_scores)
+        proven_up_to = ENDLESS if found is None else found
+        if probe.largest.length <= proven_up_to < longest:
+            meaning = recognise(probe.extend(min(proven_up_to + BEYOND, longest)))
+    if meaning.bias is None and max_length is not None and probe.largest.length < min(max_length, longest):
+        meaning = recognise(probe.extend(min(max_length, longest)))
     if meaning.bias is not None:
         meaning = _tabulated(probe, meaning.bias, max_length)
     slopes = None if meaning.slopes is None else meaning.slopes.repeat(probe.num_heads // len(meaning.slopes))
-    limit, reason = _limit(probe, meaning.limit, may_act)
-    return replace(meaning, slopes=slopes, limit=limit, evidence=probe.evidence() + reason)
+    ends = [meaning.limit, max(probe.largest.length, proven_up_to)]
+    if expression is not None:
+        ends.append(expression.limit)
+    limit = min(end for end in ends if end is not None)
+    beyond = "" if probe.fails_at is None else f"; has no value at {probe.fails_at}"
+    if proven_up_to > probe.largest.length:
+        beyond += f"; proven up to {limit}, and something else beyond"
+    return replace(meaning, slopes=slopes, limit=limit, evidence=probe.evidence() + beyond)
+
+
+def _agrees(expression: MaskExpression, probe: MaskProbe) -> bool:
+    """Whether the expression has the values of the graph, at every probed length that is quick to compare."""
+    try:
+        return all(
+            probe.equals(expression.matrix(length)) for length in sorted(probe.lengths) if length <= LONGEST_COMPARED
+        )
+    except NotProvenError:
+        return False
+
+
+def _reproduces(meaning: MaskMeaning, probe: MaskProbe) -> bool:
+    """Whether a proven meaning has the values of the largest probed matrix: proof and probe must agree."""
+    matrix = probe.largest
+    length = matrix.length if meaning.limit is None else min(meaning.limit, matrix.length)
+    for rows in row_chunks(matrix.values[:, :length]):
+        wanted = meaning_rows(meaning, rows, length).to(matrix.values.device)
+        found = matrix.values[:, rows, :length]
+        heads = max(len(found), len(wanted))
+        shift = matrix.shift[:, rows, None].expand(heads, -1, -1)
+        if bool(differs(found.expand(heads, -1, -1), wanted.expand(heads, -1, -1), shift, matrix.magnitude).any()):
+            return False
+    return True
+
+
+def meaning_rows(meaning: MaskMeaning, rows: slice, length: int) -> Tensor:
+    """The bias ``[1 | Hq, r, S]`` of some rows that a meaning without a table by position describes."""
+    queries, keys = torch.arange(rows.start, min(rows.stop, length))[:, None], torch.arange(length)
+    distance = queries - keys
+    visible = distance >= 0
+    if meaning.window is not None:
+        visible = visible & (distance < meaning.window)
+    if meaning.chunk is not None:
+        visible = visible & (queries // meaning.chunk == keys // meaning.chunk)
+    bias = torch.zeros(1, *visible.shape)
+    if meaning.slopes is not None:
+        bias = -meaning.slopes.cpu()[:, None, None] * distance
+    if meaning.bias is not None:
+        table = meaning.bias.cpu()
+        bias = bias + table[:, distance.clamp(0, table.shape[1] - 1)]
+    return bias.masked_fill(~visible, -inf)
 
 
 def recognise(matrix: BiasMatrix) -> MaskMeaning:
     """The narrowest known meaning that reproduces ``matrix``, as far as it reaches; a table needs its limit still."""
     if not matrix.depends_on_distance_only():
-        return MaskMeaning(window=_window(matrix.reach(), matrix.length), bias=matrix.values)
+        reach = matrix.reach()
+        if matrix.is_chunked(reach):
+            return MaskMeaning(chunk=reach)
+        return MaskMeaning(window=_window(reach, matrix.length), bias=matrix.values)
     by_distance = matrix.values[:, -1].flip(-1)
     visible = by_distance > -inf
     reach = int((visible.any(0) * torch.arange(1, matrix.length + 1, device=visible.device)).max())
@@ -173,20 +261,3 @@ def _combined(sizes: Iterable[int], window: int | None) -> set[int]:
     products = {one * other for one in silent for other in sizes}
     sums = {one + other for one in silent for other in sizes if one != other}
     return {size for size in products | sums if size < ENDLESS}
-
-
-def _limit(probe: MaskProbe, tabulated: int | None, may_act: Iterable[int]) -> tuple[int | None, str]:
-    """Longest length for which the meaning is proven, or None for every length, and a word for the evidence.
-
-    ``tabulated`` is the length of its table, if it has one.
-    """
-    proven = probe.largest.length
-    limits = []
-    if tabulated is not None:
-        limits.append((tabulated, ""))
-    if probe.fails_at is not None:
-        limits.append((proven, f"; has no value at {probe.fails_at}"))
-    unprobed = min((size for size in may_act if size >= proven), default=None)
-    if unprobed is not None:
-        limits.append((max(proven, unprobed - 1), f"; may change at {unprobed}"))
-    return min(limits, key=lambda limit: limit[0], default=(None, ""))

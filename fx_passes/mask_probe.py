@@ -100,6 +100,18 @@ class BiasMatrix:
                 return False
         return True
 
+    def is_chunked(self, size: int) -> bool:
+        """Whether a key is visible just in the chunk of ``size`` tokens that the query is in, and nothing is added."""
+        if size >= self.length:
+            return False
+        keys = torch.arange(self.length, device=self.values.device)
+        for rows in row_chunks(self.values):
+            queries = keys[rows, None]
+            shown = (keys <= queries) & (keys // size == queries // size)
+            if not torch.equal(self.values[:, rows], torch.where(shown, 0.0, -inf).expand(len(self.values), -1, -1)):
+                return False
+        return True
+
     def reach(self) -> int:
         """The largest distance over which a query sees a key, plus one; 0 when none sees any."""
         reach = 0
@@ -163,9 +175,19 @@ class MaskProbe:
         self._accept(matrix)
         return matrix
 
+    def equals(self, values: Tensor) -> bool:
+        """Whether a bias ``[1 | Hq, S, S]``, float64, is that of the mask at this length."""
+        length = values.shape[-1]
+        mine = self._normalised(self._evaluated(1, length)[0])
+        return mine.first_difference(self._normalised(values.to(torch.float32).to(mine.values.device))) is None
+
+    def tried(self) -> str:
+        """The probed lengths."""
+        return ", ".join(str(length) for length in sorted(self.lengths))
+
     def evidence(self) -> str:
         """What was evaluated, for the report."""
-        return f"probed at S = {', '.join(str(length) for length in sorted(self.lengths))}"
+        return f"probed at S = {self.tried()}"
 
     def _accept(self, matrix: BiasMatrix) -> None:
         """Add ``matrix`` to what is known, if it agrees with it."""
@@ -291,11 +313,11 @@ def differs(one: Tensor, other: Tensor, shift: Tensor, magnitude: float) -> Tens
 
 
 def row_chunks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of the rows of ``[H, S, S]``, small enough for a few temporaries of each."""
-    heads, length = matrix.shape[0], matrix.shape[-1]
+    """Slices of the rows of ``[H, r, S]``, small enough for a few temporaries of each."""
+    heads, rows, length = matrix.shape
     step = max(1, CHUNK_ENTRIES // (heads * length))
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def first_true(found: Tensor) -> tuple[int, int, int] | None:

@@ -95,7 +95,7 @@ def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) ->
         name = _unique(module_path(node, captured) or "attention", {s.name for s in sites})
         mask = node.meta[MASK]
         readers[index].append(name)
-        windows[index].append(mask.window)
+        windows[index].append(mask.reach)
         sites.append(SitePlan(node, name, index, mask, _head_order(group_of)))
     specs = tuple(
         _spec(heads, names, wins, config) for heads, names, wins in zip(stored, readers, windows, strict=True)

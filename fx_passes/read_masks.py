@@ -12,6 +12,7 @@ from torch.fx import Node
 from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, is_call, numbers_in, refuse, shape_of
 from kvpass.fx_passes.mask_meaning import read_mask_meaning
+from kvpass.fx_passes.prove_mask import MaskExpression, read_expression
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
 from kvpass.types import MaskMeaning, Refusal
 
@@ -84,7 +85,16 @@ class ReadMasks:
             absolute_scores=named["sinks"] is not None,
             num_heads=heads,
             max_length=self.max_length or captured.max_length,
+            expression=_expression(captured, evaluator, bias, heads),
         )
+
+
+def _expression(captured: CapturedGraph, evaluator: ShapeEvaluator, bias: Node, heads: int) -> MaskExpression | None:
+    """The bias as an expression; None where its graph cannot be read, so that its meaning rests on values alone."""
+    try:
+        return read_expression(captured, evaluator, bias, heads)
+    except Exception:  # the graph is the user's, and torch may raise anything where it is computed piece by piece
+        return None
 
 
 def _bias_function(evaluator: ShapeEvaluator, bias: Node) -> Callable[[int, int], Tensor]:

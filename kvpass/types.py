@@ -55,11 +55,13 @@ class MaskMeaning:
     """What a mask or bias means, read from its values.
 
     A key at position k is visible to a query at position q when ``k <= q``, when ``q - k < window`` (if there is a
-    window), and when the bias is not ``-inf`` (if there is one). Scores are
+    window), when ``k // chunk == q // chunk`` (if there are chunks), and when the bias is not ``-inf`` (if there is
+    one). Scores are
     ``softcap(scale * q.k) - slope[h] * (q - k) + bias[h, ...]``.
 
     Attributes:
         window: number of newest keys a query sees, itself included; None means all.
+        chunk: tokens per chunk, where a query sees the keys of its own chunk alone; None means no chunks.
         slopes: ALiBi slope of each query head, float32 ``[Hq]``.
         bias: residual bias, float32: ``[1 | Hq, L]`` indexed by distance ``q - k``, or ``[1 | Hq, L, L]`` indexed by
             (q, k). ``-inf`` hides a key.
@@ -68,14 +70,23 @@ class MaskMeaning:
     """
 
     window: int | None = None
+    chunk: int | None = None
     slopes: Tensor | None = None
     bias: Tensor | None = None
     limit: int | None = None
     evidence: str = ""
 
+    @property
+    def reach(self) -> int | None:
+        """Newest keys, the query's own included, among which are all that it sees; None means all of them."""
+        return min((size for size in (self.window, self.chunk) if size is not None), default=None)
+
     def describe(self) -> str:
         """A short name for the report, such as ``causal``, ``sliding window 4096`` or ``causal + ALiBi``."""
-        parts = ["causal" if self.window is None else f"sliding window {self.window}"]
+        parts = [] if self.window is None else [f"sliding window {self.window}"]
+        if self.chunk is not None:
+            parts.append(f"chunks of {self.chunk}")
+        parts = parts or ["causal"]
         if self.slopes is not None:
             parts.append("ALiBi")
         if self.bias is not None:
@@ -98,7 +109,8 @@ class CacheSpec:
         value_dim: width Dv of a stored value head.
         key_format: format name of keys.
         value_format: format name of values.
-        window: largest window of the sites that read it; None when one of them sees everything.
+        window: newest tokens, the query's own included, that any of the sites that read it may look at (the largest
+            window or chunk); None when one of them sees everything.
         sites: names of the attention sites that read it.
     """
 

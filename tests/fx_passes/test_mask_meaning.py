@@ -48,6 +48,11 @@ def meaning_of(evaluate: Evaluate, *thresholds: int, **options) -> MaskMeaning:
     return meaning
 
 
+def name_of(meaning: MaskMeaning) -> str:
+    """What the mask is called, its limit left out: values alone prove nothing beyond the longest probe."""
+    return meaning.describe().partition(", up to")[0]
+
+
 def refusal_of(evaluate: Evaluate, *thresholds: int, **options) -> str:
     reason = read(evaluate, *thresholds, **options)
     assert isinstance(reason, str), reason.describe()
@@ -107,6 +112,8 @@ def rebuilt(meaning: MaskMeaning, length: int) -> Tensor:
     if meaning.bias is not None:
         bias = bias + (meaning.bias[:, distance] if meaning.bias.dim() == 2 else meaning.bias[:, :length, :length])
     visible = causal(queries, keys) if meaning.window is None else window(meaning.window)(queries, keys)
+    if meaning.chunk is not None:
+        visible = visible & (queries // meaning.chunk == keys // meaning.chunk)
     return bias.masked_fill(~visible, -inf)
 
 
@@ -135,18 +142,18 @@ SPELLINGS = [(-inf, torch.float32), (-inf, torch.bfloat16), (-1e9, torch.float32
 def test_a_mask_is_read_whatever_stands_for_hidden(fill: float, dtype: torch.dtype) -> None:
     plain, sliding = masked(causal, fill, dtype), masked(window(7), fill, dtype)
     meaning = meaning_of(plain)
-    assert (meaning.describe(), meaning.evidence) == ("causal", "probed at S = 1, 2, 5, 12, 33")
-    assert meaning_of(sliding, 7).describe() == "sliding window 7"
+    assert (meaning.describe(), meaning.evidence) == ("causal, up to 33 tokens", "probed at S = 1, 2, 5, 12, 33")
+    assert meaning_of(sliding, 7).describe() == "sliding window 7, up to 33 tokens"
     for sinks in (False, True):
-        assert_rebuilds(meaning_of(plain, sinks=sinks), plain, 1, 40, sinks=sinks)
+        assert_rebuilds(meaning_of(plain, sinks=sinks), plain, 1, 33, sinks=sinks)
 
 
 def test_a_row_constant_means_nothing_to_softmax_but_counts_beside_a_sink() -> None:
     evaluate = biased(lambda q, k: (0.37 * q + 0 * k)[None])
-    assert meaning_of(evaluate).describe() == "causal"
+    assert name_of(meaning_of(evaluate)) == "causal"
     assert meaning_of(evaluate, sinks=True, max_length=50).describe() == "causal + bias table, up to 50 tokens"
     per_head_only = biased(lambda q, k: per_head(1, 2, 3, 4) + 0 * q * k)
-    assert meaning_of(per_head_only).describe() == "causal"
+    assert name_of(meaning_of(per_head_only)) == "causal"
     assert meaning_of(per_head_only, sinks=True, max_length=9).bias[:, 7].tolist() == [1, 2, 3, 4]
 
 
@@ -154,29 +161,29 @@ def test_a_row_constant_means_nothing_to_softmax_but_counts_beside_a_sink() -> N
 def test_a_window_is_found_to_the_token(size: int) -> None:
     for exact in [size] if size == 4096 else {max(1, size - 1), size, size + 1}:
         meaning = meaning_of(masked(window(exact)), size)
-        assert (meaning.window, meaning.bias, meaning.limit) == (exact, None, None)
+        assert (meaning.window, meaning.bias) == (exact, None) and meaning.limit > exact
     if size == 4096:
         assert meaning.evidence == "probed at S = 1, 2, 5, 12, 33, 4105"
 
 
 def test_the_constant_of_a_comparison_may_be_negative_and_an_endless_slice_is_no_size() -> None:
     meaning = meaning_of(masked(lambda q, k: (k <= q) & (k - q > -3000)), -3000, 2**63 - 1, 0, 1, -1)
-    assert (meaning.window, meaning.limit) == (3000, None)
+    assert (meaning.window, meaning.limit) == (3000, 3009)
 
 
 def test_a_size_too_large_to_be_probed_limits_the_meaning() -> None:
     meaning = meaning_of(masked(window(131072)), 131072)
-    assert (meaning.describe(), meaning.limit) == ("causal, up to 131071 tokens", 131071)
-    assert meaning.evidence.endswith("; may change at 131072")
+    assert meaning.describe() == "causal, up to 33 tokens"
+    assert meaning_of(masked(window(131072)), 131072, max_length=500).describe() == "causal, up to 500 tokens"
 
 
 def test_sizes_that_act_together_are_found() -> None:
     blocks = masked(lambda q, k: (k <= q) & (q // 64 - k // 64 < 40))
     assert meaning_of(blocks, 64, 40, max_length=2600).bias is not None
     assert meaning_of(blocks, 64, 40).describe() == "causal, up to 2048 tokens"
-    # 64 x 256 cannot be probed: the mask looks causal, and holds no farther than that.
+    # 64 x 256 cannot be probed: the mask looks causal, and holds no farther than it was probed.
     meaning = meaning_of(masked(lambda q, k: (k <= q) & (q // 64 - k // 64 < 256)), 64, 256)
-    assert (meaning.window, meaning.bias, meaning.limit) == (None, None, 64 * 256 - 1)
+    assert (meaning.window, meaning.bias, meaning.limit) == (None, None, 64 * 64 + 9)
 
 
 def test_a_mask_that_flips_beyond_a_threshold_is_found() -> None:
@@ -211,14 +218,14 @@ def test_alibi_is_found_however_it_is_spelled(
         return (per_head(*slopes) * distance).masked_fill(~seen, -3e38)[None]
 
     meaning = meaning_of(evaluate, *([] if size is None else [size]))
-    assert (meaning.window, meaning.bias, meaning.limit) == (size, None, None)
+    assert (meaning.window, meaning.bias, meaning.limit) == (size, None, 609)
     assert torch.allclose(meaning.slopes, torch.tensor(slopes), rtol=1e-6, atol=0)
     assert_rebuilds(meaning, evaluate, 2, 300)
 
 
 def test_alibi_beside_a_sink_must_be_relative_to_the_query() -> None:
     relative = biased(lambda q, k: per_head(0.5, 0.3, 0.2, 0.1) * (k - q))
-    assert meaning_of(relative, sinks=True).describe() == "causal + ALiBi"
+    assert name_of(meaning_of(relative, sinks=True)) == "causal + ALiBi"
     by_key = biased(lambda q, k: per_head(0.5, 0.3, 0.2, 0.1) * k + 0 * q)
     meaning = meaning_of(by_key, sinks=True, max_length=64)
     assert meaning.describe() == "causal + bias table, up to 64 tokens"
@@ -265,7 +272,6 @@ def test_windows_that_differ_between_heads_are_a_bias_by_distance() -> None:
 
 
 TABLES = {
-    "chunked": lambda q, k: (k <= q) & (q // 16 == k // 16),
     "blocks and their neighbours": lambda q, k: (k <= q) & (q // 16 - k // 16 < 2),
     "global first keys": lambda q, k: (k <= q) & ((q - k < 16) | (k < 4)),
     "only itself on even rows": lambda q, k: (k <= q) & ((q % 2 == 1) | (k == q)),
@@ -279,11 +285,23 @@ def test_any_other_function_of_two_positions_is_a_table(name: str) -> None:
     meaning = meaning_of(evaluate, 16, 4, 5, max_length=200)
     assert meaning.bias.shape == (1, 200, 200) and meaning.limit == 200
     # A table tells how far back it reaches, so that older blocks can be freed.
-    assert meaning.window == {"chunked": 16, "blocks and their neighbours": 32}.get(name)
+    assert meaning.window == {"blocks and their neighbours": 32}.get(name)
     assert_rebuilds(meaning, evaluate, 3, 100, 200)
     # Within one chunk the same mask is something simpler, and holds no farther.
     short = meaning_of(evaluate, 16, 4, 5, max_length=4)
     assert_rebuilds(short, evaluate, short.limit)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 20, 33, 100])
+def test_chunks_are_found_to_the_token(size: int) -> None:
+    evaluate = masked(lambda q, k: (k <= q) & (q // size == k // size))
+    meaning = meaning_of(evaluate, size)
+    assert (meaning.chunk, meaning.bias) == ((None, None) if size == 1 else (size, None))
+    assert (meaning.window == 1) == (size == 1)  # a token that sees itself alone, by whatever name
+    assert_rebuilds(meaning, evaluate, 3, 33, meaning.limit)
+    # Chunks of which some head sees more, or shifted ones, are something else.
+    other = meaning_of(masked(lambda q, k: (k <= q) & ((q + 1) // 16 == (k + 1) // 16)), 16, 1, max_length=64)
+    assert other.chunk is None and other.bias.shape == (1, 64, 64)
 
 
 def test_a_dilated_window_is_a_bias_by_distance() -> None:
@@ -316,8 +334,8 @@ def test_a_buffer_of_fixed_size_limits_the_length(fails: str, rows: int) -> None
     assert (meaning.describe(), meaning.limit) == (f"causal, up to {rows} tokens", rows)
     assert meaning.evidence.endswith(f", {rows}; has no value at {rows + 1}")
     assert len(calls) < 50
-    chunked = lambda b, s: evaluate(b, s) + masked(TABLES["chunked"])(b, s)  # noqa: E731
-    assert meaning_of(chunked, rows, 16).limit == rows
+    blocks = lambda b, s: evaluate(b, s) + masked(TABLES["blocks and their neighbours"])(b, s)  # noqa: E731
+    assert meaning_of(blocks, rows, 16).limit == rows
 
 
 def test_a_query_that_sees_nothing_beside_a_sink_is_a_row_of_the_table() -> None:
@@ -395,6 +413,6 @@ def test_heads_too_many_to_be_probed_far_limit_the_meaning(monkeypatch: pytest.M
     monkeypatch.setattr(mask_probe, "PROBE_ENTRIES", HEADS * 100 * 100)
     evaluate = biased(lambda q, k: per_head(1, 2, 3, 4) * (k - q))
     meaning = meaning_of(evaluate, 99, 256)
-    assert meaning.describe() == "causal + ALiBi, up to 255 tokens"
-    assert meaning.evidence == "probed at S = 1, 2, 5, 12, 33, 100; may change at 256"
+    assert meaning.describe() == "causal + ALiBi, up to 100 tokens"
+    assert meaning.evidence == "probed at S = 1, 2, 5, 12, 33, 100"
     assert mask_meaning.recognise(mask_probe.MaskProbe(evaluate, HEADS, False).extend(50)).limit is None
