@@ -73,7 +73,7 @@ def make_call(case: Case, target: Target) -> AttentionCall:
     latent = case.op == "latent"
     heads, group = (1, 16 if case.rows == 16 else 64) if latent else (HEADS, Q_HEADS // HEADS)
     tokens = SEQUENCES * (1 if case.rows == 16 or latent else 512)
-    dtype = torch.float32 if case.form == "float32" else torch.bfloat16
+    dtype = FORMATS[case.form].dtype if FORMATS[case.form].bits > 8 else torch.bfloat16
     keys = see_cache(make_cache(case, heads), case.form, target)
     features = Features()
     if case.features:
@@ -261,24 +261,36 @@ def main() -> int:
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     cases = [Case("paged", "bfloat16", 128, 64)] if options.control else list(attention_cases(options.quick))
-    work = [(case, name, options.control) for name in options.targets for case in cases]
-    if options.jobs == 1:
-        found = [check(*one) for one in work]
-    else:
-        with ProcessPoolExecutor(options.jobs) as pool:
-            found = list(pool.map(check, *zip(*work, strict=True)))
-    rows = [row for one in found for row in one]
+    rows: list[dict[str, Any]] = []
+    for name in options.targets:
+        if options.jobs == 1:
+            found = [check(case, name, options.control) for case in cases]
+        else:
+            with ProcessPoolExecutor(options.jobs) as pool:
+                found = list(pool.map(check, cases, [name] * len(cases), [options.control] * len(cases)))
+        rows += [row for one in found for row in one]
+        if options.output:
+            write_results(rows, options.output)
     faults = [row for row in rows if row["faults"]]
     print(f"{len(rows)} kernels compiled, {len(faults)} with faults")
     for row in faults:
         print(row)
-    if options.output:
-        head = {"torch": torch.__version__, "triton": triton.__version__, "date": time.strftime("%Y-%m-%d")}
-        lines = ",\n".join("  " + json.dumps(row) for row in rows)
-        options.output.write_text(json.dumps(head)[:-1] + ', "kernels": [\n' + lines + "\n]}\n")
     if options.table:
-        write_table(rows, options.table)
+        assert options.output is not None, "the table is made of what --output holds"
+        write_table(json.loads(options.output.read_text())["kernels"], options.table)
     return 1 if faults else 0
+
+
+def write_results(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the rows to a file, in the place of those of the same targets."""
+    done = {row["target"] for row in rows}
+    kept = json.loads(path.read_text())["kernels"] if path.exists() else []
+    rows = sorted(
+        [row for row in kept if row["target"] not in done] + rows, key=lambda r: ARCHITECTURES.index(r["target"])
+    )
+    head = {"torch": torch.__version__, "triton": triton.__version__, "date": time.strftime("%Y-%m-%d")}
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(json.dumps(head)[:-1] + ', "kernels": [\n' + lines + "\n]}\n")
 
 
 if __name__ == "__main__":

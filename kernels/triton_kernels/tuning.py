@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 
 E = Entry
-# rows, width: entries for storage of 4, 8, 16 and 32 bits per element
+# rows, width: entries for storage of 4, 8, 16 and 32 bits per element. Where 64 rows are missing, 16 serve.
 _AMPERE = {
     (16, 64): (E(128, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
     (16, 128): (E(128, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
@@ -62,11 +62,10 @@ TILES: dict[str, dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry]]] = {
         (16, 64): (E(64, 4, 2, 2), E(64, 4, 2, 2), E(64, 4, 2, 2), E(32, 4, 2, 2)),
         (16, 128): (E(64, 4, 2, 2), E(64, 4, 2, 2), E(64, 4, 2, 1), E(32, 4, 2, 1)),
         (16, 256): (E(32, 4, 2, 1), E(32, 4, 2, 1), E(32, 4, 2, 1), E(16, 4, 2, 1)),
-        (16, 576): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 1, 1)),
-        (64, 64): (E(64, 4, 2, 1), E(64, 4, 2, 1), E(64, 4, 2, 1), E(32, 8, 2, 1)),
-        (64, 128): (E(64, 8, 2, 1), E(64, 8, 2, 1), E(64, 8, 2, 1), E(32, 8, 2, 1)),
-        (64, 256): (E(32, 8, 2, 1), E(32, 8, 2, 1), E(32, 8, 2, 1), E(16, 8, 1, 1)),
-        (64, 576): (E(16, 8, 1, 1), E(16, 8, 1, 1), E(16, 8, 1, 1), E(16, 8, 1, 1)),
+        (16, 576): (E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1)),
+        (64, 64): (E(32, 4, 1, 1), E(32, 4, 1, 1), E(32, 4, 1, 1), E(32, 4, 1, 1)),
+        (64, 128): (E(32, 4, 1, 1), E(32, 4, 1, 1), E(32, 4, 1, 1), E(16, 4, 1, 1)),
+        (64, 256): (E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1)),
     },
 }
 
@@ -83,6 +82,8 @@ def choose_tile(target: Target, rows: int, width: int, bits: int, block_size: in
     A tile of keys does not reach over the end of a block of 64 tokens or more: one entry of the block table serves it.
     """
     column = next((limit for limit in WIDTHS if width <= limit), WIDTHS[-1])
-    entry = TILES[target.architecture][rows, column][STORAGES.index(bits)]
+    table = TILES[target.architecture]
+    rows = rows if (rows, column) in table else ROWS[0]
+    entry = table[rows, column][STORAGES.index(bits)]
     keys = min(entry.keys, block_size) if block_size >= 64 else entry.keys
     return Tile(rows, keys, entry.warps, entry.stages, entry.programs)

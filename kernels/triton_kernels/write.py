@@ -86,11 +86,64 @@ def encode_rows(
 
 
 @triton.jit
-def find_slots(slot_mapping, token, head, valid, heads, P: tl.constexpr):
-    """Slab and offset of some rows."""
+def row_factor(
+    source, weight, token, head, valid, stride_token, stride_head, eps, COLUMNS: tl.constexpr, D: tl.constexpr
+):
+    """``1 / sqrt(mean(x^2) + eps)`` of each row; 1 without a weight, that is without a norm."""
+    if weight is None:
+        return valid.to(tl.float32)
+    else:
+        x = read_elements(source, token, head, valid, tl.arange(0, COLUMNS), stride_token, stride_head, D)
+        return 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / D + eps)
+
+
+@triton.jit
+def write_keys(
+    program, key, weight, cache, scales, slot_mapping, cos, sin, eps, tokens, heads, stride_token, stride_head,
+    P: tl.constexpr, D: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SLAB: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of keys, or without weight and rotation of values, into their cache."""
+    row = program * ROWS + tl.arange(0, ROWS)
+    valid = row < tokens * heads
+    token = row // heads
+    head = row - token * heads
+    factor = row_factor(key, weight, token, head, valid, stride_token, stride_head, eps, WIDTH, D)
+    cols = tl.arange(0, COLUMNS)
+    low = rotate_elements(
+        key, weight, cos, sin, token, head, valid, tl.where(cols < ROW, cols, D), factor, stride_token, stride_head,
+        D, ROTARY, INTERLEAVED,
+    )  # fmt: skip
+    high = low
+    if FORMAT == "int4":
+        high = rotate_elements(
+            key, weight, cos, sin, token, head, valid, cols + ROW, factor, stride_token, stride_head,
+            D, ROTARY, INTERLEAVED,
+        )  # fmt: skip
     slot = tl.load(slot_mapping + token, mask=valid, other=0)
     block = slot // P
-    return block.to(tl.int64) * heads + head, (slot - block * P).to(tl.int32)
+    slabs = block.to(tl.int64) * heads + head
+    offsets = (slot - block * P).to(tl.int32)
+    encode_rows(cache, scales, slabs, offsets, valid, low, high, FORMAT, ROW, SLAB, P, COLUMNS)
+
+
+@triton.jit
+def turn_queries(
+    program, out, query, weight, cos, sin, eps, tokens, heads, stride_token, stride_head,
+    D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of queries, normed and rotated."""
+    row = program * ROWS + tl.arange(0, ROWS)
+    valid = row < tokens * heads
+    token = row // heads
+    head = row - token * heads
+    factor = row_factor(query, weight, token, head, valid, stride_token, stride_head, eps, COLUMNS, D)
+    cols = tl.arange(0, COLUMNS)
+    turned = rotate_elements(
+        query, weight, cos, sin, token, head, valid, cols, factor, stride_token, stride_head, D, ROTARY, INTERLEAVED
+    )
+    places = row.to(tl.int64)[:, None] * D + cols[None, :]
+    tl.store(out + places, turned.to(out.dtype.element_ty), mask=valid[:, None] & (cols < D)[None, :])
 
 
 @triton.jit
@@ -106,73 +159,23 @@ def write_kernel(
     """ROWS rows, of one token and head each, of keys or of values or, where ``query`` is given, of queries."""
     program = tl.program_id(0)
     parts = (tokens * heads + ROWS - 1) // ROWS
-    lanes = tl.arange(0, ROWS)
     if program < parts:
-        row = program * ROWS + lanes
-        valid = row < tokens * heads
-        token = row // heads
-        head = row - token * heads
-        factor = row_factor(
-            key, key_weight, token, head, valid, stride_key_token, stride_key_head, eps, QUERY_COLUMNS, D
-        )
-        cols = tl.arange(0, KEY_COLUMNS)
-        low = rotate_elements(
-            key, key_weight, cos, sin, token, head, valid, tl.where(cols < KEY_ROW, cols, D), factor,
-            stride_key_token, stride_key_head, D, ROTARY, INTERLEAVED,
+        write_keys(
+            program, key, key_weight, key_cache, key_scales, slot_mapping, cos, sin, eps, tokens, heads,
+            stride_key_token, stride_key_head, P, D, KEY_FORMAT, KEY_ROW, KEY_SLAB, ROTARY, INTERLEAVED, ROWS,
+            KEY_COLUMNS, QUERY_COLUMNS,
         )  # fmt: skip
-        high = low
-        if KEY_FORMAT == "int4":
-            high = rotate_elements(
-                key, key_weight, cos, sin, token, head, valid, cols + KEY_ROW, factor,
-                stride_key_token, stride_key_head, D, ROTARY, INTERLEAVED,
-            )  # fmt: skip
-        slabs, offsets = find_slots(slot_mapping, token, head, valid, heads, P)
-        encode_rows(
-            key_cache, key_scales, slabs, offsets, valid, low, high, KEY_FORMAT, KEY_ROW, KEY_SLAB, P, KEY_COLUMNS
-        )
     elif program < 2 * parts:
-        row = (program - parts) * ROWS + lanes
-        valid = row < tokens * heads
-        token = row // heads
-        head = row - token * heads
-        cols = tl.arange(0, VALUE_COLUMNS)
-        dims = tl.where(cols < VALUE_ROW, cols, DV)
-        low = read_elements(value, token, head, valid, dims, stride_value_token, stride_value_head, DV)
-        high = low
-        if VALUE_FORMAT == "int4":
-            high = read_elements(value, token, head, valid, cols + VALUE_ROW, stride_value_token, stride_value_head, DV)
-        slabs, offsets = find_slots(slot_mapping, token, head, valid, heads, P)
-        encode_rows(
-            value_cache, value_scales, slabs, offsets, valid, low, high, VALUE_FORMAT, VALUE_ROW, VALUE_SLAB, P,
-            VALUE_COLUMNS,
+        write_keys(
+            program - parts, value, None, value_cache, value_scales, slot_mapping, None, None, eps, tokens, heads,
+            stride_value_token, stride_value_head, P, DV, VALUE_FORMAT, VALUE_ROW, VALUE_SLAB, 0, False, ROWS,
+            VALUE_COLUMNS, QUERY_COLUMNS,
         )  # fmt: skip
     elif query is not None:
-        row = (program - 2 * parts) * ROWS + lanes
-        valid = row < tokens * query_heads
-        token = row // query_heads
-        head = row - token * query_heads
-        factor = row_factor(
-            query, query_weight, token, head, valid, stride_query_token, stride_query_head, eps, QUERY_COLUMNS, D
-        )
-        cols = tl.arange(0, QUERY_COLUMNS)
-        turned = rotate_elements(
-            query, query_weight, cos, sin, token, head, valid, cols, factor,
-            stride_query_token, stride_query_head, D, ROTARY, INTERLEAVED,
+        turn_queries(
+            program - 2 * parts, out, query, query_weight, cos, sin, eps, tokens, query_heads, stride_query_token,
+            stride_query_head, D, ROTARY, INTERLEAVED, ROWS, QUERY_COLUMNS,
         )  # fmt: skip
-        places = row.to(tl.int64)[:, None] * D + cols[None, :]
-        tl.store(out + places, turned.to(out.dtype.element_ty), mask=valid[:, None] & (cols < D)[None, :])
-
-
-@triton.jit
-def row_factor(
-    source, weight, token, head, valid, stride_token, stride_head, eps, COLUMNS: tl.constexpr, D: tl.constexpr
-):
-    """``1 / sqrt(mean(x^2) + eps)`` of each row; 1 without a weight, that is without a norm."""
-    if weight is None:
-        return valid.to(tl.float32)
-    else:
-        x = read_elements(source, token, head, valid, tl.arange(0, COLUMNS), stride_token, stride_head, D)
-        return 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / D + eps)
 
 
 @triton.jit

