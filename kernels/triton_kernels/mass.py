@@ -33,7 +33,7 @@ def mass_kernel(
         oldest = tl.maximum(oldest, past - window + (0 if tree_mask is not None else 1))
     if chunk is not None:
         oldest = tl.maximum(oldest, tl.maximum(past - (1 if tree_mask is not None else 0), 0) // chunk * chunk)
-    there = (keys < length) & (keys >= oldest) & (count > 0)
+    there = (keys < tl.where(count > 0, length, 0)) & (keys >= oldest)
     slabs = find_slabs(block_tables + n.to(tl.int64) * table_width, keys, there, head, heads, P, 2 * P)
     offsets = keys % P
     raw = load_rows(key_cache, slabs, offsets, there, tl.arange(0, KEY_A), KEY_ROW, KEY_SLAB)
