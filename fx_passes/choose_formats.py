@@ -57,5 +57,5 @@ def final_formats(spec: CacheSpec, pair: tuple[str, str]) -> tuple[str, str]:
         try:
             find_format(name).stored_width(dim)
         except ConfigError as error:
-            raise ConfigError(f"{spec.name}: {error}") from None
+            raise ConfigError(f"the cache of {spec.name} cannot be stored so: {error}") from None
     return keys, values
