@@ -1,4 +1,4 @@
-"""``with_exact_formats``: a graph with quantised caches, as if they were exact, to tell the rewrite from the rounding."""
+"""``with_exact_formats``: a graph with quantised caches as if they were exact, to tell rewrite from rounding."""
 
 from __future__ import annotations
 

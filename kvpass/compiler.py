@@ -18,11 +18,11 @@ from kvpass.fx_passes.bind import PagedModule
 from kvpass.fx_passes.calibrate import calibrate, calibration_ids
 from kvpass.fx_passes.capture import capture
 from kvpass.fx_passes.clean_up import count_nodes
+from kvpass.fx_passes.exact_formats import with_exact_formats
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.insert_cache import insert_cache
 from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.plan_cache import plan_cache
-from kvpass.fx_passes.exact_formats import with_exact_formats
 from kvpass.fx_passes.verify import format_bound, reference_graph, verify
 from kvpass.report import RewriteReport
 from kvpass.site_reports import site_reports, with_format_errors, with_verification
