@@ -17,6 +17,7 @@ from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
 from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan, StoredHeads, live_nodes
 from kvpass.fx_passes.prove_token_axis import token_axes_of
 from kvpass.fx_passes.select_logits import select_logits
+from kvpass.fx_passes.store_in_formats import store_in_formats
 from kvpass.kernels.formats import find_format
 from kvpass.types import CachePlan
 
@@ -67,8 +68,9 @@ def insert_cache(captured: CapturedGraph, plan: GraphPlan) -> PagedGraph:
         captured.graph.erase_node(site.node)
     captured.tidy()
     select_logits(captured, step["logits_index"])
+    cache_plan = store_in_formats(captured, plan.cache_plan, plan.formats)
     observed = _observe(captured, results)
-    return PagedGraph(captured.module, plan.cache_plan, observed, tuple(site.name for site in plan.sites))
+    return PagedGraph(captured.module, cache_plan, observed, tuple(site.name for site in plan.sites))
 
 
 def _observe(captured: CapturedGraph, results: list[Node]) -> GraphModule:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.config import CacheConfig
+from kvpass.fx_passes.choose_formats import choose_formats, exact_formats, final_formats
 from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.find_positions import SOURCE, Lookup, Tabulated, longest_valid
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of
@@ -60,13 +61,23 @@ class SitePlan:
 
 @dataclass(frozen=True, eq=False)
 class GraphPlan:
-    """What the rewrite will do: the part that the runtime sees, and the nodes that it is about."""
+    """What the rewrite will do: the part that the runtime sees, and the nodes that it is about.
+
+    Attributes:
+        cache_plan: the caches, in exact or at least wide float formats.
+        sites: the attentions.
+        stored: what each cache holds.
+        inference: axes of the graph's nodes.
+        evaluator: of the graph's shape-only nodes.
+        formats: of keys and values, in which each cache is to be stored in the end.
+    """
 
     cache_plan: CachePlan
     sites: tuple[SitePlan, ...]
     stored: tuple[StoredHeads, ...]
     inference: Inference
     evaluator: ShapeEvaluator
+    formats: tuple[tuple[str, str], ...]
 
 
 def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) -> GraphPlan:
@@ -97,13 +108,16 @@ def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) ->
         readers[index].append(name)
         windows[index].append(mask.reach)
         sites.append(SitePlan(node, name, index, mask, _head_order(group_of)))
+    chosen = choose_formats(config, [site.cache for site in sites], len(stored))
     specs = tuple(
-        _spec(heads, names, wins, config) for heads, names, wins in zip(stored, readers, windows, strict=True)
+        _spec(heads, names, wins, wide)
+        for heads, names, wins, wide in zip(stored, readers, windows, map(exact_formats, chosen), strict=True)
     )
+    formats = tuple(final_formats(spec, pair) for spec, pair in zip(specs, chosen, strict=True))
     limit, reason = _longest(captured, inference, evaluator, sites, config)
     forbidden = tuple(sorted(captured.forbidden_tokens))
     plan = CachePlan(specs, config.block_size, vocab_size, limit, reason, forbidden)
-    return GraphPlan(plan, tuple(sites), tuple(stored), inference, evaluator)
+    return GraphPlan(plan, tuple(sites), tuple(stored), inference, evaluator, formats)
 
 
 def _stored_heads(cut: Cut, query_heads: int) -> tuple[StoredHeads, list[int]]:
@@ -146,10 +160,10 @@ def _unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _spec(heads: StoredHeads, names: list[str], windows: list[int | None], config: CacheConfig) -> CacheSpec:
+def _spec(heads: StoredHeads, names: list[str], windows: list[int | None], formats: tuple[str, str]) -> CacheSpec:
     key_format, value_format = (
-        format_for_dtype(_stored_dtype(heads.cut, places)) if config.dtype == "auto" else config.dtype
-        for places in (heads.key_places, heads.value_places)
+        format_for_dtype(_stored_dtype(heads.cut, places)) if name == "auto" else name
+        for places, name in zip((heads.key_places, heads.value_places), formats, strict=True)
     )
     known = [w for w in windows if w is not None]
     return CacheSpec(

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpass.kernels.cache_ops import check_whole
+from kvpass.kernels.cache_ops import check_sizes, check_whole
 from kvpass.kernels.formats import format_of
 
 
@@ -275,19 +275,16 @@ def _check_paged(
 
 
 def _check_step(block_tables: Tensor, seq_lens: Tensor, query_start: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in (block_tables, seq_lens, query_start)]
-    torch._check(
-        block_tables.dim() == 2
-        and seq_lens.shape[0] == block_tables.shape[0]
-        and query_start.shape[0] == block_tables.shape[0] + 1,
-        lambda: f"block_tables, seq_lens and query_start are {shapes}: they must be [N, W], [N] and [N + 1]",
-    )
+    sequences = block_tables.shape[0]
+    check_sizes("block_tables and seq_lens have a row per sequence", sequences, seq_lens.shape[0])
+    check_sizes("query_start has a row per sequence and one more", sequences, query_start.shape[0] - 1)
+    torch._check(block_tables.dim() == 2, lambda: f"block_tables have {block_tables.dim()} dims: they must be [N, W]")
     check_whole(block_tables=block_tables, seq_lens=seq_lens, query_start=query_start)
 
 
 def _check_tree(tree_mask: Tensor, tokens: int) -> None:
     torch._check(tree_mask.dtype is torch.bool, lambda: f"tree_mask is {tree_mask.dtype}: it must be torch.bool")
-    torch._check(tree_mask.shape[0] == tokens, lambda: f"tree_mask has {tree_mask.shape[0]} rows for {tokens} queries")
+    check_sizes("tree_mask and query have one row per token", tree_mask.shape[0], tokens)
 
 
 def _check_heads(heads: int, key_heads: int, value_heads: int) -> None:

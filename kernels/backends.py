@@ -142,7 +142,7 @@ def implementation_of(op: str, names: tuple[str, ...], check: Callable[..., obje
         try:
             check(*args, **kwargs)
         except RuntimeError as error:
-            raise InputError(f"kvpass::{op}: {error}") from None
+            raise InputError(f"kvpass::{op} has arguments that do not fit each other: {error}") from None
         arguments = dict(zip(names, args, strict=False)) | kwargs
         if os.environ.get("KVPASS_DEBUG", "") not in ("", "0"):
             check_indices(op, arguments)

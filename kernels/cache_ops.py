@@ -40,9 +40,8 @@ def fake_write_cache(
             new.shape[1:] == shape,
             lambda: f"cannot write {tuple(new.shape)} into a cache of heads and dims {shape}",  # noqa: B023
         )
-    torch._check(
-        slot_mapping.shape[0] == key.shape[0] == value.shape[0],
-        lambda: f"slot_mapping has {slot_mapping.shape[0]} entries for {key.shape[0]} keys, {value.shape[0]} values",
+    check_sizes(
+        "slot_mapping, key and value have one row per token", slot_mapping.shape[0], key.shape[0], value.shape[0]
     )
     check_whole(slot_mapping=slot_mapping)
 
@@ -150,3 +149,10 @@ def check_whole(**indices: Tensor) -> None:
             tensor.dtype is torch.int64,
             lambda: f"{name} is {tensor.dtype}: it must be torch.int64",  # noqa: B023
         )
+
+
+def check_sizes(rule: str, *sizes: int) -> None:
+    """Complain unless sizes that ``rule`` says are equal are so. While tracing, symbols may stand for what only the
+    caller knows to be equal: those pass."""
+    if all(isinstance(size, int) for size in sizes):
+        torch._check(len(set(sizes)) <= 1, lambda: f"{rule}, but there are {', '.join(map(str, sizes))}")

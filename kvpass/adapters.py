@@ -166,6 +166,12 @@ def check_example(example: Any) -> bool:
     return len(values) == 2
 
 
+def example_ids(example: Any) -> Tensor:
+    """Token ids ``[B, S]`` of ``example_inputs`` that were checked."""
+    values = list(example.values()) if isinstance(example, Mapping) else example
+    return values if isinstance(values, Tensor) else next(iter(values))
+
+
 def end_of_sequence(model: nn.Module) -> tuple[int, ...]:
     """Token ids that end a sequence, where the model's own configuration names them."""
     for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):

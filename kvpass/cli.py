@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from kvpass.config import CACHE_DTYPES
 from kvpass.errors import KvpassError, RefusedError
 from kvpass.terminal import error_line, line, output, stages
 
@@ -63,10 +64,10 @@ MODEL_HELP = (
     "pydecoder or recall (the models that come with kvpass), the folder of a transformers model, or module:callable."
 )
 
-DEFAULT_FORMATS = "float32,bfloat16,float16,fp8_e4m3,fp8_e5m2,int8,int4"
+DEFAULT_FORMATS = ",".join(CACHE_DTYPES[1:])  # all but "auto"
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
-Dtype = Annotated[str, typer.Option(help="Format of keys and values: auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help=f"Format of keys and values: {', '.join(CACHE_DTYPES)}.")]
 Formats = Annotated[str, typer.Option(help="Formats of the cache, with commas between them.")]
 TextFile = Annotated[Path | None, typer.Option("--text", help="Text to measure on; shipped models bring their own.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of text that are read.")]

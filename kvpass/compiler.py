@@ -7,23 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
-from kvpass.adapters import MODEL, LogitsModel, check_example, end_of_sequence, example_for, for_capture
+from kvpass.adapters import MODEL, LogitsModel, check_example, end_of_sequence, example_for, example_ids, for_capture
 from kvpass.config import CacheConfig
 from kvpass.engine import Engine
 from kvpass.errors import CaptureError, InputError, RefusedError, VerificationError
 from kvpass.fx_passes.bind import PagedModule
+from kvpass.fx_passes.calibrate import calibrate, calibration_ids
 from kvpass.fx_passes.capture import capture
 from kvpass.fx_passes.clean_up import count_nodes
+from kvpass.fx_passes.exact_formats import with_exact_formats
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.insert_cache import insert_cache
 from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.plan_cache import plan_cache
-from kvpass.fx_passes.verify import Comparison, reference_graph, verify
-from kvpass.report import RewriteReport, Verification
-from kvpass.site_reports import site_reports
+from kvpass.fx_passes.verify import format_bound, reference_graph, verify
+from kvpass.report import RewriteReport
+from kvpass.site_reports import site_reports, with_format_errors, with_verification
 from kvpass.types import Refusal
 
 
@@ -42,7 +44,8 @@ def compile(
             tuple. In eval mode, on one device. Its parameters are used as they are, not copied.
         config: formats and size of the cache.
         example_inputs: token ids ``[B, S]``, or a pair of token ids and position ids when the model should be captured
-            with position ids that it takes but does not demand.
+            with position ids that it takes but does not demand. The token ids are also what fp8 caches are
+            calibrated with: give some text then.
         verify: run original and rewritten model against each other before handing out the engine.
 
     Returns:
@@ -59,7 +62,8 @@ def compile(
     device = check_model(model)
     adapter = LogitsModel(model, example_inputs is not None and check_example(example_inputs))
     adapter.eval()
-    module, report = rewrite(adapter, config, device, verify)
+    examples = None if example_inputs is None else example_ids(example_inputs).to(device)
+    module, report = rewrite(adapter, config, device, verify, examples=examples)
     return Engine(module, module.plan, config, report, end_of_sequence(model))
 
 
@@ -128,8 +132,12 @@ def rewrite(
     device: torch.device,
     check: bool = True,
     captured: CapturedGraph | None = None,
+    examples: Tensor | None = None,
 ) -> tuple[PagedModule, RewriteReport]:
-    """Run the passes on an adapted model, or on a capture of it, which is used up; gives the module and the report."""
+    """Run the passes on an adapted model, or on a capture of it, which is used up; gives the module and the report.
+
+    Formats that need it are calibrated with the token ids ``examples [B, S]``, or with random ones.
+    """
     start = time.perf_counter()
     captured = captured or capture_model(model, device)
     seconds = {"capture": time.perf_counter() - start}
@@ -150,34 +158,28 @@ def rewrite(
         max_length_reason=plan.cache_plan.max_length_reason,
         forbidden_tokens=plan.cache_plan.forbidden_tokens,
     )
-    paged = insert_cache(captured, plan)
+    paged = exact = insert_cache(captured, plan)
     after = count_nodes(paged.module.graph)
     report = replace(report, calls=(before[0], after[0]), launches=(before[1], after[1]))
+    lossy = paged.plan != plan.cache_plan
+    if lossy:
+        exact = with_exact_formats(paged, plan.cache_plan)
+        ids = calibration_ids(paged.plan, device) if examples is None else list(examples[:, : paged.plan.max_length])
+        report = replace(report, calibration=calibrate(exact, paged.plan, ids))
     module = PagedModule(paged)
     seconds["insert-cache"] = time.perf_counter() - start
     if check:
         start = time.perf_counter()
-        report = _with_verification(report, verify(model, reference, paged, module))
+        report = with_verification(report, verify(model, reference, exact, PagedModule(exact)))
+        if lossy and report.verification is not None and report.verification.passed:
+            found = verify(model, reference, paged, module, format_bound(paged.plan))
+            report = with_format_errors(report, found)
         seconds["verify"] = time.perf_counter() - start
     report = replace(report, seconds=seconds)
     if report.verification is not None and not report.verification.passed:
         lines = "\n".join(report.verification.checks)
         raise VerificationError(f"the rewritten model differs from the original, and is not used:\n{lines}", report)
     return module, report
-
-
-def _with_verification(report: RewriteReport, found: Comparison) -> RewriteReport:
-    worst = max(found.errors.values())
-    checks = tuple(
-        f"verified {name}: logits within {error:.1e} of the original's (bound {found.tolerance:.0e})"
-        if error <= found.tolerance
-        else f"FAILED {name}: logits differ by {error:.1e} (bound {found.tolerance:.0e})"
-        for name, error in found.errors.items()
-    )
-    effect = f"spoiling the first token moves the last logits by {found.history_effect:.1e}"
-    verification = Verification(found.passed, (*checks, effect), worst, found.tolerance, found.history_effect)
-    sites = tuple(replace(site, error=found.site_errors[site.name]) for site in report.sites)
-    return replace(report, sites=sites, verification=verification)
 
 
 def _vocabulary(captured: CapturedGraph) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kvpass.errors import ConfigError
 from kvpass.types import Sampling
 
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 DEFAULT_MEMORY = "1GiB"
 
 
@@ -30,7 +32,10 @@ class CacheConfig:
     """How the cache is stored and how much of it there is.
 
     Attributes:
-        dtype: format of keys and values; ``"auto"`` keeps the dtype that the model computes them in.
+        dtype: format of keys and values; ``"auto"`` keeps the dtype that the model computes them in. Or a dict: of
+            ``"key"`` and ``"value"`` for two formats, or of ``"default"`` (a format, or two) and ``"layers"``, which
+            maps the number of an attention in the model (from 0, or from -1 backwards) to its format or two. The
+            formats are those of :data:`CACHE_DTYPES`; what is lossy is measured by the verification.
         block_size: tokens per block, a power of two.
         memory: bytes for all caches together, such as ``"1GiB"``; excludes ``num_blocks``. When neither is given,
             1 GiB.
@@ -45,7 +50,7 @@ class CacheConfig:
         ConfigError: on construction, for values that cannot be used.
     """
 
-    dtype: str = "auto"
+    dtype: str | Mapping[str, Any] = "auto"
     block_size: int = 32
     memory: str | int | None = None
     num_blocks: int | None = None
@@ -55,8 +60,7 @@ class CacheConfig:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in CACHE_DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r} is not a cache dtype: choose one of {', '.join(CACHE_DTYPES)}")
+        _check_dtype(self.dtype)
         size = self.block_size
         if not _is_count(size) or size & (size - 1):
             raise ConfigError(f"block_size={size!r} is not a power of two: choose for example 16, 32 or 64")
@@ -71,10 +75,61 @@ class CacheConfig:
             if not _is_count(value):
                 raise ConfigError(f"{name}={value!r} is not a whole number of at least 1")
 
+    def formats(self, attentions: int) -> tuple[tuple[str, str], ...]:
+        """Formats of keys and values that ``dtype`` asks for, for each of so many attentions; may be ``"auto"``.
+
+        Raises:
+            ConfigError: if ``dtype`` names an attention that the model does not have, or one twice.
+        """
+        per_layer = isinstance(self.dtype, Mapping) and not set(self.dtype) <= {"key", "value"}
+        chosen = [_pair(self.dtype["default"] if per_layer else self.dtype)] * attentions  # type: ignore[index]
+        named: set[int] = set()
+        for layer, choice in self.dtype.get("layers", {}).items() if isinstance(self.dtype, Mapping) else ():
+            if not -attentions <= layer < attentions:
+                raise ConfigError(f"dtype names the layer {layer}, but the model has {attentions} attentions")
+            if layer % attentions in named:
+                raise ConfigError(f"dtype names the layer {layer % attentions} twice, from either end: name it once")
+            named.add(layer % attentions)
+            chosen[layer] = _pair(choice)
+        return tuple(chosen)
+
     @property
     def memory_bytes(self) -> int:
         """Bytes for all caches together; meaningful when ``num_blocks`` is None."""
         return parse_bytes(DEFAULT_MEMORY if self.memory is None else self.memory)
+
+
+def _check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, Mapping) or set(dtype) <= {"key", "value"}:
+        _check_choice("dtype", dtype)
+        return
+    if "default" not in dtype or not set(dtype) <= {"default", "layers"}:
+        raise ConfigError(
+            f"dtype={dict(dtype)!r} has the entries {', '.join(map(repr, dtype))}: a dict has 'key' and 'value', or "
+            "'default' and, if some layers differ, 'layers'"
+        )
+    layers = dtype.get("layers", {})
+    if not isinstance(layers, Mapping) or not all(type(layer) is int for layer in layers):
+        raise ConfigError(f"dtype['layers']={layers!r} does not map numbers of layers to formats")
+    _check_choice("dtype['default']", dtype["default"])
+    for layer, choice in layers.items():
+        _check_choice(f"dtype['layers'][{layer}]", choice)
+
+
+def _check_choice(where: str, choice: Any) -> None:
+    """Raise unless ``choice`` is the name of a format, or a dict of one for keys and one for values."""
+    if isinstance(choice, Mapping):
+        if set(choice) != {"key", "value"}:
+            raise ConfigError(f"{where}={dict(choice)!r} must have a format for 'key' and one for 'value'")
+        for part in ("key", "value"):
+            _check_choice(f"{where}[{part!r}]", choice[part])
+    elif not isinstance(choice, str) or choice not in CACHE_DTYPES:
+        raise ConfigError(f"{where}={choice!r} is not a cache dtype: choose one of {', '.join(CACHE_DTYPES)}")
+
+
+def _pair(choice: Any) -> tuple[str, str]:
+    """Formats of keys and values of a choice that was checked."""
+    return (choice["key"], choice["value"]) if isinstance(choice, Mapping) else (choice, choice)
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -36,7 +36,9 @@ class SiteReport:
         bytes_per_token_before: keys and values as the attention op received them.
         bytes_per_token: what the cache stores; 0 for a site that reads another site's cache.
         error: largest difference of this site's output from the original graph's, over the largest magnitude; None
-            when it was not verified.
+            when it was not verified. With caches in exact formats.
+        format_error: the same with the caches in their own formats, where one of them is lossy; what earlier sites
+            lost is in it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class SiteReport:
     bytes_per_token_before: int
     bytes_per_token: int
     error: float | None = None
+    format_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ class Verification:
         tolerance: bound on ``logits_error``.
         history_effect: how much the logits change, on the same scale, when one token of the past is spoilt; a model
             for which this is 0 cannot be verified by its outputs.
+        format_error: ``logits_error`` with the caches in their own formats, where one of them is lossy. The figures
+            above are with exact formats, so that what the rewrite does and what a format loses are told apart.
+        format_tolerance: bound on ``format_error``.
     """
 
     passed: bool
@@ -77,6 +83,8 @@ class Verification:
     logits_error: float
     tolerance: float
     history_effect: float
+    format_error: float | None = None
+    format_tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class RewriteReport:
         seconds: time of each step.
         calls: calls in the captured graph, and in the graph of one paged step.
         launches: the same, without views and sizes.
+        calibration: scales of the heads of fp8 caches, by cache and part.
     """
 
     sites: tuple[SiteReport, ...] = ()
@@ -104,6 +113,7 @@ class RewriteReport:
     seconds: dict[str, float] = field(default_factory=dict)
     calls: tuple[int, int] | None = None
     launches: tuple[int, int] | None = None
+    calibration: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> int:
@@ -157,7 +167,7 @@ class RewriteReport:
                 site.cached,
                 site.format,
                 stored,
-                "-" if site.error is None else f"{site.error:.1e}",
+                _errors(site),
             )
         return table
 
@@ -175,3 +185,10 @@ class RewriteReport:
             return cache
         calls, launches = (f"{first} -> {last}" for first, last in (self.calls, self.launches))
         return f"{cache}\ngraph: {calls} calls, {launches} of them computations"
+
+
+def _errors(site: SiteReport) -> str:
+    """The error of the rewrite, and that of the formats where they are lossy."""
+    if site.error is None:
+        return "-"
+    return f"{site.error:.1e}" + ("" if site.format_error is None else f", {site.format_error:.1e} as stored")

@@ -1,13 +1,16 @@
-"""The report of each attention site, from the plan."""
+"""The report of each attention site, from the plan, and what the verification found."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from kvpass.fx_passes.dense import SPELLING
 from kvpass.fx_passes.graph import CapturedGraph, arguments, module_path, shape_of
 from kvpass.fx_passes.narrow_cut import entries_per_token
 from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan
+from kvpass.fx_passes.verify import Comparison
 from kvpass.kernels.formats import cache_bytes_per_token
-from kvpass.report import SiteReport
+from kvpass.report import RewriteReport, SiteReport, Verification
 
 
 def site_reports(captured: CapturedGraph, plan: GraphPlan) -> tuple[SiteReport, ...]:
@@ -18,7 +21,8 @@ def site_reports(captured: CapturedGraph, plan: GraphPlan) -> tuple[SiteReport, 
 
 def _report(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, owns_cache: bool) -> SiteReport:
     named = arguments(site.node)
-    spec = plan.cache_plan.caches[site.cache]
+    key_format, value_format = plan.formats[site.cache]
+    spec = replace(plan.cache_plan.caches[site.cache], key_format=key_format, value_format=value_format)
     received = 0
     for operand in (named["key"], named["value"]):
         received += entries_per_token(plan.inference, operand) * operand.meta["val"].dtype.itemsize
@@ -48,3 +52,38 @@ def _cached(plan: GraphPlan, site: SitePlan) -> str:
     """Nodes of the cut, each with how many numbers of a token it holds."""
     nodes = plan.stored[site.cache].cut.nodes
     return ", ".join(f"{node.name} [{entries_per_token(plan.inference, node)}]" for node in nodes)
+
+
+def with_verification(report: RewriteReport, found: Comparison) -> RewriteReport:
+    """The report with what the verification found, caches in exact formats."""
+    worst = max(found.errors.values())
+    checks = tuple(
+        f"verified {name}: logits within {error:.1e} of the original's (bound {found.tolerance:.0e})"
+        if error <= found.tolerance
+        else f"FAILED {name}: logits differ by {error:.1e} (bound {found.tolerance:.0e})"
+        for name, error in found.errors.items()
+    )
+    effect = f"spoiling the first token moves the last logits by {found.history_effect:.1e}"
+    verification = Verification(found.passed, (*checks, effect), worst, found.tolerance, found.history_effect)
+    sites = tuple(replace(site, error=found.site_errors[site.name]) for site in report.sites)
+    return replace(report, sites=sites, verification=verification)
+
+
+def with_format_errors(report: RewriteReport, found: Comparison) -> RewriteReport:
+    """A verified report with what was measured once more, caches in their own lossy formats."""
+    known = report.verification
+    assert known is not None, "formats are measured after the verification with exact ones"
+    worst = max(found.errors.values())
+    passed = worst <= found.tolerance
+    figure = f"logits within {worst:.1e} of the original's (bound {found.tolerance:.0e})"
+    failed = f"logits differ by {worst:.1e} (bound {found.tolerance:.0e}): choose a format of more bits"
+    line = f"measured with the caches as they are stored: {figure}" if passed else f"FAILED in these formats: {failed}"
+    verification = replace(
+        known,
+        passed=passed,
+        checks=(*known.checks, line),
+        format_error=worst,
+        format_tolerance=found.tolerance,
+    )
+    sites = tuple(replace(site, format_error=found.site_errors[site.name]) for site in report.sites)
+    return replace(report, sites=sites, verification=verification)

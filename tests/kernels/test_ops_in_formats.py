@@ -89,7 +89,10 @@ def test_a_compiled_module_with_quantised_caches_is_the_same_at_every_shape() ->
         ({"key_format": None}, "a uint8 cache needs the name of its format"),
         ({"key_format": "float16"}, "a cache of format float16 is a tensor of float16, not of uint8"),
         ({"key_format": "int4"}, "query has head dim 8, key cache 16"),
-        ({"tree_mask": torch.ones(2, 2, dtype=torch.bool)}, "tree_mask has 2 rows for 3 queries"),
+        (
+            {"tree_mask": torch.ones(2, 2, dtype=torch.bool)},
+            "tree_mask and query have one row per token, but there are 2, 3",
+        ),
         ({"tree_mask": torch.ones(3, 2)}, "tree_mask is torch.float32: it must be torch.bool"),
     ],
 )
