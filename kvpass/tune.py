@@ -148,8 +148,10 @@ def tune(
         stage: called with what comes next.
 
     Raises:
-        ConfigError: if the budget cannot be kept, before anything is measured.
+        ConfigError: if a format does not exist or the budget cannot be kept, before anything is measured.
     """
+    for name in formats:
+        find_format(name)
     stage("capture the model")
     recompiler = Recompiler(model)
 
