@@ -55,15 +55,15 @@ def page(text: str, tables: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", default="6bits", help="of the row that is tuned")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of text")
-    parser.add_argument("--rows", type=int, default=32, help="sequences of each task")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of text")
+    parser.add_argument("--rows", type=int, default=24, help="sequences of each task")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = EvalSizes(text_tokens=options.tokens, task_rows=options.rows)
-    few = EvalSizes(text_tokens=min(4096, options.tokens), window=512, task_rows=min(8, options.rows), task_length=384)
+    few = EvalSizes(text_tokens=min(2048, options.tokens), window=512, task_rows=min(4, options.rows), task_length=384)
     results, tables = [], []
     for name in SHIPPED:
         loaded = load_model(name)

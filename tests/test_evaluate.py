@@ -73,6 +73,13 @@ def test_replayed_logits_are_those_of_the_model(model, engine, samples, chunk):
         torch.testing.assert_close(logits, whole[:, start : start + chunk][part], rtol=1e-4, atol=1e-5)
 
 
+def test_one_capture_serves_several_configurations(recompiler, engine, samples):
+    again = recompiler.compile(CacheConfig(dtype="float32", num_blocks=8, block_size=8), verify=False)
+    assert again.plan.caches == engine.plan.caches and again.module is not engine.module
+    first, second = compare([engine, again], samples)
+    assert second.kl == pytest.approx(0.0, abs=1e-9) and second.perplexity == pytest.approx(first.perplexity)
+
+
 def test_earlier_tokens_are_read_from_the_cache(engine, samples):
     reader = Replay(engine, 3, 23)
     every = torch.ones(3, 4, dtype=torch.bool)

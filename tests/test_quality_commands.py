@@ -90,7 +90,6 @@ BAD = {
     "an unknown format": (["eval", *TEXT, "--formats", "int5"], "is not a cache dtype"),
     "a text that is not there": (["eval", *TEXT[2:], "--text", "no.txt"], "the text no.txt cannot be read"),
     "no budget": (["tune", *TEXT, "--budget", "small"], "budget='small' is no size of a token"),
-    "a budget too small": (["tune", *TEXT, "--budget", "8"], "cannot be kept"),
     "no configuration": (["generate", "-m", "quality_models:build", "-p", "1", "--config", "ids.txt"], "as JSON"),
 }
 
