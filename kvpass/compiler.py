@@ -132,7 +132,8 @@ def rewrite(
     """Run the passes on an adapted model, or on a capture of it, which is used up; gives the module and the report."""
     start = time.perf_counter()
     captured = captured or capture_model(model, device)
-    seconds = {"capture": time.perf_counter() - start}
+    spent = time.perf_counter() - start
+    seconds = {"export": captured.export_seconds, "capture": max(0.0, spent - captured.export_seconds)}
     before = count_nodes(captured.graph)
     log = run_passes(captured, passes(config))
     seconds |= log.seconds
