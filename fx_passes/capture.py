@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -67,6 +68,7 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str = "")
         CaptureError: if torch.export fails, or if the graph holds for the example's batch size or length only.
     """
     dims = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in inputs)
+    start = time.perf_counter()
     try:
         with _plain_attention_modules():
             program = export(model, inputs, dynamic_shapes=(dims,) if _takes_varargs(model) else dims, strict=False)
@@ -77,7 +79,9 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str = "")
             f"torch.export could not capture the model: {first}\n"
             "kvpass needs a forward without data-dependent Python control flow; the original error is chained above."
         ) from error
+    seconds = time.perf_counter() - start
     captured = _to_graph(program, path_prefix)
+    captured.export_seconds = seconds
     captured.max_length = _longest_valid(captured, model)
     return captured
 

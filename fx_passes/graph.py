@@ -40,6 +40,7 @@ class CapturedGraph:
         position_ids: placeholder of the positions where the model demands them, else None.
         max_length: longest sequence that the capture allows, where the model limits it.
         path_prefix: module path of the adapter around the user's model, left out of reports.
+        export_seconds: time that torch.export took.
         forbidden_tokens: ids that no sequence may contain: what was proven holds without them.
     """
 
@@ -51,6 +52,7 @@ class CapturedGraph:
     max_length: int | None = None
     path_prefix: str = ""
     size_nodes: dict[str, Node] = field(default_factory=dict)
+    export_seconds: float = 0.0
     forbidden_tokens: frozenset[int] = frozenset()
 
     @property

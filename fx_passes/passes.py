@@ -14,6 +14,7 @@ from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.find_attention import FindAttention
 from kvpass.fx_passes.fold_sink_gates import FoldSinkGates
 from kvpass.fx_passes.graph import CapturedGraph, PassResult
+from kvpass.fx_passes.merge_shared import MergeShared
 from kvpass.fx_passes.prove_token_axis import ProveTokenAxis
 from kvpass.fx_passes.read_masks import ReadMasks
 from kvpass.types import Refusal
@@ -34,9 +35,11 @@ def passes(config: CacheConfig) -> tuple[Pass, ...]:
     """The passes that prove a graph, in order."""
     return (
         Canonicalize(),
+        MergeShared(),
         AssumeNoPadding(),
         FoldSinkGates(),
         FindAttention(),
+        MergeShared(),  # the masks that attentions came with are spelt out now
         ReadMasks(config.max_length),
         ProveTokenAxis(),
     )
@@ -63,7 +66,7 @@ def run_passes(captured: CapturedGraph, ordered: Sequence[Pass]) -> PassLog:
             log.refusals.append(Refusal(reason, pass_name=step.name))
             log.error = error
             break
-        log.seconds[step.name] = time.perf_counter() - start
+        log.seconds[step.name] = log.seconds.get(step.name, 0.0) + time.perf_counter() - start
     if not log.refusals and not attention_sites(captured):
         reason = "no attention was found: there is nothing to cache"
         log.refusals.append(Refusal(reason, pass_name="find-attention"))

@@ -11,7 +11,7 @@ from kvpass.fx_passes.arrange import arrange, spread
 from kvpass.fx_passes.axes import Axes, Dim, Factor, Kind, MixesTokens, kinds_in, renamed
 from kvpass.fx_passes.contraction import Contraction, contraction_of, operand_dims, tagged_operands
 from kvpass.fx_passes.dense import DenseInputs, emit_dense, factors_of, one_factor
-from kvpass.fx_passes.graph import CapturedGraph, aten, emit
+from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call
 from kvpass.fx_passes.infer_axes import Blocked, Inference
 from kvpass.fx_passes.read_probabilities import Softmax, Term, read_terms
 from kvpass.fx_passes.read_scores import NotUnderstood, ScoreReader, Scores
@@ -209,8 +209,11 @@ def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, layou
         return None
     if not _is_per_head(reader, softmax.sinks):
         raise NotUnderstood("the column of sinks is not one number for each head", softmax.node)
-    axes = renamed(reader.kinds_of(softmax.sinks, softmax.scores), layout.names)
-    flat = arrange(captured, softmax.sinks, axes, layout.scores, node)
+    sinks = softmax.sinks
+    while is_call(sinks, aten.expand):
+        sinks = sinks.args[0]  # type: ignore[assignment]  # before they were spread over sequences and queries
+    axes = renamed(reader.kinds_of(sinks, softmax.scores), layout.names)
+    flat = arrange(captured, sinks, axes, layout.scores, node)
     heads = 1
     for factor in layout.heads:
         heads = heads * int(factor.size)

@@ -140,7 +140,8 @@ def rewrite(
     """
     start = time.perf_counter()
     captured = captured or capture_model(model, device)
-    seconds = {"capture": time.perf_counter() - start}
+    spent = time.perf_counter() - start
+    seconds = {"export": captured.export_seconds, "capture": max(0.0, spent - captured.export_seconds)}
     before = count_nodes(captured.graph)
     log = run_passes(captured, passes(config))
     seconds |= log.seconds

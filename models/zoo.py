@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,11 @@ SIZES: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "index_n_heads": 2,
-    "index_topk": 64,
+    "index_topk": 8,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
+    "full_attn_idxs": [1],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
 }
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER_LISTS = ("layer_types", "mlp_layer_types")
@@ -120,13 +125,14 @@ def tiny_config(model_type: str, **extra: Any) -> PretrainedConfig:
 
 
 def _fit_layer_lists(config: PretrainedConfig, base: PretrainedConfig) -> None:
-    """Cut lists with an entry per layer to the layers there are, so that every kind of layer comes up."""
+    """Lists with an entry per layer fit the layers there are, and every kind of layer comes up."""
     layers = next((getattr(config, name) for name in LAYER_COUNTS if hasattr(config, name)), 3)
     for name in LAYER_LISTS:
         have = getattr(config, name, None)
-        if isinstance(have, list | tuple) and len(have) != layers:
-            kinds = list(dict.fromkeys(getattr(base, name)))
-            setattr(config, name, [kinds[i % len(kinds)] for i in range(layers)])
+        kinds = list(dict.fromkeys(getattr(base, name, None) or ()))
+        if isinstance(have, list | tuple) and (len(have) != layers or len(set(have)) < min(layers, len(kinds))):
+            with suppress(AttributeError):  # where the list follows from other fields
+                setattr(config, name, [kinds[i % len(kinds)] for i in range(layers)])
 
 
 def redraw(model: nn.Module, seed: int, spread: float) -> nn.Module:

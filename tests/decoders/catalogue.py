@@ -3,7 +3,19 @@
 Those of `DECODERS` must come out of kvpass with the same greedy tokens; those of `UNUSUAL` with the same, or refused.
 """
 
-from tests.decoders import blocks, forms, heads, layouts, masks, positions, scores, unusual_attention
+from tests.decoders import (
+    blocks,
+    experts,
+    forms,
+    heads,
+    layouts,
+    masks,
+    padding,
+    positions,
+    rotary,
+    scores,
+    unusual_attention,
+)
 from tests.decoders.skeleton import DIM, Builder, Decoder, GeluMLP, decoder, decoder_around, in_turn
 
 # Attention that leaves out most of the 60 tokens of a long prompt, even over two layers.
@@ -62,14 +74,22 @@ DECODERS: dict[str, Builder] = {
     "sinusoids in forward": decoder(positions.Sinusoids),
     "positions by cumsum of ones": decoder(positions.CountedPositions),
     "position table with an offset": decoder(positions.OffsetTable),
+    "positions counted without padding": decoder(padding.CountsWithoutPadding),
+    "padding hidden": decoder(padding.HidesPadding),
+    "rotary by YaRN": decoder_around(rotary.Yarn),
+    "rotary that changes with the position": decoder_around(rotary.ByPosition),
+    "rotary of three axes": decoder_around(rotary.ThreeAxes),
     # scores
     "softcap and q/k norms": decoder_around(scores.SoftcapAndNorms),
     "sink column": decoder_around(scores.SinkColumn),
+    "sinks as gates": decoder(lambda: Decoder(in_turn(scores.SinkGate, lambda: scores.SinkGate("the log of a sum")))),
     "differential": decoder_around(scores.Differential),
     "temperature per head": decoder_around(scores.PerHeadTemperature),
     # blocks
     "experts, dense": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.DenseExperts)),
     "experts, looped": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.LoopedExperts)),
+    "experts, split by sizes": decoder(lambda: Decoder(heads.RepeatInterleave, experts.SplitByExpert)),
+    "experts, the best one": decoder(lambda: Decoder(heads.RepeatInterleave, experts.BestExpert)),
     "memory slots": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.MemorySlots)),
     "squared ReLU": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.SquaredReluMLP, num_layers=3)),
     "parallel block, interleaved partial rotary": decoder(blocks.ParallelDecoder),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from tests.decoders import padding, rotary
 from tests.decoders import unsound_attention as attention
 from tests.decoders import unsound_mixing as mixing
 from tests.decoders.skeleton import Builder, Decoder, decoder, decoder_around, in_turn
@@ -44,6 +45,9 @@ REFUSED: dict[str, Expected] = {
     "mask of -1000": Expected(decoder_around(attention.SoftMask), AHEAD + r"|mask|bias", FIRST),
     "window of half the length": Expected(decoder_around(attention.LengthDependentWindow), LENGTH + r"|mask", FIRST),
     "mask by token value": Expected(decoder(attention.MasksAToken), r"token value|token id|data|input", "attention"),
+    "positions by token value": Expected(decoder(padding.RealTokensOnly), r"cumsum|cumulative", ""),
+    "rotary switched by the length": Expected(decoder_around(rotary.SwitchedByLength), LENGTH + r"|" + TIME, FIRST),
+    "rotary stretched by the length": Expected(decoder_around(rotary.StretchedByLength), LENGTH + r"|" + TIME, ""),
     "mask by hidden state": Expected(
         decoder_around(attention.MaskFromHiddenState), r"value|data|hidden|mask|attention", FIRST
     ),

@@ -55,6 +55,28 @@ class SinkColumn(nn.Module):
         return self.out(torch.matmul(weights, v).transpose(1, 2).reshape(b, s, DIM))
 
 
+class SinkGate(nn.Module):
+    """The sink of a head as a gate on its output, by the log-sum-exp of the scores, in two spellings."""
+
+    def __init__(self, spelling: str = "sigmoid") -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.sinks = nn.Parameter(torch.zeros(HEADS))
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part) for part in self.qkv(x).chunk(3, dim=-1))
+        scores = torch.matmul(q, k.transpose(2, 3)) * HEAD_DIM**-0.5
+        scores = scores.masked_fill(future(x.size(1), x.device), -torch.inf)
+        if self.spelling == "sigmoid":
+            gate = torch.sigmoid(torch.logsumexp(scores, dim=-1) - self.sinks.view(1, -1, 1)).unsqueeze(-1)
+        else:
+            total = torch.logsumexp(scores, dim=-1, keepdim=True)
+            gate = torch.exp(total - torch.logaddexp(total, self.sinks[:, None, None]))
+        return self.out((torch.matmul(scores.softmax(-1), v) * gate).transpose(1, 2).flatten(2))
+
+
 class Differential(nn.Module):
     """Two whole attentions, the second subtracted with a learned weight."""
 
