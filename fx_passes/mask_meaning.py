@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kvpass.fx_passes.mask_probe import (
     BEYOND,
+    HIDDEN_BELOW,
     LONGEST,
     PROBE_ENTRIES,
     ROUNDED_FROM,
@@ -47,6 +48,8 @@ DEFAULT_TABLE_LENGTH = 2048
 TABLE_ENTRIES = 2**27
 # Expression and values are compared entry by entry up to this length, and a proven meaning at every probed one.
 LONGEST_COMPARED = 300
+# A constant prefix is looked for in sequences of up to this many tokens, to name it in a refusal.
+LONGEST_PREFIX = 1100
 # No sequence is this long: such an integer is "to the end" of a slice, or what a mask writes for minus infinity.
 ENDLESS = 2**24
 # Smaller integers are dims, signs and off-by-ones far more often than sizes that hide behind another one.
@@ -81,7 +84,13 @@ def read_mask_meaning(
         probe = MaskProbe(evaluate, num_heads, absolute_scores)
         return _read(probe, sizes, max_length, expression)
     except NotProvenError as reason:
-        return str(reason)
+        prefix = _prefix(evaluate, sizes)
+        if prefix is None:
+            return str(reason)
+        return (
+            f"{reason}; the first {prefix} tokens see one another (prefix-LM), and a step that computes some of them "
+            "need not hold the others yet"
+        )
 
 
 def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression: MaskExpression | None) -> MaskMeaning:
@@ -95,6 +104,22 @@ def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression
         if proven is not None and _reproduces(proven, probe):
             return _with_proof(probe, proven, expression)
     return _probed(probe, sizes, max_length, expression)
+
+
+def _prefix(evaluate: Callable[[int, int], Tensor], sizes: list[int]) -> int | None:
+    """How many first tokens see one another, where all else is causal: a prefix of constant length; or None."""
+    for length in probe_lengths(sizes, LONGEST_PREFIX):
+        try:
+            bias = evaluate(1, length).float()
+        except Exception:  # the graph is the user's, so any error can come out of it
+            return None
+        shown = bias > bias.amax(-1, keepdim=True) - HIDDEN_BELOW
+        first = int(shown.expand(*shown.shape[:-2], length, length)[..., 0, :].sum(-1).max())
+        positions = torch.arange(length, device=bias.device)
+        wanted = positions <= positions[:, None].clamp(min=first - 1)
+        if 1 < first < length and torch.equal(shown.expand_as(wanted[None] & shown), wanted.expand_as(wanted & shown)):
+            return first
+    return None
 
 
 def _with_proof(probe: MaskProbe, proven: MaskMeaning, expression: MaskExpression) -> MaskMeaning:

@@ -56,6 +56,7 @@ class MaskReader:
         self.notes: dict[str, None] = {}
         self._known: dict[tuple[Node, Place], Value] = {}
         self._constants: dict[Node, Tensor] = {}
+        self._fresh = 0
 
     def entry(self, node: Node, place: Place) -> Value:
         """The entry of a tensor node at ``place``, one term per dim.
@@ -74,6 +75,11 @@ class MaskReader:
         own = place[len(place) - len(shape) :]
         sizes = (self.number(size).value for size in shape)  # 1 - max(0, 1 - S) is 1, though it does not look it
         return self.entry(node, tuple(whole(0) if size == 1 else p for size, p in zip(sizes, own, strict=True)))
+
+    def fresh(self) -> Term:
+        """A position of its own."""
+        self._fresh += 1
+        return var(f"j{self._fresh}")
 
     def size(self, node: Node, dim: int) -> Term:
         """Entries along a dim."""
@@ -223,10 +229,13 @@ def _cumsum(reader: MaskReader, node: Node, place: Place) -> Value:
     source: Any = node.args[0]
     dtype = node.meta["val"].dtype
     dim = int(arguments(node)["dim"]) % len(place)
-    counted = var("j")
+    counted = reader.fresh()
+    (name,) = counted.names
     entry = reader.entry(source, (*place[:dim], counted, *place[dim + 1 :]))
     term = choose(entry.truth, whole(1), whole(0)) if entry.dtype == torch.bool else entry.term
-    if "j" in term.names:
+    if name in term.names:
+        if reader.size(source, dim) != LENGTH:
+            raise UnreadableError("a running sum over something else than the tokens")
         first = reader.entry(source, (*place[:dim], whole(0), *place[dim + 1 :]))
         start = choose(first.truth, whole(1), whole(0)) if first.dtype == torch.bool else first.term
         constant = start if start.op == "int" else whole(0)
@@ -251,9 +260,9 @@ def _any_or_all(reader: MaskReader, node: Node, place: Place) -> Value:
         if not arguments(node).get("keepdim")
         else iter([p for d, p in enumerate(place) if d not in reduced])
     )
-    inner = tuple(var(f"j{d}") if d in reduced else next(rest) for d in range(len(shape)))
+    inner = tuple(reader.fresh() if d in reduced else next(rest) for d in range(len(shape)))
     truth = reader.entry(source, inner).truth
-    if truth.names & {f"j{d}" for d in reduced}:
+    if truth.names & {name for d in reduced for name in inner[d].names}:
         raise UnreadableError("any or all of entries that differ")
     return of_truth(truth)
 

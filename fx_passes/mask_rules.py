@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import floor, isfinite
 from typing import Any
 
@@ -31,6 +32,7 @@ from kvpass.fx_passes.index_terms import (
     whole,
 )
 from kvpass.fx_passes.mask_values import (
+    Curve,
     Leaf,
     Number,
     Scaled,
@@ -40,6 +42,7 @@ from kvpass.fx_passes.mask_values import (
     held,
     moderate,
     of_truth,
+    rounded_curve,
     whole_of,
 )
 
@@ -74,14 +77,41 @@ def pointwise(
     if packet in LOGIC and all(operand.dtype == torch.bool for operand in operands):
         return of_truth(LOGIC[packet]([operand.truth for operand in operands]))
     rule = RULES.get(packet)
+    computed_in = _computed_in(operands, dtypes, ranks)
 
     def by_leaf(leaves: list[Leaf]) -> Leaf | Term:
         if all(isinstance(leaf, Number) for leaf in leaves):
             return _computed(target, leaves, dtypes, ranks, kwargs, dtype)
-        answer = None if rule is None else rule(leaves, kwargs, dtype)
-        return answer if answer is not None else curve(target, leaves, dtypes, ranks, kwargs, dtype)
+        exact = [_in_dtype(leaf, computed_in) for leaf in leaves]
+        answer = None if rule is None or None in exact else rule(exact, kwargs, dtype)  # type: ignore[arg-type]
+        if answer is None:
+            answer = curve(target, leaves, dtypes, ranks, kwargs, dtype)
+        return rounded_curve(answer, dtype) if rule is _rounded and isinstance(answer, Curve) else answer
 
     return apply_to_cases(list(operands), dtype, by_leaf)
+
+
+def _computed_in(operands: list[Value], dtypes: list[torch.dtype | None], ranks: list[int]) -> torch.dtype:
+    """The dtype to which torch brings all operands before it computes."""
+    samples = [
+        torch.ones((1,) if rank else (), dtype=kind) if kind is not None else (1.0 if of.dtype.is_floating_point else 1)
+        for of, kind, rank in zip(operands, dtypes, ranks, strict=True)
+    ]
+    tensors = [sample for sample in samples if isinstance(sample, torch.Tensor)]
+    first = max(tensors, key=torch.Tensor.dim)
+    kind = first.dtype
+    for sample in samples:
+        kind = torch.result_type(torch.ones(first.shape, dtype=kind), sample)
+    return kind
+
+
+def _in_dtype(leaf: Leaf, dtype: torch.dtype) -> Leaf | None:
+    """The leaf as torch sees it in the dtype in which it computes; None where that rounds a position."""
+    if isinstance(leaf, Scaled) and dtype.is_floating_point and leaf.factor == 1:
+        return leaf if isinstance(held(dtype, leaf.term), Scaled) else None
+    if isinstance(leaf, Number) and dtype.is_floating_point:
+        return Number(torch.tensor(leaf.value, dtype=dtype).item())
+    return leaf
 
 
 def cast(value: Value, dtype: torch.dtype) -> Value:
@@ -96,7 +126,7 @@ def cast(value: Value, dtype: torch.dtype) -> Value:
         if isinstance(leaf, Scaled) and leaf.factor == 1:
             return negate(equals(leaf.term, whole(0))) if dtype == torch.bool else held(dtype, leaf.term)
         if isinstance(leaf, Scaled) and dtype in ONE_ROUNDING:
-            return leaf
+            return replace(leaf, rounded=True)
         return curve(torch.Tensor.to, leaves, [value.dtype], [1], {"dtype": dtype}, dtype)
 
     return apply_to_cases([value], dtype, by_leaf)
@@ -136,7 +166,7 @@ def _sum(sign: int) -> Rule:
                 if other.value == 0 and factor == 1:
                     return one if _whole(one) is None else held(dtype, whole_of(one))
                 if other.value == 0 and isinstance(one, Scaled):
-                    return Scaled(one.term, one.factor * factor)
+                    return replace(one, factor=one.factor * factor)
         if dtype.is_floating_point:
             for leaf, factor, other in ((leaves[0], 1, leaves[1]), (leaves[1], alpha, leaves[0])):
                 if isinstance(leaf, Number) and leaf.value * factor <= FAR_BELOW and moderate(other):
@@ -146,7 +176,7 @@ def _sum(sign: int) -> Rule:
             return held(dtype, weighted_sum([(both[0], 1), (both[1], alpha)]))
         one, other = leaves
         if isinstance(one, Scaled) and isinstance(other, Scaled) and one.factor == other.factor and alpha in (1, -1):
-            return Scaled(weighted_sum([(one.term, 1), (other.term, alpha)]), one.factor)
+            return Scaled(weighted_sum([(one.term, 1), (other.term, alpha)]), one.factor, rounded=True)
         return None
 
     return rule
@@ -165,7 +195,7 @@ def _mul(leaves: list[Leaf], kwargs: dict[str, Any], dtype: torch.dtype) -> Leaf
             if other.value in (0, 1) and dtype.is_floating_point:
                 return one if other.value else Number(0.0)
             if isinstance(one, Scaled) and dtype in ONE_ROUNDING:
-                return Scaled(one.term, one.factor * other.value)
+                return Scaled(one.term, one.factor * other.value, one.factor != 1)
     return None
 
 
@@ -173,7 +203,7 @@ def _neg(leaves: list[Leaf], kwargs: dict[str, Any], dtype: torch.dtype) -> Leaf
     (leaf,) = leaves
     if not isinstance(leaf, Scaled):
         return None
-    return held(dtype, weighted_sum([(leaf.term, -1)])) if leaf.factor == 1 else Scaled(leaf.term, -leaf.factor)
+    return held(dtype, weighted_sum([(leaf.term, -1)])) if leaf.factor == 1 else replace(leaf, factor=-leaf.factor)
 
 
 def _div(leaves: list[Leaf], kwargs: dict[str, Any], dtype: torch.dtype) -> Leaf | None:

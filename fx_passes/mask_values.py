@@ -51,10 +51,17 @@ class Number:
 
 @dataclass(frozen=True)
 class Scaled:
-    """``factor * term``; a factor other than 1 rounds once, in float32 or float64."""
+    """``factor * term``.
+
+    Attributes:
+        term: a whole number that the dtype holds exactly.
+        factor: other than 1 it rounds once, in float32 or float64.
+        rounded: the graph rounds more than once, so that no condition may be read off the value.
+    """
 
     term: Term
     factor: float = 1.0
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,13 +300,31 @@ def curve(
     text = f"{target}({', '.join(_leaf_text(leaf) for leaf in leaves)}, {kwargs}, {dtypes})"
     if dtype.is_floating_point:
         return Curve(root, text, function)
-    low, high = bounds(root)
-    if high - low > 2 * HORIZON + 64:
-        raise UnreadableError("a function of a number that is no position")
-    values = function(torch.arange(low, high + 1)).expand(high - low + 1)
+    low = bounds(root)[0]
+    values = _everywhere(function, root)
     if values.dtype == torch.bool:
         return truth_by_table(values, root, low)
     return Scaled(fit(values.to(torch.int64), root, low))
+
+
+def rounded_curve(found: Curve, dtype: torch.dtype) -> Leaf:
+    """A curve whose values are whole numbers, as a term where they are simple enough."""
+    values = _everywhere(found.function, found.root)
+    least, most = (float(end) for end in values.aminmax())
+    if max(-least, most) <= EXACT.get(dtype, 0):  # never of a NaN
+        try:
+            return held(dtype, fit(values.to(torch.int64), found.root, bounds(found.root)[0]))
+        except UnreadableError:
+            return found
+    return found
+
+
+def _everywhere(function: Callable[[Tensor], Tensor], root: Term) -> Tensor:
+    """The function at every value that the root may have."""
+    low, high = bounds(root)
+    if high - low > 2 * HORIZON + 64:
+        raise UnreadableError("a function of a number that is no position")
+    return function(torch.arange(low, high + 1)).expand(high - low + 1)
 
 
 def truth_by_table(values: Tensor, argument: Term, low: int) -> Term:
@@ -331,12 +356,17 @@ def _root(leaf: Scaled | Curve) -> Term:
 
 def _on(leaf: Leaf | Any, dtype: torch.dtype | None, rank: int, x: Tensor) -> Any:
     if isinstance(leaf, Number):
-        return torch.full((1,) if rank else (), leaf.value, dtype=dtype)
+        return leaf.value if dtype is None else torch.full((1,) if rank else (), leaf.value, dtype=dtype)
     if isinstance(leaf, Curve):
         return leaf.function(x)
+    if dtype is None:
+        raise UnreadableError("a number that depends on the length, in an op that is no arithmetic")
     if isinstance(leaf, Scaled):
+        if leaf.rounded:
+            raise UnreadableError("an op on a product that was rounded more than once")
         _, factor, offset = base_of(leaf.term)
-        return ((factor * x + offset).to(dtype) * leaf.factor).to(dtype)
+        term = (factor * x + offset).to(dtype)
+        return term if leaf.factor == 1 else term * leaf.factor
     return leaf
 
 

@@ -30,6 +30,7 @@ from kvpass.fx_passes.index_terms import (
     equals,
     floor_divide,
     less,
+    linear,
     minus,
     negate,
     substitute,
@@ -232,9 +233,9 @@ def _slope(mask: MaskExpression, leaf: Leaf, visible: Term, absolute_scores: boo
     if absolute_scores and not mask.proves(equals(own, whole(0))):
         return None
     change = minus(leaf.term, own)
-    for sign in (0, 1, -1):
-        if mask.proves(equals(change, weighted_sum([(KEY, sign), (QUERY, -sign)])), [visible]):
-            return leaf.factor * sign
+    for factor in {0, 1, -1, linear(change)[0].get(KEY, 0)}:
+        if mask.proves(equals(change, weighted_sum([(KEY, factor), (QUERY, -factor)])), [visible]):
+            return leaf.factor * factor
     return None
 
 

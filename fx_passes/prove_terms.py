@@ -15,6 +15,8 @@ from kvpass.fx_passes.index_terms import HORIZON, RANGES, Term, negate, operands
 # few hundred milliseconds. The clock is the second line of defence.
 WORK = 3_000_000
 MILLISECONDS = 3_000
+# Lengths at which it may give up before a search for the longest one that is proven ends.
+PATIENCE = 3
 
 Example = dict[str, int]
 
@@ -78,16 +80,21 @@ class Prover:
 
     def holds_up_to(self, claim: Term, given: Iterable[Term] = ()) -> int | None:
         """The longest length up to which ``claim`` is proven; None for every length, 0 for none."""
-        if self.proves(claim, given):
-            return None
-        works, fails = 0, HORIZON
-        while fails - works > 1:
-            middle = (works + fails) // 2
-            if self.proves(claim, given, middle):
-                works = middle
+        works, fails, undecided = 0, HORIZON + 1, 0
+        longest = HORIZON
+        while fails - works > 1 and undecided < PATIENCE:
+            try:
+                example = self.refute(claim, given, longest)
+            except UndecidedError:
+                undecided += 1
+                fails = longest
             else:
-                fails = middle
-        return works
+                if example is None:
+                    works = longest
+                else:
+                    fails = example["S"]
+            longest = (works + fails) // 2
+        return None if works == HORIZON else works
 
     def _variable(self, name: str) -> Any:
         if name not in self._variables:

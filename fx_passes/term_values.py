@@ -68,23 +68,21 @@ def fit(values: Tensor, argument: Term, low: int, most: int = 256) -> Term:
     Raises:
         UnreadableError: if the values are no straight line, no rounded-down quotient and have too many steps.
     """
-    if len(values) > 1:
-        slope = int(values[1] - values[0])
-        line = torch.arange(len(values), device=values.device) * slope + values[0]
-        if torch.equal(line, values):
-            return weighted_sum([(argument, slope)], int(values[0]) - slope * low)
-    places = (values[1:] != values[:-1]).nonzero().flatten() + 1
+    change = values[1:] - values[:-1]
+    if len(values) > 1 and bool((change == change[0]).all()):
+        slope = int(change[0])
+        return weighted_sum([(argument, slope)], int(values[0]) - slope * low)
+    places = change.nonzero().flatten() + 1
     if len(places) < most:
         starts = [0, *places.tolist()]
         return steps(argument, tuple(low + start for start in starts), tuple(values[starts].tolist()))
-    first, second = int(places[0]), int(places[1])
-    divisor, step = second - first, int(values[first] - values[0])
-    offset = divisor - first
-    quotient = torch.div(torch.arange(len(values), device=values.device) + offset, divisor, rounding_mode="floor")
-    base = int(values[0]) - step * int(quotient[0])
-    if torch.equal(quotient * step + base, values):
-        shifted = weighted_sum([(argument, 1)], offset - low)
-        return weighted_sum([(floor_divide(shifted, whole(divisor)), step)], base)
+    first, divisor = int(places[0]), int(places[1] - places[0])
+    step = int(change[first - 1])
+    regular = torch.equal(places, torch.arange(first, len(values), divisor, device=values.device))
+    if regular and first <= divisor and bool((change[places - 1] == step).all()):
+        # The quotient goes up by one at each place, and is 0 before the first.
+        quotient = floor_divide(weighted_sum([(argument, 1)], divisor - first - low), whole(divisor))
+        return weighted_sum([(quotient, step)], int(values[0]))
     raise UnreadableError("a function of one position with too many steps")
 
 

@@ -56,10 +56,17 @@ class PrefixCache:
     Whoever owns a registered block owns the blocks of all its ancestors too, and releases them after it. So an
     ancestor always has an owner if a descendant has one, and stands behind it in the order of eviction: what is
     evicted is always a leaf, and no node is ever cut off from the root.
+
+    Where windows let sequences give back the first blocks of a prefix before the last ones, an ancestor may be evicted
+    first. All that follows it is forgotten with it: nobody could find it any more.
+
+    Attributes:
+        windowed: sequences give blocks back in the order of the tokens.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, windowed: bool = False) -> None:
         self._pool = pool
+        self.windowed = windowed
         self.root = Branch()
         # The attached node of each registered block: exactly the blocks whose content the pool keeps.
         self._nodes: dict[int, PrefixNode] = {}
@@ -146,12 +153,17 @@ class PrefixCache:
         rank = {block: index for index, block in enumerate(self._pool.cached_blocks())}
         for node in seen.values():
             parent = node.parent
-            if isinstance(parent, PrefixNode) and rank.get(parent.block, len(rank)) < rank.get(node.block, len(rank)):
+            if self.windowed or not isinstance(parent, PrefixNode):
+                continue
+            if rank.get(parent.block, len(rank)) < rank.get(node.block, len(rank)):
                 raise IntegrityError(f"block {parent.block} would be evicted before block {node.block} that follows it")
 
     def _evict(self, block: int) -> None:
-        node = self._nodes.pop(block)
-        if node.children:
+        node = self._nodes[block]
+        if node.children and not self.windowed:
             raise IntegrityError(f"block {block} is evicted before the blocks that follow it")
+        for child in list(node.children.values()):
+            self.forget(child)
+        del self._nodes[block]
         del node.parent.children[node.key]
         node.attached = False

@@ -7,6 +7,9 @@ one more block; if there is none, the youngest running sequence is preempted and
 is never preempted by another one, and its need is checked against the whole pool when it is added: it always comes
 to its end, and then the next one is the oldest.
 
+Where every cache has a window, the blocks that all of them have passed are given back as soon as the step that looked
+at them is committed. Their entries in the block table stay, as 0: no kernel follows an entry that no query sees.
+
 Full blocks are registered for reuse as soon as they are scheduled, so that sequences which arrive together share
 them. This is sound because each layer writes the tokens of a step before its attention reads. Until ``commit`` they
 are pending: a step that fails is undone by ``recover``, which unregisters them and takes the blocks from everybody
@@ -44,10 +47,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: BlockPool, prefix_cache: PrefixCache | None, max_batch_tokens: int, max_sequences: int
+        self,
+        pool: BlockPool,
+        prefix_cache: PrefixCache | None,
+        max_batch_tokens: int,
+        max_sequences: int,
+        window: int | None = None,
     ) -> None:
         self._pool = pool
         self._prefix_cache = prefix_cache
+        # Newest tokens, its own included, that a query may look at in any cache; None when one cache has no window.
+        self._window = window
         self._max_batch_tokens = max_batch_tokens
         # No more run than there are tokens in a step, so that each running sequence gets one in every step.
         self._max_running = min(max_sequences, max_batch_tokens)
@@ -149,6 +159,8 @@ class Scheduler:
                 if sequence.state is SequenceState.FINISHED:
                     self._pool.release(sequence.take_blocks())
             self._running = [sequence for sequence in self._running if sequence.state is SequenceState.RUNNING]
+            for sequence in self._running:
+                self._give_back_passed(sequence)
             self._end_step()
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
@@ -200,7 +212,7 @@ class Scheduler:
         Raises:
             IntegrityError: naming the invariant that does not hold.
         """
-        tables = [sequence.table.tolist() for sequence in self._running]
+        tables = [sequence.blocks for sequence in self._running]
         self._pool.check_integrity([*tables, [replacement.block for replacement in self._replacements]])
         if self._prefix_cache is not None:
             self._prefix_cache.check_integrity()
@@ -215,6 +227,8 @@ class Scheduler:
             if self._in_flight is None and sequence is not self._running[-1]:
                 _require(lacking == 1, "a sequence is in prefill that is not the youngest")
             _require(sequence.num_computed <= sequence.num_blocks * self._pool.block_size, "tokens without a block")
+            _require(sequence.num_passed <= self._count_passed(sequence), "a block was given back that is still seen")
+            _require(not sequence.table[: sequence.num_passed].any(), "a block that was given back is in a table")
         for sequence in self._waiting:
             _require(sequence.state is SequenceState.WAITING, "a sequence waits that should not")
             _require(sequence.num_blocks == sequence.num_computed == 0, "a waiting sequence holds blocks")
@@ -255,7 +269,17 @@ class Scheduler:
         sequence.num_registered = len(shared)
         sequence.num_computed = len(shared) * self._pool.block_size
         self.counts.prefix_hit_tokens += sequence.num_computed
+        self._give_back_passed(sequence)
         return True
+
+    def _count_passed(self, sequence: Sequence) -> int:
+        """Blocks from the front of a table that neither the next token to be computed nor any later one looks at."""
+        if self._window is None:
+            return 0
+        return max(0, sequence.num_computed - self._window + 1) // self._pool.block_size
+
+    def _give_back_passed(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.pass_blocks(self._count_passed(sequence)))
 
     def _will_grow(self, sequence: Sequence) -> bool:
         return self._pool.blocks_for(sequence.max_cached_tokens) > sequence.num_blocks

@@ -42,7 +42,9 @@ class Sequence:
         finish_reason: why it finished; None before, and when it was cancelled.
         num_tokens: tokens of prompt and output.
         num_computed: tokens whose cache is written; 0 whenever the sequence has no blocks.
-        num_blocks: blocks in the table.
+        num_blocks: blocks in the table, those that were given back included.
+        num_passed: blocks from the front of the table that no query to come can see; they were given back, and their
+            entries are 0.
         branch: place in the prefix trie up to which the blocks are registered; None without prefix sharing.
         num_registered: blocks from the front of the table that are on the path to ``branch``.
     """
@@ -57,6 +59,7 @@ class Sequence:
         "max_new_tokens",
         "num_blocks",
         "num_computed",
+        "num_passed",
         "num_registered",
         "num_tokens",
         "prompt_length",
@@ -87,6 +90,7 @@ class Sequence:
         self.num_tokens = len(prompt)
         self.num_computed = 0
         self.num_blocks = 0
+        self.num_passed = 0
         self.branch: Branch | None = None
         self.num_registered = 0
         # Both grow by doubling: what a request asks for at most is no measure of what it will need.
@@ -110,8 +114,14 @@ class Sequence:
 
     @property
     def table(self) -> NDArray[np.int64]:
-        """Block table, ``[num_blocks]``: the blocks in the order of the tokens; a view."""
+        """Block table, ``[num_blocks]``: the blocks in the order of the tokens, 0 for those passed; a view."""
         return self._table[: self.num_blocks]
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that the sequence owns, in the order of the tokens."""
+        owned: list[int] = self._table[self.num_passed : self.num_blocks].tolist()
+        return owned
 
     @property
     def max_cached_tokens(self) -> int:
@@ -155,10 +165,18 @@ class Sequence:
         self._table[position] = block
         return old
 
+    def pass_blocks(self, count: int) -> list[int]:
+        """Take the first ``count`` blocks out of the table, as far as they are still in it, and return them."""
+        passed: list[int] = self._table[self.num_passed : count].tolist()
+        self._table[self.num_passed : count] = 0
+        self.num_passed = max(self.num_passed, count)
+        return passed
+
     def take_blocks(self) -> list[int]:
         """Empty the table and return its blocks; nothing is computed any more."""
-        blocks: list[int] = self.table.tolist()
+        blocks = self.blocks
         self.num_blocks = 0
+        self.num_passed = 0
         self.num_computed = 0
         self.num_registered = 0
         self.branch = None

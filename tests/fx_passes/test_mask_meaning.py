@@ -1,7 +1,7 @@
 """The meaning of a mask is read from its values: every kind in many spellings, every reason for refusal, no guess."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import inf
 
 import pytest
@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 
 from kvpass.fx_passes import mask_meaning, mask_probe
-from kvpass.fx_passes.mask_meaning import read_mask_meaning
-from kvpass.types import MaskMeaning
+from tests.fx_passes.mask_forms import (
+    HEADS,
+    Evaluate,
+    assert_rebuilds,
+    biased,
+    causal,
+    grid,
+    masked,
+    meaning_of,
+    name_of,
+    per_head,
+    refusal_of,
+    window,
+)
 
-Evaluate = Callable[[int, int], Tensor]
-HEADS = 4
 LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
 
@@ -36,103 +46,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def read(evaluate: Evaluate, *sizes: int, sinks: bool = False, max_length: int | None = None) -> MaskMeaning | str:
-    return read_mask_meaning(evaluate, thresholds=sizes, absolute_scores=sinks, num_heads=HEADS, max_length=max_length)
-
-
-def meaning_of(evaluate: Evaluate, *thresholds: int, **options) -> MaskMeaning:
-    meaning = read(evaluate, *thresholds, **options)
-    assert isinstance(meaning, MaskMeaning), meaning
-    return meaning
-
-
-def name_of(meaning: MaskMeaning) -> str:
-    """What the mask is called, its limit left out: values alone prove nothing beyond the longest probe."""
-    return meaning.describe().partition(", up to")[0]
-
-
-def refusal_of(evaluate: Evaluate, *thresholds: int, **options) -> str:
-    reason = read(evaluate, *thresholds, **options)
-    assert isinstance(reason, str), reason.describe()
-    return reason
-
-
-def grid(length: int) -> tuple[Tensor, Tensor]:
-    positions = torch.arange(length)
-    return positions[:, None], positions
-
-
-def masked(
-    visible: Callable[[Tensor, Tensor], Tensor], fill: float = -inf, dtype: torch.dtype = torch.float32
-) -> Evaluate:
-    """A mask that is 0 where ``visible(q, k)``, and ``fill`` elsewhere."""
-
-    def evaluate(batch: int, length: int) -> Tensor:
-        hidden = ~visible(*grid(length))
-        return torch.zeros(length, length, dtype=dtype).masked_fill(hidden, fill).expand(batch, 1, -1, -1)
-
-    return evaluate
-
-
-def biased(
-    bias: Callable[[Tensor, Tensor], Tensor], visible: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> Evaluate:
-    """A bias ``bias(q, k)``, ``[Hq, S, S]``, on the keys that are visible; by default those of the past."""
-
-    def evaluate(batch: int, length: int) -> Tensor:
-        queries, keys = grid(length)
-        seen = causal(queries, keys) if visible is None else visible(queries, keys)
-        return bias(queries, keys).float().masked_fill(~seen, -inf)[None]
-
-    return evaluate
-
-
-def causal(queries: Tensor, keys: Tensor) -> Tensor:
-    return keys <= queries
-
-
-def window(size: int | Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda queries, keys: (keys <= queries) & (queries - keys < size)
-
-
-def per_head(*values: float) -> Tensor:
-    return torch.tensor(values)[:, None, None]
-
-
-def rebuilt(meaning: MaskMeaning, length: int) -> Tensor:
-    """The bias ``[Hq, S, S]`` that the contract of :class:`MaskMeaning` describes."""
-    queries, keys = grid(length)
-    distance = (queries - keys).clamp(min=0)
-    bias = torch.zeros(HEADS, length, length)
-    if meaning.slopes is not None:
-        assert meaning.slopes.shape == (HEADS,)
-        bias = bias - meaning.slopes[:, None, None] * distance
-    if meaning.bias is not None:
-        bias = bias + (meaning.bias[:, distance] if meaning.bias.dim() == 2 else meaning.bias[:, :length, :length])
-    visible = causal(queries, keys) if meaning.window is None else window(meaning.window)(queries, keys)
-    if meaning.chunk is not None:
-        visible = visible & (queries // meaning.chunk == keys // meaning.chunk)
-    return bias.masked_fill(~visible, -inf)
-
-
-def assert_rebuilds(meaning: MaskMeaning, evaluate: Evaluate, *lengths: int, sinks: bool = False) -> None:
-    # Row constants are rounded away from long rows, so that these say how exact a value can be.
-    longest = evaluate(1, max(lengths)).double()
-    scale = max(1.0, float(longest.masked_fill(longest <= -9984, 0).abs().max()))
-    for length in lengths:
-        assert meaning.limit is None or length <= meaning.limit
-        wanted = evaluate(1, length).double().expand(1, HEADS, length, length)[0]
-        top = wanted.amax(-1, keepdim=True)
-        hidden = wanted <= (top.clamp(min=0) if sinks else top) - 9984
-        found = rebuilt(meaning, length).double()
-        assert torch.equal(found == -inf, hidden)
-        wanted, found = wanted.masked_fill(hidden, 0), found.masked_fill(hidden, 0)
-        if not sinks:  # equal up to a constant per row: align both on the newest visible key
-            newest = length - 1 - (~hidden).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
-            wanted, found = wanted - wanted.gather(-1, newest), found - found.gather(-1, newest)
-        assert float((wanted - found).masked_fill(hidden, 0).abs().max()) <= 1e-6 * scale
 
 
 SPELLINGS = [(-inf, torch.float32), (-inf, torch.bfloat16), (-1e9, torch.float32), *((-1e4, dtype) for dtype in LOWEST)]
@@ -364,6 +277,19 @@ def test_the_reason_for_refusal_is_one_sentence() -> None:
     assert refusal_of(masked(lambda q, k: k <= q + (q == 3))) == (
         "the mask lets the query at position 3 see the key at position 4, which comes later"
     )
+
+
+@pytest.mark.parametrize("size", [2, 5, 700])
+def test_a_prefix_of_constant_length_is_refused_by_its_name(size: int) -> None:
+    for prefix in (lambda q, k: (k <= q) | (k < size), lambda q, k: (k <= q) | ((k < size) & (q < size))):
+        assert refusal_of(masked(prefix), size) == (
+            "the mask lets the query at position 0 see the key at position 1, which comes later; the first "
+            f"{size} tokens see one another (prefix-LM), and a step that computes some of them need not hold the "
+            "others yet"
+        )
+    assert "prefix" not in refusal_of(masked(lambda q, k: (k <= q) | ((k < 5) & (q == 0))), 5)
+    assert "prefix" not in refusal_of(masked(lambda q, k: k <= q + 1))
+    assert "prefix" not in refusal_of(lambda batch, length: torch.zeros(length, length))
 
 
 def random_bias(seed: int) -> Evaluate:

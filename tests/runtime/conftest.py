@@ -37,10 +37,11 @@ def expected_output(prompt, max_new_tokens, stop_ids=()):
 class Machine:
     """Scheduler, pool and the slots of one imaginary cache."""
 
-    def __init__(self, num_blocks=16, block_size=4, sharing=True, max_batch_tokens=16, max_sequences=4):
+    def __init__(self, num_blocks=16, block_size=4, sharing=True, max_batch_tokens=16, max_sequences=4, window=None):
         self.pool = BlockPool(num_blocks, block_size)
-        self.prefix = PrefixCache(self.pool) if sharing else None
-        self.scheduler = Scheduler(self.pool, self.prefix, max_batch_tokens, max_sequences)
+        self.prefix = PrefixCache(self.pool, windowed=window is not None) if sharing else None
+        self.scheduler = Scheduler(self.pool, self.prefix, max_batch_tokens, max_sequences, window)
+        self.window = window
         self.max_batch_tokens = max_batch_tokens
         self.slots = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.sequences: list[tuple[Sequence, list[int]]] = []
@@ -59,7 +60,10 @@ class Machine:
         return step
 
     def compute(self, step):
-        """Write all slots of the step, then check that every sequence reads its own tokens and nothing else."""
+        """Write all slots of the step, then check that every sequence reads its own tokens and nothing else.
+
+        With a window each reads what its oldest new token sees, and what comes after.
+        """
         size = self.pool.block_size
         pending = {node.block for node in self.scheduler._pending}
         untouchable = self.pool.kept_blocks() - pending
@@ -73,10 +77,11 @@ class Machine:
                 assert block not in untouchable, "a registered block is written again"
                 assert writers.setdefault(block, sequence) is sequence, "two sequences write one block"
                 self.slots[block * size + position % size] = values[position]
-        for sequence, _, end in step.ranges:
-            positions = np.arange(end)
+        for sequence, start, end in step.ranges:
+            first = 0 if self.window is None else max(0, start - self.window + 1)
+            positions = np.arange(first, end)
             read = self.slots[sequence.table[positions // size] * size + positions % size]
-            assert read.tolist() == histories(sequence.tokens[:end].tolist())
+            assert read.tolist() == histories(sequence.tokens[:end].tolist())[first:]
 
     def next_token(self, sequence):
         position = sequence.num_tokens - 1
