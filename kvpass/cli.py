@@ -188,10 +188,8 @@ def evaluate_formats(
     from kvpass.loading import SHIPPED, load_model
     from kvpass.quality_tables import quality_data, quality_table
 
-    measured = dict.fromkeys(split_names(formats)) | {
-        path.stem: read_options(path).get("dtype") for path in config or ()
-    }
-    measured = {name: dtype or name for name, dtype in measured.items()}
+    measured: dict[str, Any] = {name: name for name in split_names(formats)}
+    measured |= {path.stem: read_options(path).get("dtype", "auto") for path in config or ()}
     sizes = EvalSizes(text_tokens=tokens, window=window, new_tokens=new_tokens)
     found = []
     for name in model or SHIPPED:

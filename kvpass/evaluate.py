@@ -142,20 +142,23 @@ def evaluate(
 
     Returns:
         one row for each format, in their order.
+
+    Raises:
+        ConfigError: if a format does not exist, before anything is computed.
     """
-    length = 0 if prompts is None else prompts.shape[1] + new_tokens
-    sequences = 0 if prompts is None else prompts.shape[0]
-
-    def build(name: str, dtype: CacheDtype) -> Engine:
-        stage(f"rewrite with {name}")
-        blocks = 1 + sequences * -(-length // CacheConfig().block_size)
-        # What is lossy is measured below; the exact one is verified.
-        return recompiler.compile(CacheConfig(dtype=dtype, num_blocks=blocks), verify=dtype == REFERENCE)
-
+    blocks = 1
+    if prompts is not None:
+        blocks = prompts.shape[0] * -(-(prompts.shape[1] + new_tokens) // CacheConfig().block_size)
+    configs = {name: CacheConfig(dtype=dtype, num_blocks=blocks) for name, dtype in formats.items()}
     stage("capture the model")
     recompiler = Recompiler(model)
-    reference = build(REFERENCE, REFERENCE)
-    engines = [reference if dtype == REFERENCE else build(name, dtype) for name, dtype in formats.items()]
+    # What is lossy is measured below; the exact one is verified.
+    reference = recompiler.compile(CacheConfig(dtype=REFERENCE, num_blocks=blocks))
+    engines = []
+    for name, config in configs.items():
+        stage(f"rewrite with {name}")
+        exact = config.dtype == REFERENCE
+        engines.append(reference if exact else recompiler.compile(config, verify=False))
     in_common: list[float | None] = [None] * len(engines)
     if prompts is not None:
         stage("continue prompts")

@@ -148,8 +148,10 @@ def tune(
         stage: called with what comes next.
 
     Raises:
-        ConfigError: if the budget cannot be kept, before anything is measured.
+        ConfigError: if a format does not exist or the budget cannot be kept, before anything is measured.
     """
+    for name in formats:
+        find_format(name)
     stage("capture the model")
     recompiler = Recompiler(model)
 
@@ -171,9 +173,11 @@ def tune(
     costs: list[Cost] = []
     for part, each in enumerate(sizes):
         stage(f"narrow the {KINDS[part % 2]} of {specs[part // 2].name}")
-        alone = [[REFERENCE] * part + [name] + [REFERENCE] * (len(sizes) - part - 1) for name in formats]
+        lossy = [name for name in formats if name != REFERENCE]
+        alone = [[REFERENCE] * part + [name] + [REFERENCE] * (len(sizes) - part - 1) for name in lossy]
         losses = _losses(reference, [build(option(chosen)) for chosen in alone], samples, chunk)
-        costs.append({name: (each[name], kl) for name, (kl, _) in zip(formats, losses, strict=True)})
+        found = dict(zip(lossy, (kl for kl, _ in losses), strict=True))
+        costs.append({name: (each[name], found.get(name, 0.0)) for name in formats})
     chosen = choose_formats(costs, allowed)
     stage("measure what was chosen")
     dtype = option(chosen)
