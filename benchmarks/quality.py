@@ -10,8 +10,8 @@ tables of docs/quality.md are written from what is found.
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import date
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from kvpass.eval_sets import EvalSizes, eval_sets
 from kvpass.evaluate import evaluate
 from kvpass.loading import SHIPPED, load_model
 from kvpass.measure import describe_machine, write_result
-from kvpass.quality_tables import markdown_table, quality_data, quality_table
+from kvpass.quality_tables import markdown_table, quality_data, quality_table, tuning_data
 from kvpass.terminal import line, output
 from kvpass.tune import parse_budget, tune
 
@@ -56,43 +56,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", default="6bits", help="of the row that is tuned")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of text")
-    parser.add_argument("--rows", type=int, default=24, help="sequences of each task")
+    parser.add_argument("--rows", type=int, default=16, help="sequences of each task")
+    parser.add_argument("--new-tokens", type=int, default=192, help="tokens that prompts are continued by")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sizes = EvalSizes(text_tokens=options.tokens, task_rows=options.rows)
+    sizes = EvalSizes(text_tokens=options.tokens, task_rows=options.rows, new_tokens=options.new_tokens)
     few = EvalSizes(text_tokens=min(2048, options.tokens), window=512, task_rows=min(4, options.rows), task_length=384)
     results, tables = [], []
+    machine = describe_machine()
+    made = (
+        f"{machine['processor']}, Python {machine['python']}, torch {machine['torch']}, "
+        f"{datetime.now(UTC).date().isoformat()}; {options.tokens} tokens of text in windows of {sizes.window}, "
+        f"{sizes.prompts} prompts continued by {sizes.new_tokens} tokens, {options.rows} sequences of "
+        f"{sizes.task_length} tokens of each task."
+    )
     for name in SHIPPED:
         loaded = load_model(name)
         # Tuned on little, and on other sequences of the tasks than those that are measured; text may overlap.
         tuning = tune(loaded.model, eval_sets(loaded, None, few).samples, TUNED_FORMATS, parse_budget(options.budget))
-        sets = eval_sets(loaded, None, sizes)
-        formats = {**FORMATS, f"tuned for {options.budget}": tuning.dtype}
-        rows = evaluate(
-            loaded.model,
-            formats,
-            sets.samples,
-            sets.prompts,
-            sizes.new_tokens,
-            stage=lambda text: print(text, flush=True),
-        )
-        output().print(quality_table(name, rows))
         line(output(), f"tuned: CacheConfig(dtype={tuning.dtype!r})")
-        results.append({**quality_data(name, rows), "tuned": json.loads(json.dumps(tuning.dtype))})
+        formats = {**FORMATS, f"tuned for {options.budget}": tuning.dtype}
+        sets = eval_sets(loaded, None, sizes)
+        rows = evaluate(loaded.model, formats, sets.samples, sets.prompts, sizes.new_tokens, stage=say)
+        output().print(quality_table(name, rows))
+        results.append({**quality_data(name, rows), "tuned": tuning_data(name, tuning)})
         tables.append(f"### {name}\n\n{markdown_table(rows)}\n\nTuned for {options.budget}: `dtype={tuning.dtype!r}`.")
-    chosen = {"budget": options.budget, "tokens": options.tokens, "rows": options.rows}
-    written = write_result(options.results, "quality", chosen, results)
-    machine = describe_machine()
-    made = (
-        f"{machine['processor']}, Python {machine['python']}, torch {machine['torch']}, {date.today().isoformat()}; "
-        f"{options.tokens} tokens of text in windows of {sizes.window}, {options.rows} sequences of "
-        f"{sizes.task_length} tokens of each task."
-    )
-    options.page.write_text(page(options.page.read_text(encoding="utf-8"), "\n\n".join([made, *tables])), "utf-8")
+        chosen = {"budget": options.budget, **asdict(sizes)}
+        written = write_result(options.results, "quality", chosen, results)
+        options.page.write_text(page(options.page.read_text(encoding="utf-8"), "\n\n".join([made, *tables])), "utf-8")
     line(output(), f"written to {written} and {options.page}")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":
