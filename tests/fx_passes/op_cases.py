@@ -66,6 +66,15 @@ def _grouped(m, x):
     return out[order.argsort()].unflatten(0, x.shape[:2])
 
 
+def _by_groups(m, x, keys=lambda choices: choices, turn=1):
+    """Choices sorted by expert, split where the experts change, worked on by one matrix each, joined, and put back."""
+    rows, choices = x.reshape(-1, 6), _ids(x).reshape(-1, 2)
+    order = choices.flatten().argsort()
+    sizes = F.one_hot(keys(choices), 6).sum((0, 1)).tolist()
+    parts = [part * (1 + i) for i, part in enumerate(rows[order // 2].split(sizes))]
+    return torch.zeros_like(rows).index_add(0, order // 2, torch.cat(parts[::turn])).reshape(x.shape)
+
+
 def _counted_by_bincount(m, x):
     return x * torch.bincount(_ids(x).flatten(), minlength=6)
 
@@ -242,6 +251,7 @@ ACCEPTED = {
     "experts by where": (_picked_and_added, "B S 6"),
     "experts by nonzero and index_put": (_nonzero_columns, "B S 6"),
     "experts by a grouped product": (_grouped, "B S 8"),
+    "experts by groups": (_by_groups, "B S 6"),
 }
 
 REFUSED = {
@@ -299,6 +309,11 @@ REFUSED = {
     "put back by the reversed inverse": (_reversed_inverse, "along the token axis"),
     "put back by the inverse of another sort": (_undone_by_another_sort, "along the token axis"),
     "added back to other rows": (_wrong_divisor, ""),
+    "groups of other keys": (
+        lambda m, x: _by_groups(m, x, lambda choices: choices.flip(0) // 2),
+        "splits groups of tokens whose bounds",
+    ),
+    "groups joined in another order": (lambda m, x: _by_groups(m, x, turn=-1), "joins tensors along the token axis"),
     "counts over all tokens": (_counted_by_bincount, "counts over all tokens"),
     # functions of the length or of the batch
     "divided by the length": (lambda m, x: x / x.size(1), "computes with the batch size or the length"),
