@@ -24,6 +24,7 @@ import triton
 import triton_cases as cases
 from torch import Tensor
 
+from kvpass.kernels.ops import argument_names
 from kvpass.kernels.triton_kernels import backend
 from kvpass.kernels.triton_kernels.launch import INTERPRETED, Target
 from kvpass.kernels.triton_kernels.tuning import TILES
@@ -52,6 +53,10 @@ class Case:
         self.dims = (self.pick(dims), self.pick(dims))
         if self.random.random() < 0.6:
             self.dims = (self.dims[0], self.dims[0])
+        if max(self.dims) > 128:  # in float32, these are refused
+            self.dtype = self.pick((torch.float16, torch.bfloat16))
+            wide = (str(self.dtype).removeprefix("torch."), *cases.FORMATS[3:])
+            self.formats = (self.pick(wide), self.pick(wide))
         self.features: dict[str, Any] = {}
         if INTERPRETED:
             target = Target(self.pick(tuple(TILES)), int(self.random.integers(1, 7)), self.chance(0.5), True)
@@ -80,9 +85,11 @@ class Case:
 
     def call(self, op: str, *arguments: Any, **named: Any) -> Any:
         named = dict(zip(named, self.to_device(*named.values()), strict=True))
-        why = backend.unsupported(op, **named)
+        arguments = tuple(self.to_device(*arguments))
+        given = dict(zip(argument_names(op), arguments, strict=False)) | named
+        why = backend.unsupported(op, **given)
         assert why is None, why
-        return getattr(backend, op)(*self.to_device(*arguments), **named)
+        return getattr(backend, op)(*arguments, **named)
 
     def draw_lengths(self) -> tuple[list[int], list[int]]:
         sequences = int(self.random.integers(1, 5))
@@ -176,7 +183,8 @@ class Case:
         self.q_heads = self.pick((1, 4, 16, 24))
         lengths, counts = self.draw_lengths()
         features = self.draw_features(max(lengths) + 1)
-        width = self.pick((48, 72, 80, 96, 576))
+        exact = self.dtype == getattr(torch, self.formats[0], self.dtype) or self.formats[0] not in cases.FLOATS
+        width = self.pick((48, 72, 80, 96, 576 if exact and self.dtype != torch.float32 else 128))
         value_dim = self.pick([width, width * 2 // 3, width - 16, 512 if width == 576 else 32])
         step = cases.make_step(self.random, self.formats, 1, (width, 16), self.size, lengths, counts)
         query = self.normal(sum(counts), self.q_heads, width, dtype=self.dtype)

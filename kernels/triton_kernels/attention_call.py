@@ -107,7 +107,8 @@ class AttentionCall:
             sequences = self.shared[1].shape[0]
         rows = choose_rows(tokens, sequences, self.group)
         bits = max(self.keys.form.bits, self.values.form.bits)
-        if tl.float32 in (dot_dtype(self.query.dtype, form, target) for form in (self.keys.form, self.values.form)):
+        compiled = replace(target, interpreted=False)
+        if tl.float32 in (dot_dtype(self.query.dtype, form, compiled) for form in (self.keys.form, self.values.form)):
             bits = 32  # the dots take as much room as if that were stored
         return choose_tile(target, rows, max(self.keys.width, self.value_dim), bits, self.block_size)
 

@@ -14,6 +14,7 @@ from kvpass.kernels.triton_kernels.stored import FLOATS
 from kvpass.types import dtype_name
 
 WIDEST = 576
+WIDEST_FLOAT32 = 128  # where dots are float32
 CACHES = ("key_cache", "value_cache", "cache")
 INDICES = ("block_tables", "seq_lens", "query_start", "slot_mapping", "shared_start", "shared_lens", "source", "target")
 FLOAT_ARGUMENTS = ("query", "key", "value", "slopes", "sinks", "bias", "query_weight", "key_weight")
@@ -42,6 +43,20 @@ def explain_refusal(op: str, arguments: Mapping[str, Any]) -> str | None:
             return f"the head dim of {name} is no multiple of {32 // form.bits}, as {form.name} needs"
         if form.row_width(cache.shape[3]) > WIDEST:
             return f"a head of {name} is wider than {WIDEST}"
+    if op.endswith("attention") or op == "paged_attention_stats":
+        return _explain_width(arguments)
+    return None
+
+
+def _explain_width(arguments: Mapping[str, Any]) -> str | None:
+    query, widest, plain = arguments["query"], arguments["query"].shape[2], arguments["query"].dtype is torch.float32
+    for name in CACHES:
+        if name in arguments:
+            form = format_of(arguments[name], arguments.get(FORMAT_OF[name]))
+            widest = max(widest, form.row_width(arguments[name].shape[3]))
+            plain |= form.bits > 8 and form.dtype is not query.dtype
+    if plain and widest > WIDEST_FLOAT32:
+        return f"heads are wider than {WIDEST_FLOAT32} in float32, or in two float dtypes at once"
     return None
 
 

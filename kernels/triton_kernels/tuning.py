@@ -43,29 +43,30 @@ class Entry(NamedTuple):
 
 
 E = Entry
-# rows, width: entries for storage of 4, 8, 16 and 32 bits per element. Where 64 rows are missing, 16 serve.
-_AMPERE = {
+# rows, width: entries for storage of 4, 8, 16 and 32 bits per element. Where 64 rows are missing, 16 serve; float32
+# dots of heads wider than 128 spill whatever the tile, and are refused.
+_NVIDIA: dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]] = {
     (16, 64): (E(128, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
     (16, 128): (E(128, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
-    (16, 256): (E(32, 4, 3, 2), E(32, 4, 5, 2), E(32, 4, 5, 2), E(16, 4, 3, 2)),
-    (16, 576): (E(32, 8, 2, 1), E(32, 8, 3, 1), E(32, 8, 3, 1), E(16, 8, 2, 1)),
+    (16, 256): (E(32, 4, 3, 2), E(32, 4, 5, 2), E(32, 4, 5, 2), None),
+    (16, 576): (E(32, 8, 2, 1), E(32, 8, 3, 1), E(32, 8, 3, 1), None),
     (64, 64): (E(64, 4, 3, 2), E(64, 4, 3, 2), E(64, 4, 3, 2), E(32, 8, 3, 1)),
-    (64, 128): (E(64, 8, 3, 1), E(64, 8, 3, 1), E(64, 8, 3, 1), E(32, 8, 2, 1)),
-    (64, 256): (E(32, 8, 2, 1), E(32, 8, 2, 1), E(32, 8, 3, 1), E(16, 8, 2, 1)),
-    (64, 576): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 1, 1)),
+    (64, 128): (E(64, 8, 3, 1), E(64, 8, 3, 1), E(64, 8, 3, 1), None),
+    (64, 256): (E(32, 8, 2, 1), E(32, 8, 2, 1), E(32, 8, 3, 1), None),
+    (64, 576): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), None),
 }
-TILES: dict[str, dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry]]] = {
-    "sm_80": _AMPERE,
-    "sm_90": _AMPERE,
-    "sm_100": _AMPERE,
+TILES: dict[str, dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]]] = {
+    "sm_80": _NVIDIA,
+    "sm_90": _NVIDIA,
+    "sm_100": _NVIDIA,
     "gfx942": {
         (16, 64): (E(64, 4, 2, 2), E(64, 4, 2, 2), E(64, 4, 2, 2), E(32, 4, 2, 2)),
         (16, 128): (E(64, 4, 2, 2), E(64, 4, 2, 2), E(64, 4, 2, 1), E(32, 4, 2, 1)),
-        (16, 256): (E(32, 4, 2, 1), E(32, 4, 2, 1), E(32, 4, 2, 1), E(16, 4, 2, 1)),
-        (16, 576): (E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1)),
+        (16, 256): (E(32, 4, 2, 1), E(32, 4, 2, 1), E(32, 4, 2, 1), None),
+        (16, 576): (E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1), None),
         (64, 64): (E(32, 4, 1, 1), E(32, 4, 1, 1), E(32, 4, 1, 1), E(32, 4, 1, 1)),
         (64, 128): (E(32, 4, 1, 1), E(32, 4, 1, 1), E(32, 4, 1, 1), E(16, 4, 1, 1)),
-        (64, 256): (E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1)),
+        (64, 256): (E(16, 4, 1, 1), E(16, 4, 1, 1), E(16, 4, 1, 1), None),
     },
 }
 
@@ -83,7 +84,11 @@ def choose_tile(target: Target, rows: int, width: int, bits: int, block_size: in
     """
     column = next((limit for limit in WIDTHS if width <= limit), WIDTHS[-1])
     table = TILES[target.architecture]
-    rows = rows if (rows, column) in table else ROWS[0]
-    entry = table[rows, column][STORAGES.index(bits)]
+    found = table.get((rows, column))
+    entry = None if found is None else found[STORAGES.index(bits)]
+    if entry is None:
+        rows = ROWS[0]
+        entry = table[rows, column][STORAGES.index(bits)]
+        assert entry is not None, "kvpass.kernels.triton_kernels.limits refuses what has no entry"
     keys = min(entry.keys, block_size) if block_size >= 64 else entry.keys
     return Tile(rows, keys, entry.warps, entry.stages, entry.programs)

@@ -80,6 +80,8 @@ def test_rows_follow_the_mean_number_of_new_tokens() -> None:
 def test_the_table_has_a_tile_for_every_call(architecture: str) -> None:
     target = Target(architecture, 100)
     for rows, width, bits, size in itertools.product(ROWS, (1, 16, *WIDTHS), STORAGES, (16, 32, 64, 128)):
+        if width > 128 and bits == 32:
+            continue  # refused
         tile = choose_tile(target, rows, width, bits, size)
         assert tile.rows in (rows, ROWS[0])
         assert tile.keys & (tile.keys - 1) == 0
