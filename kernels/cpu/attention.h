@@ -116,12 +116,12 @@ private:
         alignas(64) float key_scales[kChunk], value_scales[kChunk];
         Keys keys{chunk.start, chunk.count, nullptr, nullptr};
         if (locator_.key().scale_bytes) {
-            read_scales(chunk.key_scales, chunk.count, key_scales);
+            read_scales(chunk, chunk.key_scales, key_scales);
             keys.key_scales = key_scales;
         }
         products.scores(chunk, call_.latent ? Upcoming{} : values_of(chunk));
         if (locator_.value().scale_bytes) {
-            read_scales(chunk.value_scales, chunk.count, value_scales);
+            read_scales(chunk, chunk.value_scales, value_scales);
             keys.value_scales = value_scales;
         }
         for (int r = 0; r < item.tokens * item.group_rows; r++) {
@@ -171,7 +171,7 @@ private:
             locator_.locate(item, item.head, at, chunk);
             Keys keys{at, chunk.count, nullptr, nullptr};
             if (locator_.key().scale_bytes) {
-                read_scales(chunk.key_scales, chunk.count, key_scales);
+                read_scales(chunk, chunk.key_scales, key_scales);
                 keys.key_scales = key_scales;
             }
             products.scores(chunk, Upcoming{});

@@ -119,9 +119,9 @@ INLINE void dot_scores(
     constexpr int K = kLanes / R;
     for (int j = 0; j < count; j += K) {
         upcoming.fetch(j, K);
-        __m512 sums[kLanes];
+        vf sums[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) sums[i] = _mm512_setzero_ps();
+        for (int i = 0; i < kLanes; i++) sums[i] = vf{};
         for (int64_t d = 0; d < dim; d += 32) {
             __m512bh q[R * Parts];
 #pragma GCC unroll 8
@@ -133,11 +133,12 @@ INLINE void dot_scores(
                 for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
                     for (int p = 0; p < Parts; p++)
-                        sums[r * K + k] = _mm512_dpbf16_ps(sums[r * K + k], q[r * Parts + p], element);
+                        sums[r * K + k] =
+                            (vf)_mm512_dpbf16_ps((__m512)sums[r * K + k], q[r * Parts + p], element);
             }
         }
         float flat[kLanes];
-        store(flat, sum_each(reinterpret_cast<vf*>(sums)));
+        store(flat, sum_each(sums));
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) std::memcpy(scores + r * kChunk + j, flat + r * K, 4 * K);
     }

@@ -110,40 +110,56 @@ INLINE void transpose(vf* rows) {
     transpose_stage<1>(rows);
 }
 
+template <int Stride, int... I>
+INLINE vf swap_lanes(vf value, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(value, value, (I ^ Stride)...);
+}
+
+template <class Join>
+INLINE float join_lanes(vf value, Join join) {
+    constexpr auto all = std::make_integer_sequence<int, kLanes>{};
+    if constexpr (kLanes == 16) value = join(value, swap_lanes<8 % kLanes>(value, all));
+    if constexpr (kLanes >= 8) value = join(value, swap_lanes<4 % kLanes>(value, all));
+    value = join(value, swap_lanes<2>(value, all));
+    value = join(value, swap_lanes<1>(value, all));
+    return value[0];
+}
+
 INLINE float sum_lanes(vf value) {
-    float lanes[kLanes], sum = 0;
-    store(lanes, value);
-    for (float lane : lanes) sum += lane;
-    return sum;
+    return join_lanes(value, [](vf a, vf b) { return a + b; });
 }
 
 INLINE float max_lanes(vf value) {
-    float lanes[kLanes];
-    store(lanes, value);
-    float most = lanes[0];
-    for (float lane : lanes) most = lane > most ? lane : most;
-    return most;
+    return join_lanes(value, [](vf a, vf b) { return a > b ? a : b; });
 }
 
-// exp(x) to two units in the last place; 0 below -87.3, a NaN stays one. x is at most 88.
+// exp(x) to two units in the last place for x up to 88; 0 for what is too small and for -inf; a NaN stays one.
 INLINE vf exp_of(vf x) {
-    vf clamped = at_least(x, -87.33f);
-    vf n = clamped * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+    // 1 + r + r^2 / 2! + ... + r^7 / 7! for r up to ln(2) / 2
+    auto series = [](vf r) {
+        vf p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+        p = p * r + 1.0f / 120.0f;
+        p = p * r + 1.0f / 24.0f;
+        p = p * r + 1.0f / 6.0f;
+        p = p * r + 0.5f;
+        p = p * r + 1.0f;
+        return p * r + 1.0f;
+    };
+#if defined(__AVX512F__)
+    __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-105.0f), (__m512)x);  // the second operand where one is NaN
+    __m512 n = _mm512_roundscale_ps(bounded * 1.44269504f, 8);
+    vf r = (vf)bounded - (vf)n * 0.693359375f;
+    return (vf)_mm512_scalef_ps((__m512)series(r - (vf)n * -2.12194440e-4f), n);
+#else
+    vf bounded = at_least(x, -87.33f);
+    vf n = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
     vi exponent = as_int(n) << 23;
     n -= 12582912.0f;
-    vf r = clamped - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    vf p = splat(1.0f / 5040.0f);
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    vf result = as_float(as_int(p) + exponent);
+    vf r = bounded - n * 0.693359375f;
+    vf result = as_float(as_int(series(r - n * -2.12194440e-4f)) + exponent);
     result = select(x < -87.33f, vf{}, result);
     return select(x == x, result, x);
+#endif
 }
 
 // tanh(x): its series near zero, where 1 - 2 / (exp(2x) + 1) would lose digits.

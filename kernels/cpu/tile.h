@@ -122,6 +122,9 @@ struct ChunkRows {
     int count = 0;
     const uint8_t* keys[kChunk];
     const uint8_t* values[kChunk];
+    // the scales, of neighbouring slots together
+    int runs = 0;
+    int run_length[kChunk];
     const uint8_t* key_scales[kChunk];
     const uint8_t* value_scales[kChunk];
 };
@@ -131,10 +134,12 @@ public:
     Locator(const AttentionCall& call)
         : call_(call), key_(layout_of(call.keys, call.block_size)), value_(layout_of(call.values, call.block_size)) {
         if (call.latent) value_ = key_;
+        scaled_ = key_.scale_bytes || value_.scale_bytes;
     }
 
     void locate(const Item& item, int64_t head, int64_t start, ChunkRows& rows) const {
         rows.start = start;
+        rows.runs = 0;
         rows.count = static_cast<int>(std::clamp<int64_t>(item.end - start, 0, kChunk));
         const int64_t* table = call_.tables + item.sequence * call_.table_stride;
         int64_t size = call_.block_size;
@@ -144,14 +149,21 @@ public:
             const uint8_t* keys = call_.keys.data + slab * key_.slab_bytes;
             const uint8_t* values = call_.values.data + slab * value_.slab_bytes;
             int run = static_cast<int>(std::min<int64_t>(size - offset, rows.count - j));
-            for (int i = 0; i < run; i++, j++, offset++) {
-                rows.keys[j] = keys + offset * key_.row_bytes;
-                rows.values[j] = values + offset * value_.row_bytes;
-                rows.key_scales[j] = keys + key_.scale_bytes + 4 * offset;
-                rows.value_scales[j] = values + value_.scale_bytes + 4 * offset;
+            if (scaled_) {
+                rows.key_scales[rows.runs] = keys + key_.scale_bytes + 4 * offset;
+                rows.value_scales[rows.runs] = values + value_.scale_bytes + 4 * offset;
+                prefetch(rows.key_scales[rows.runs]);
+                prefetch(rows.key_scales[rows.runs] + 4 * run - 1);
+                prefetch(rows.value_scales[rows.runs]);
+                prefetch(rows.value_scales[rows.runs] + 4 * run - 1);
+                rows.run_length[rows.runs++] = run;
             }
-            if (key_.scale_bytes) prefetch(rows.key_scales[j - 1]);
-            if (value_.scale_bytes) prefetch(rows.value_scales[j - 1]);
+            keys += offset * key_.row_bytes;
+            values += offset * value_.row_bytes;
+            for (int last = j + run; j < last; j++, keys += key_.row_bytes, values += value_.row_bytes) {
+                rows.keys[j] = keys;
+                rows.values[j] = values;
+            }
         }
         for (int j = rows.count; j < kChunk && rows.count; j++) {
             rows.keys[j] = rows.keys[rows.count - 1];
@@ -165,9 +177,14 @@ public:
 private:
     const AttentionCall& call_;
     Layout key_, value_;
+    bool scaled_;
 };
 
-inline void read_scales(const uint8_t* const* from, int count, float* scales) {
-    for (int j = 0; j < count; j++) std::memcpy(scales + j, from[j], 4);
-    for (int j = count; j < kChunk; j++) scales[j] = 0.0f;
+INLINE void read_scales(const ChunkRows& rows, const uint8_t* const* from, float* scales) {
+    int at = 0;
+    for (int i = 0; i < rows.runs; i++) {
+        std::memcpy(scales + at, from[i], 4 * rows.run_length[i]);
+        at += rows.run_length[i];
+    }
+    for (; at < kChunk; at++) scales[at] = 0.0f;
 }

@@ -20,21 +20,33 @@ public:
     // One row of scores of head `head` becomes weights, times the values' scales; rows past `count` weigh nothing.
     // `most` and `total` are those of the online softmax; the result is the factor of what was summed up before.
     float weigh(float* row, const Token& token, int64_t head, const Keys& keys, float& most, float& total) const {
-        score(row, token, head, keys);
-        vf highest = splat(-INFINITY);
-        for (int i = 0; i < kChunk; i += kLanes) {
-            vf value = load<vf>(row + i);
-            highest = highest > value ? highest : value;
+        constexpr int kVectors = kChunk / kLanes;
+        vf value[kVectors];
+        if (plain_ && keys.start >= token.low && keys.start + kChunk <= token.high && keys.count == kChunk) {
+            float scale = static_cast<float>(call_.scale);
+#pragma GCC unroll 16
+            for (int i = 0; i < kVectors; i++) {
+                value[i] = load<vf>(row + i * kLanes) * scale;
+                if (keys.key_scales) value[i] *= load<vf>(keys.key_scales + i * kLanes);
+            }
+        } else {
+            score(row, token, head, keys);
+#pragma GCC unroll 16
+            for (int i = 0; i < kVectors; i++) value[i] = load<vf>(row + i * kLanes);
         }
+        vf highest = value[0];
+#pragma GCC unroll 16
+        for (int i = 1; i < kVectors; i++) highest = highest > value[i] ? highest : value[i];
         float new_most = max_lanes(highest);
         new_most = new_most > most ? new_most : most;
         float base = new_most == -INFINITY ? 0.0f : new_most;
         vf sum = vf{};
-        for (int i = 0; i < kChunk; i += kLanes) {
-            vf weight = exp_of(load<vf>(row + i) - base);
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; i++) {
+            vf weight = exp_of(value[i] - base);
             sum += weight;
-            if (keys.value_scales) weight *= load<vf>(keys.value_scales + i);
-            store(row + i, weight);
+            if (keys.value_scales) weight *= load<vf>(keys.value_scales + i * kLanes);
+            store(row + i * kLanes, weight);
         }
         float factor = most == new_most ? 1.0f : std::exp(most - base);
         total = total * factor + sum_lanes(sum);
