@@ -2,7 +2,7 @@
 
 `tests.grammar` draws a spelling for every stage of an attention: projections and packing, norms, positions, repeated
 heads, scale, product and layout of the scores, softcap, bias, mask and how it is applied, softmax, product with the
-values, what follows. Attentions are put together in models of sixteen, four over the same queries, keys and values;
+values, what follows. Attentions are put together in models of sixteen, eight over the same queries, keys and values;
 each has logits of its own. kvpass compiles and verifies the model; then the logits of prefill, chunks and decode, side
 by side, are compared with a loop over the original without a cache. What is refused is left out and the rest compiled
 again. Of every twelve models one is unsound throughout (a mask that shows later tokens, talking heads, a softmax over

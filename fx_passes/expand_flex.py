@@ -19,15 +19,10 @@ from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
 
 BLOCKS_TRIED = 2  # the block lists of a mask are compared with the mask itself at a little more than so many blocks
 LONGEST_TRIED = 2048
-POINTWISE = (
-    aten._to_copy,
-    aten.clone,
-    aten.alias,
-    aten.detach,
-    aten.__and__,
-    aten.__or__,
-    aten.__xor__,
-)  # and those tagged so
+POINTWISE = (  # beside those that torch tags so
+    aten._to_copy, aten.clone, aten.alias, aten.detach, aten.__and__, aten.__or__, aten.__xor__, aten.where,
+    aten.masked_fill, aten.clamp,
+)  # fmt: skip
 SHAPELESS = (aten.full, aten.scalar_tensor, aten.new_ones, aten.new_zeros, aten.new_full, aten.ones, aten.zeros)
 
 

@@ -16,7 +16,7 @@ from tests.grammar.shape import Frame, Heads, Part, Spec
 
 VOCAB = 29
 WIDTH = 16
-FAMILY = 4
+FAMILY = 8
 
 UNSOUND = ("shows a later token", "sees everything", "talking heads", "softmax over queries", "scale by length")
 AFTER = ("none", "gate per head", "gate per number", "weight per head", "norm per head", "differential")
@@ -45,7 +45,7 @@ def draw(seed: int, unsound: bool = False) -> Spec:
     spec["projection"] = rng.choice(list(tables))
     if spec["projection"] in projections.ANY_HEADS and rng.random() < 0.3:
         spec["value_dim"] = rng.choice([2, 4, 6])
-    spec["norm"] = often("none", projections.NORMS, 0.4)
+    spec["norm"] = often("none", projections.NORMS, 0.5)
     spec["position"] = often("none", projections.POSITIONS, 0.4)
     rng = random.Random(seed)
     spec["route"] = "sdpa" if rng.random() < 0.2 else "written out"
@@ -59,7 +59,7 @@ def draw(seed: int, unsound: bool = False) -> Spec:
     spec["softmax"] = rng.choice(list(attention.SOFTMAXES))
     if spec["softmax"] == "divided after values":
         spec["scores"] = "matmul"  # the sum stands in the layout of the result
-    spec["after"] = often("none", AFTER, 0.5)
+    spec["after"] = often("none", AFTER, 0.6)
     spec["output"] = rng.choice(OUTPUTS)
     if unsound:
         spec["unsound"] = rng.choice(UNSOUND)
