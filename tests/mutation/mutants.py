@@ -71,14 +71,14 @@ MUTANTS: dict[str, Mutant] = {
         "sink, logits = (sink.args[0], logits) if same",
         "sink in the sum",
     ),
-    "query factors put on keys": Mutant(
-        "rewrite_softmax:_queries_and_keys", "reader.has(axes, reader.key)", "True", "temperature per head"
+    "factors of the scores forgotten": Mutant(
+        "rewrite_softmax:_queries_and_keys", "in scores.factors:", "in ():", "temperature per head"
     ),
     "dims not permuted": Mutant(
         "arrange:arrange", "if order != list(range(len(order))):", "if False:", "time first, bmm on merged heads"
     ),
     "heads not spread back": Mutant(
-        "arrange:spread", "if order != list(range(len(order))):", "if False:", "time first, bmm on merged heads"
+        "arrange:spread", "if order != list(range(len(order))):", "if False:", "channels first, 1x1 convolutions"
     ),
     # masks
     "window one too narrow": Mutant(
