@@ -27,7 +27,7 @@ demo: $(VENV)/.ready-demo ## set up, then compile and run the small model that c
 	@$(BIN)/kvpass demo
 
 test: lint ## set up, then ruff, mypy and pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 lint: $(VENV)/.ready-dev ## set up, then ruff and mypy
 	@$(BIN)/ruff check

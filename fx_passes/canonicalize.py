@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from kvpass.fx_passes.expand_flex import expand_flex_attention
 from kvpass.fx_passes.graph import (
     FULL,
     CapturedGraph,
@@ -19,6 +20,17 @@ from kvpass.fx_passes.graph import (
     is_call,
     shape_of,
     tensor_value,
+)
+from kvpass.fx_passes.softmax_rules import (
+    by_division,
+    by_exponential,
+    by_reciprocal,
+    by_sigmoid_of_sum,
+    divided_after_values,
+    in_base_two,
+    log_of_sum,
+    product_by_sum,
+    shifted_log_of_sum,
 )
 
 DEAD = (
@@ -45,7 +57,7 @@ class Canonicalize:
 
     def apply(self, captured: CapturedGraph) -> PassResult:
         """Rewrite to a fixed point."""
-        rewritten = _drop_assertions(captured)
+        rewritten = _drop_assertions(captured) + expand_flex_attention(captured)
         changed = True
         while changed:
             changed = False
@@ -178,98 +190,18 @@ def _identity_with(number: float) -> Rule:
     return rule
 
 
+def _add(captured: CapturedGraph, node: Node) -> Node | None:
+    return _identity_with(0)(captured, node) or shifted_log_of_sum(captured, node)
+
+
 def _div(captured: CapturedGraph, node: Node) -> Node | None:
     if arguments(node).get("rounding_mode") is not None:
         return None
-    return _identity_with(1)(captured, node) or _softmax_by_division(captured, node)
+    return _identity_with(1)(captured, node) or by_division(captured, node) or divided_after_values(captured, node)
 
 
 def _mul(captured: CapturedGraph, node: Node) -> Node | None:
-    return _identity_with(1)(captured, node) or _softmax_by_reciprocal(captured, node)
-
-
-def _softmax_by_division(captured: CapturedGraph, node: Node) -> Node | None:
-    """``exp(x) / exp(x).sum(d, keepdim=True)`` is ``softmax(x, d)``; so is the form shifted by the maximum."""
-    top, bottom = node.args[0], node.args[1]
-    return _softmax(captured, node, top, bottom)
-
-
-def _softmax_by_reciprocal(captured: CapturedGraph, node: Node) -> Node | None:
-    for top, bottom in (node.args[:2], node.args[1::-1]):
-        if is_call(bottom, aten.reciprocal) and isinstance(bottom, Node):
-            return _softmax(captured, node, top, bottom.args[0])
-    return None
-
-
-def _softmax(captured: CapturedGraph, node: Node, top: object, bottom: object) -> Node | None:
-    if not is_call(top, aten.exp):
-        return None
-    assert isinstance(top, Node)
-    dim = _summed_dim(top, bottom)
-    if dim is not None:
-        return emit(captured, aten.softmax.int, top.args[0], dim, like=node)
-    if is_call(bottom, aten.add) and isinstance(bottom, Node):
-        pairs = (bottom.args[:2], bottom.args[1::-1]) if arguments(bottom)["alpha"] == 1 else ()
-        for total, extra in pairs:
-            dim = _summed_dim(top, total)
-            if dim is not None and _is_exp_of_zero(top, extra):
-                return _softmax_with_sink_of_zero(captured, node, top, dim)
-    return None
-
-
-def _summed_dim(top: Node, total: object) -> int | None:
-    """The dim over which ``total`` sums ``top``, kept as a dim of size 1."""
-    if not is_call(total, aten.sum) or not isinstance(total, Node) or total.args[0] is not top:
-        return None
-    named = arguments(total)
-    dims = named.get("dim")
-    if isinstance(dims, (list, tuple)) and len(dims) == 1 and named.get("keepdim"):
-        return int(dims[0])
-    return None
-
-
-def _is_exp_of_zero(top: Node, extra: object) -> bool:
-    """Whether ``extra`` is what a logit of 0 adds to the sum of ``top``: 1, or ``exp(-m)`` where x is shifted by m."""
-    if not is_call(top.args[0], aten.sub):
-        return extra == 1
-    shifted = top.args[0]
-    assert isinstance(shifted, Node)
-    if not is_call(extra, aten.exp) or not isinstance(extra, Node) or not is_call(extra.args[0], aten.neg):
-        return False
-    inner = extra.args[0]
-    assert isinstance(inner, Node)
-    return inner.args[0] is shifted.args[1] and arguments(shifted).get("alpha", 1) == 1
-
-
-def _softmax_with_sink_of_zero(captured: CapturedGraph, node: Node, top: Node, dim: int) -> Node:
-    """``exp(x) / (1 + sum(exp(x)))``: a softmax with one more logit, which is 0."""
-    scores = top.args[0]
-    if is_call(scores, aten.sub):
-        assert isinstance(scores, Node)
-        scores = scores.args[0]
-    assert isinstance(scores, Node)
-    d = dim % len(shape_of(scores))
-    column = emit(captured, aten.slice.Tensor, scores, d, 0, 1, like=node)
-    zero = emit(captured, aten.zeros_like.default, column, like=node)
-    joined = emit(captured, aten.cat.default, [zero, scores], d, like=node)
-    weights = emit(captured, aten.softmax.int, joined, d, like=node)
-    return emit(captured, aten.slice.Tensor, weights, d, 1, FULL, like=node)
-
-
-def _exp(captured: CapturedGraph, node: Node) -> Node | None:
-    """``exp(log_softmax(x))`` and ``exp(x - logsumexp(x))`` are ``softmax(x)``."""
-    inner = node.args[0]
-    if is_call(inner, aten.log_softmax, aten._log_softmax):
-        assert isinstance(inner, Node)
-        return emit(captured, aten.softmax.int, inner.args[0], inner.args[1], like=node)
-    if is_call(inner, aten.sub):
-        assert isinstance(inner, Node)
-        total = inner.args[1]
-        if is_call(total, aten.logsumexp) and isinstance(total, Node) and total.args[0] is inner.args[0]:
-            named = arguments(total)
-            if named["keepdim"] and len(named["dim"]) == 1:
-                return emit(captured, aten.softmax.int, inner.args[0], named["dim"][0], like=node)
-    return None
+    return _identity_with(1)(captured, node) or by_reciprocal(captured, node) or by_sigmoid_of_sum(captured, node)
 
 
 def _transposed_twice(captured: CapturedGraph, node: Node) -> Node | None:
@@ -334,11 +266,14 @@ RULES: dict[object, Rule] = {
     aten.slice_scatter: _slice_scatter,
     aten.copy: _copy,
     aten.type_as: _type_as,
-    aten.add: _identity_with(0),
+    aten.add: _add,
     aten.sub: _identity_with(0),
     aten.mul: _mul,
     aten.div: _div,
-    aten.exp: _exp,
+    aten.exp: by_exponential,
+    aten.exp2: in_base_two,
+    aten.log: log_of_sum,
+    aten.sum: product_by_sum,
     aten.transpose: _transposed_twice,
     aten.t: _t,
     aten.repeat: _repeat_once,

@@ -54,6 +54,8 @@ class FindAttention:
             except (MixesTokens, Blocked) as error:
                 refusals.append(refuse(captured, node, f"this attention {error}", self.name))
                 continue
+            inference.results[replacement] = inference.results[node]  # what comes next may read it at once
+            inference.kinds[replacement] = inference.kinds[node]
             node.replace_all_uses_with(replacement)
             captured.graph.erase_node(node)  # torch tags sdpa as random, so that no clean-up would drop it
             found += 1

@@ -90,7 +90,7 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
     graph = captured.graph
     nodes: dict[str, Node] = {}
     last = captured.position_ids or captured.input_ids
-    length = captured.input_ids.meta["val"].shape[1]
+    batch, length = captured.input_ids.meta["val"].shape
 
     def add(name: str, shape: list[Any], dtype: torch.dtype) -> None:
         nonlocal last
@@ -102,7 +102,7 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
 
     shapes: dict[str, list[Any]] = {
         "positions": [length],
-        "slot_mapping": [length],
+        "slot_mapping": [batch * length],  # one for each row of keys
         "block_tables": [2, 2],
         "seq_lens": [2],
         "query_start": [3],

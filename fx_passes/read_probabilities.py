@@ -36,11 +36,14 @@ class Term:
         softmax: the softmax.
         coefficients: what multiplies it.
         heads: names that its heads have in the sum, where they are others than its own.
+        gates: shape-only tensors of zeros and ones that multiplied the weights, in their layout; zeros must be hidden
+            already.
     """
 
     softmax: Softmax
     coefficients: tuple[Node | float, ...] = ()
     heads: dict[int, int] = field(default_factory=dict)
+    gates: tuple[Node, ...] = ()
 
 
 def read_terms(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
@@ -59,7 +62,7 @@ def read_terms(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
     ):
         terms = read_terms(reader, _input(node), key)
         moved = not is_call(node, aten._to_copy, aten.clone)
-        if moved and any(isinstance(c, Node) for term in terms for c in term.coefficients):
+        if moved and any(term.gates or any(isinstance(c, Node) for c in term.coefficients) for term in terms):
             raise NotUnderstood("weights over keys are reshaped after they were scaled", node)
         return terms
     if is_call(node, aten.slice, aten.narrow):
@@ -68,6 +71,10 @@ def read_terms(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
         return _sum(reader, node, key)
     if is_call(node, aten.mul):
         return _scaled(reader, node, key)
+    if is_call(node, aten.nan_to_num) and not arguments(node)["nan"]:
+        return read_terms(reader, _input(node), key)  # rows that see nothing, where NaN comes from, are refused
+    if is_call(node, aten.masked_fill, aten.where):
+        return _kept(reader, node, key)
     raise NotUnderstood("the weights of this attention are no softmax over keys", node)
 
 
@@ -164,6 +171,32 @@ def _scaled(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
     if isinstance(other, Node):
         kinds = reader.kinds_of(other, node)
         last = reader.inference.axes(node)[-1]
+        if reader.has(kinds, key) and not reader.inference.is_data(other):
+            return _gated(reader, weights, other, key, node)
         if reader.has(kinds, key) or not (len(last) == 1 and last[0].kind is key):
             raise NotUnderstood("the weights over keys are multiplied with another tensor over keys", node)
     return [replace(t, coefficients=(*t.coefficients, other)) for t in read_terms(reader, weights, key)]
+
+
+def _kept(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
+    """Weights that are set to 0 where a mask says so."""
+    named = arguments(node)
+    mask, other = (named[k] for k in (("mask", "value") if is_call(node, aten.masked_fill) else ("condition", "other")))
+    if not reader.is_scores(named["self"]) or other != 0 or reader.inference.is_data(mask):
+        raise NotUnderstood("the weights of this attention are no softmax over keys", node)
+    keep = reader.emit(aten.logical_not.default, mask) if is_call(node, aten.masked_fill) else mask
+    return _gated(reader, named["self"], keep, key, node)
+
+
+def _gated(reader: ScoreReader, weights: Node, gate: Node, key: Kind, node: Node) -> list[Term]:
+    """Weights times zeros and ones, in the layout that the scores have."""
+    terms = read_terms(reader, weights, key)
+    own = _names(reader, weights)
+    if any(_names(reader, term.softmax.scores) != own for term in terms):
+        raise NotUnderstood("weights over keys are masked after they were reshaped", node)
+    return [replace(term, gates=(*term.gates, gate)) for term in terms]
+
+
+def _names(reader: ScoreReader, node: Node) -> list[list[tuple[Kind, int]]]:
+    """What each dim counts, heads by their names."""
+    return [[(factor.kind, factor.tag) for factor in dim] for dim in reader.inference.axes(node)]

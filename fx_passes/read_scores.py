@@ -207,9 +207,8 @@ def _scale(reader: ScoreReader, node: Node, scores: Scores, inner: Node, other: 
         reader.must_be_shape_only(other, node)
         if scores.gate is not None:
             raise NotUnderstood("scores are multiplied with two masks", node)
-        if scores.bias is not None:
-            raise NotUnderstood("scores are multiplied with a mask after their mask or bias, which it undoes", node)
-        return replace(scores, gate=other)
+        bias = None if scores.bias is None else reader.emit(aten.mul.Tensor, scores.bias, other)  # -inf * 0 is NaN
+        return replace(scores, gate=other, bias=bias)
     if scores.bias is not None or scores.cap is not None or scores.gate is not None:
         raise NotUnderstood("scores are multiplied with a tensor after their mask, bias or softcap", node)
     return replace(scores, factors=(*scores.factors, (other, kinds)))
@@ -225,6 +224,10 @@ def _add(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
     if alpha != 1:
         raise NotUnderstood("scores are added with a factor", node)
     return _bias(reader, node, reader.read(b), a, 1)
+
+
+def _negate(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
+    return _scale(reader, node, reader.read(named["self"]), named["self"], -1.0)
 
 
 def _subtract(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
@@ -310,8 +313,10 @@ READERS: dict[object, Reader] = {
     aten.squeeze: _move,
     aten.mul: _multiply,
     aten.div: _divide,
+    aten.true_divide: _divide,
     aten.add: _add,
     aten.sub: _subtract,
+    aten.neg: _negate,
     aten.tanh: _tanh,
     aten.where: _where,
     aten.masked_fill: _masked_fill,

@@ -84,7 +84,7 @@ def _attend(
         raise NotUnderstood("scores are shifted before a column of sinks joins them", softmax.node)
     layout, q, k = _queries_and_keys(captured, inference, reader, scores, term, node)
     v, value_axes = _values(captured, inference, contraction, weights, layout.heads, layout.tokens, node)
-    bias = _canonical_bias(captured, reader, scores, softmax, layout, node)
+    bias = _canonical_bias(captured, reader, scores, term, layout, node)
     sinks = _sinks(captured, reader, softmax, layout, node)
     scale = scores.scale * (1.0 if scores.cap is None else scores.cap)
     dense = emit_dense(captured, DenseInputs(q, k, v, bias, scale, scores.cap, sinks), node, "softmax")
@@ -174,14 +174,14 @@ def _output_axes(inference: Inference, contraction: Contraction, weights: Node, 
 
 
 def _canonical_bias(
-    captured: CapturedGraph, reader: ScoreReader, scores: Scores, softmax: Softmax, layout: _Layout, node: Node
+    captured: CapturedGraph, reader: ScoreReader, scores: Scores, term: Term, layout: _Layout, node: Node
 ) -> Node | None:
-    bias, gate = scores.bias, scores.gate
-    if gate is not None:
+    bias = scores.bias
+    for gate in (*(() if scores.gate is None else (scores.gate,)), *term.gates):
         bias = _gated(captured, bias, gate, node)
     if bias is None:
         return None
-    axes = renamed(reader.kinds_of(bias, softmax.scores), layout.names)
+    axes = renamed(reader.kinds_of(bias, term.softmax.scores), layout.names)
     arranged = arrange(captured, bias, axes, layout.scores, node)
     return (
         arranged
@@ -207,12 +207,12 @@ def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, layou
     """The extra logit of each head, ``[Hq]``: it must be the same for every query and sequence."""
     if softmax.sinks is None:
         return None
-    if not _is_per_head(reader, softmax.sinks):
-        raise NotUnderstood("the column of sinks is not one number for each head", softmax.node)
     sinks = softmax.sinks
     while is_call(sinks, aten.expand):
         sinks = sinks.args[0]  # type: ignore[assignment]  # before they were spread over sequences and queries
     axes = renamed(reader.kinds_of(sinks, softmax.scores), layout.names)
+    if not _is_per_head(reader, sinks, axes):
+        raise NotUnderstood("the column of sinks is not one number for each head", softmax.node)
     flat = arrange(captured, sinks, axes, layout.scores, node)
     heads = 1
     for factor in layout.heads:
@@ -222,7 +222,18 @@ def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, layou
     return emit(captured, aten.expand.default, flat, [heads], like=node)
 
 
-def _is_per_head(reader: ScoreReader, sinks: Node) -> bool:
+def _is_per_head(reader: ScoreReader, sinks: Node, axes: Axes) -> bool:
     """Whether a column beside the scores is the same for every sequence and query: read from its values."""
-    one, other = (reader.evaluator.evaluate(sinks, batch, length) for batch, length in ((1, 1), (2, 3)))
-    return bool(torch.equal(one.expand_as(other), other))
+    atoms = [factor for dim in axes for factor in dim]
+    found: list[torch.Tensor] = []
+    for batch, length in ((1, 1), (2, 3)):
+        value = reader.evaluator.evaluate(sinks, batch, length)
+        value = value.reshape([reader.evaluator.number(f.size, batch, length) for f in atoms])
+        for i, factor in enumerate(atoms):
+            if factor.kind is not Kind.HEAD:
+                one = value.narrow(i, 0, 1)
+                if not torch.equal(one.expand_as(value), value):
+                    return False
+                value = one
+        found.append(value)
+    return torch.equal(*found)

@@ -14,6 +14,7 @@ from tests.decoders import (
     positions,
     rotary,
     scores,
+    softmaxes,
     unusual_attention,
 )
 from tests.decoders.skeleton import DIM, Builder, Decoder, GeluMLP, decoder, decoder_around, in_turn
@@ -24,6 +25,7 @@ NEAR_SIGHTED = {
     "window by distance, float mask",
     "chunks of eight",
     "forget gates",
+    "flex_attention, softcap and GQA",
 }
 
 DECODERS: dict[str, Builder] = {
@@ -85,6 +87,22 @@ DECODERS: dict[str, Builder] = {
     "sinks as gates": decoder(lambda: Decoder(in_turn(scores.SinkGate, lambda: scores.SinkGate("the log of a sum")))),
     "differential": decoder_around(scores.Differential),
     "temperature per head": decoder_around(scores.PerHeadTemperature),
+    # softmaxes and products by other means
+    "softmax plus one": decoder_around(unusual_attention.OffByOneSoftmax),
+    "softmaxes subtracted before the values": decoder_around(unusual_attention.Differential),
+    "masked after the softmax": decoder_around(unusual_attention.MaskedAfterSoftmax),
+    "masked exp": decoder_around(unusual_attention.MaskedExp),
+    "scores times the mask": decoder_around(unusual_attention.MultipliedMask),
+    "exp of log_softmax": decoder_around(unusual_attention.ExpOfLogSoftmax),
+    "sink in the sum": decoder_around(softmaxes.SinkInTheSum),
+    "sink as a gate": decoder_around(softmaxes.SinkAsAGate),
+    "log-sum-exp by hand": decoder_around(softmaxes.LogSumExpByHand),
+    "products element by element": decoder_around(softmaxes.ElementwiseProducts),
+    "zeroed after the softmax": decoder_around(softmaxes.ZeroedAfterTheSoftmax),
+    "head by head": decoder_around(softmaxes.HeadByHead),
+    "flex_attention, ALiBi": decoder_around(softmaxes.FlexALiBi),
+    "flex_attention, softcap and GQA": decoder_around(softmaxes.FlexSoftcapGQA),
+    "nn.TransformerDecoder over its own embedding": decoder(softmaxes.TorchDecoderLayers),
     # blocks
     "experts, dense": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.DenseExperts)),
     "experts, looped": decoder(lambda: Decoder(heads.RepeatInterleave, blocks.LoopedExperts)),
@@ -111,12 +129,6 @@ DECODERS: dict[str, Builder] = {
 }
 
 UNUSUAL: dict[str, Builder] = {
-    "softmax plus one": decoder_around(unusual_attention.OffByOneSoftmax),
-    "softmaxes subtracted before the values": decoder_around(unusual_attention.Differential),
-    "masked after the softmax": decoder_around(unusual_attention.MaskedAfterSoftmax),
-    "masked exp": decoder_around(unusual_attention.MaskedExp),
-    "scores times the mask": decoder_around(unusual_attention.MultipliedMask),
-    "exp of log_softmax": decoder_around(unusual_attention.ExpOfLogSoftmax),
     "sigmoid weights": decoder_around(unusual_attention.SigmoidWeights),
     "null key": decoder_around(unusual_attention.NullKey),
     "bias key of nn.MultiheadAttention": decoder_around(unusual_attention.BiasKeyOfTorch),

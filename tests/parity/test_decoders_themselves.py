@@ -7,19 +7,20 @@ import torch
 
 from tests.decoders.catalogue import DECODERS, NEAR_SIGHTED, UNUSUAL
 from tests.decoders.skeleton import VOCAB
-from tests.parity.harness import SEED, assert_not_blind, original_logits, ragged_prompts
+from tests.parity.compiled import original_of
+from tests.parity.harness import assert_not_blind, original_logits, ragged_prompts
 
 ALL = {**DECODERS, **UNUSUAL}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_history_matters(name: str) -> None:
-    assert_not_blind(ALL[name](SEED), ragged_prompts(VOCAB), seen=0.05 if name in NEAR_SIGHTED else 0.7)
+    assert_not_blind(original_of(name), ragged_prompts(VOCAB), seen=0.05 if name in NEAR_SIGHTED else 0.7)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_token_sees_a_later_one(name: str) -> None:
-    model = ALL[name](SEED)
+    model = original_of(name)
     ids = torch.tensor(ragged_prompts(VOCAB)[2:3])
     other = ids.clone()
     other[:, 20:] = (ids[:, 20:] + 1) % VOCAB

@@ -10,6 +10,7 @@ from torch import nn
 import kvpass
 from tests.decoders.catalogue import DECODERS, UNUSUAL
 from tests.decoders.skeleton import VOCAB
+from tests.parity.compiled import engine_of, original_of
 from tests.parity.harness import CONFIG, SEED, assert_tokens_equal, original_logits, ragged_prompts
 from tests.parity.paged_logits import paged_logits
 
@@ -25,12 +26,12 @@ class Compiled:
 
 @pytest.fixture(scope="module", params=DECODERS)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
-    model = DECODERS[request.param](SEED)
-    return Compiled(copy.deepcopy(model), kvpass.compile(model, CONFIG))
+    return Compiled(original_of(request.param), engine_of(request.param))
 
 
 def test_same_tokens_as_the_naive_loop_cold_and_with_cached_prefixes(compiled: Compiled) -> None:
     prompts = ragged_prompts(VOCAB)
+    compiled.engine.clear_prefix_cache()
     first = assert_tokens_equal(compiled.original, compiled.engine, prompts)
     before = compiled.engine.stats().prefix_hit_tokens
     assert assert_tokens_equal(compiled.original, compiled.engine, prompts) == first
@@ -64,7 +65,7 @@ def test_same_tokens_when_little_fits_at_once(compiled: Compiled) -> None:
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_spelling_is_right_or_refused(name: str) -> None:
-    model = UNUSUAL[name](SEED)
+    model = original_of(name)
     try:
         # Without the verification: what the passes accept has to be right by itself.
         engine = kvpass.compile(copy.deepcopy(model), CONFIG, verify=False)

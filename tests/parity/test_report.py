@@ -1,14 +1,11 @@
 """What the report says of a decoder is what the decoder's author wrote, and the cache is as narrow as it can be."""
 
-from functools import cache
-
 import pytest
 
 import kvpass
 from tests.decoders import heads
-from tests.decoders.catalogue import DECODERS
 from tests.decoders.skeleton import HEAD_DIM, HEADS
-from tests.parity.harness import CONFIG, SEED
+from tests.parity.compiled import engine_of
 
 FLOAT, LAYERS = 4, 2
 
@@ -45,9 +42,8 @@ MASKS = {
 }
 
 
-@cache
 def report_of(name: str) -> kvpass.RewriteReport:
-    return kvpass.compile(DECODERS[name](SEED), CONFIG).report
+    return engine_of(name).report
 
 
 @pytest.mark.parametrize("name", BYTES)
