@@ -243,6 +243,8 @@ class MaskProbe:
         try:
             with torch.no_grad():
                 raw = self.evaluate(batch, length).detach()
+        except NotProvenError:
+            raise
         except Exception as error:  # the graph is the user's, so any error can come out of it
             cause = (str(error).strip().splitlines() or [""])[0][:160]
             raise _EvaluationError(f"{where}: {type(error).__name__}: {cause}") from error

@@ -12,6 +12,7 @@ from torch.fx import Node
 from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, is_call, numbers_in, refuse, shape_of
 from kvpass.fx_passes.mask_meaning import read_mask_meaning
+from kvpass.fx_passes.mask_probe import NotProvenError
 from kvpass.fx_passes.prove_mask import MaskExpression, read_expression
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
 from kvpass.types import MaskMeaning, Refusal
@@ -104,7 +105,7 @@ def _bias_function(evaluator: ShapeEvaluator, bias: Node) -> Callable[[int, int]
         if list(value.shape) != expected:
             raise ValueError(f"the mask has shape {list(value.shape)} instead of {expected}")
         if torch.isnan(value).any():
-            raise ValueError("the mask is NaN: scores are multiplied with a mask that hides nothing")
+            raise NotProvenError("scores are multiplied with a mask, which hides nothing from a softmax")
         return value
 
     return evaluate
