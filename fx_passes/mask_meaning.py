@@ -48,6 +48,8 @@ DEFAULT_TABLE_LENGTH = 2048
 TABLE_ENTRIES = 2**27
 # Expression and values are compared entry by entry up to this length, and a proven meaning at every probed one.
 LONGEST_COMPARED = 300
+# Entries of a matrix at which a proven meaning is compared with the values beyond that length (128 MiB).
+CHECKED_ENTRIES = 2**25
 # A constant prefix is looked for in sequences of up to this many tokens, to name it in a refusal.
 LONGEST_PREFIX = 1100
 # No sequence is this long: such an integer is "to the end" of a slice, or what a mask writes for minus infinity.
@@ -94,15 +96,26 @@ def read_mask_meaning(
 
 
 def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression: MaskExpression | None) -> MaskMeaning:
-    longest = min(LONGEST, probe.longest)
-    for length in probe_lengths([*sizes, *ROUNDED_FROM], longest):
-        probe.extend(length)
+    lengths = probe_lengths([*sizes, *ROUNDED_FROM], min(LONGEST, probe.longest))
+    for length in lengths:
+        if length <= LONGEST_COMPARED:
+            probe.extend(length)
+    proven = None
     if expression is not None and not _agrees(expression, probe):
         expression = None
     if expression is not None:
         proven = prove_meaning(expression, probe.num_heads, probe.absolute_scores, max_length)
-        if proven is not None and _reproduces(proven, probe):
+    heads = len(probe.largest.values)
+    for length in lengths:
+        # What is proven is checked as far as that is cheap.
+        if length > LONGEST_COMPARED and (proven is None or heads * length**2 <= CHECKED_ENTRIES):
+            probe.extend(length)
+    if expression is not None and proven is not None:
+        if _reproduces(proven, probe):
             return _with_proof(probe, proven, expression)
+        expression = None  # proof and values contradict one another: values alone count
+        for length in lengths:
+            probe.extend(length)
     return _probed(probe, sizes, max_length, expression)
 
 

@@ -43,8 +43,8 @@ class CacheConfig:
         prefix_sharing: reuse blocks of equal prefixes, within a batch and across calls.
         max_batch_tokens: tokens computed in one step, prefill and decode together; longer prompts are cut in chunks.
         max_sequences: sequences that run at once; more are queued.
-        max_length: longest sequence that will be asked for. Needed only where a bias has to be tabulated; by default
-            the model's own limit, or 2048 for a table.
+        max_length: longest sequence that will be asked for. Needed only where a bias has to be tabulated, or a mask
+            could not be proven for every length; by default the model's own limit, or 2048.
 
     Raises:
         ConfigError: on construction, for values that cannot be used.

@@ -243,6 +243,21 @@ def test_an_expression_that_is_not_the_mask_is_not_used() -> None:
     )
 
 
+def test_values_that_contradict_a_proof_count_alone() -> None:
+    # Equal as far as they are compared entry by entry, and different where the proven meaning is checked.
+    holed = mask_of(lambda q, k: (k <= q) & ~((q == 400) & (k == 1)))
+    meaning = read_mask_meaning(
+        holed.evaluate,
+        thresholds=[500],
+        absolute_scores=False,
+        num_heads=1,
+        max_length=450,
+        expression=mask_of(causal).expression(),
+    )
+    assert meaning.evidence.startswith("probed") and meaning.bias.shape == (1, 450, 450)
+    assert meaning.bias[0, 400, :3].tolist() == [0, -math.inf, 0]
+
+
 def test_alibi_is_proven_and_its_slopes_are_exact() -> None:
     slopes = torch.tensor([0.5, 0.1, 0.0, 2.0])
 

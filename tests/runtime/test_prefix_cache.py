@@ -15,9 +15,9 @@ def ids(*tokens):
 class Trie:
     """A prefix cache and its pool, with sequences registered whole."""
 
-    def __init__(self, num_blocks=8):
+    def __init__(self, num_blocks=8, windowed=False):
         self.pool = BlockPool(num_blocks, SIZE)
-        self.cache = PrefixCache(self.pool)
+        self.cache = PrefixCache(self.pool, windowed)
 
     def register(self, *tokens):
         branch, blocks = self.cache.match(ids(*tokens), len(tokens))
@@ -167,3 +167,28 @@ def test_matches_equal_those_of_a_list_of_prefixes(seed):
         if random.random() < 0.01:
             trie.cache.clear()
         trie.check(*owners)
+
+
+def test_a_prefix_whose_first_block_is_taken_is_forgotten_whole():
+    trie = Trie(num_blocks=4, windowed=True)
+    first, second, third = trie.register(1, 2, 3, 4, 5, 6)
+    other = trie.register(1, 2, 7, 8)[1]
+    trie.pool.release([first])
+    trie.pool.release([first])  # both sequences have passed it
+    trie.check([second, third], [other])
+    assert trie.match(1, 2, 3, 4, 5, 6) == [first, second, third]
+    assert trie.pool.allocate(1) == [first]  # cached blocks are evicted where nothing is free
+    assert trie.match(1, 2, 3, 4, 5, 6) == trie.match(1, 2, 7, 8) == []
+    trie.check([first], [second, third], [other])
+    trie.pool.release([second, third])
+    assert trie.pool.num_free == 2  # nobody could find them any more, so they are not kept
+    trie.check([first], [other])
+
+
+def test_without_windows_a_first_block_is_never_taken_before_the_others():
+    trie = Trie(num_blocks=2)
+    first, second = trie.register(1, 2, 3, 4)
+    trie.pool.release([first])
+    with pytest.raises(IntegrityError, match="evicted before the blocks that follow it"):
+        trie.pool.allocate(1)
+    assert trie.match(1, 2, 3, 4) == [first, second]

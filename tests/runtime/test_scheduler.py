@@ -276,3 +276,33 @@ def test_waste_is_below_four_percent_at_a_mean_length_of_1000():
     while (step := scheduler.schedule()).ranges:
         scheduler.commit(step, [0] * len(step.sampled))
     assert 0 < scheduler.counts.unused_slots / scheduler.counts.allocated_slots < 0.04
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("window", [1, 4, 5, 8, 9])
+def test_a_window_bounds_the_blocks_that_a_sequence_holds(make_machine, window, sharing):
+    machine = make_machine(num_blocks=20, block_size=4, sharing=sharing, window=window, max_batch_tokens=8)
+    sequence = machine.add(list(range(5)) * 3, max_new_tokens=60)
+    machine.step()
+    machine.step()
+    while sequence.state.value == "running":
+        # Seen are the newest `window` tokens, the one to come included, and no block without one of them is held.
+        first = max(0, sequence.num_computed - window + 1)
+        assert sequence.num_passed == first // 4
+        assert len(sequence.blocks) == sequence.num_blocks - sequence.num_passed == machine.pool.num_used
+        machine.step()
+        machine.scheduler.check_integrity()
+    machine.check_outputs()
+    machine.check_empty()
+
+
+def test_blocks_that_a_window_has_passed_let_others_in(make_machine):
+    lengths = {}
+    for window in (None, 4):
+        machine = make_machine(num_blocks=12, block_size=4, sharing=False, window=window, max_sequences=4)
+        for _ in range(4):
+            machine.add([1, 2, 3], max_new_tokens=40)
+        lengths[window] = machine.run()
+        machine.check_outputs()
+        assert (machine.scheduler.counts.preemptions > 0) == (window is None)
+    assert lengths[4] < lengths[None]
