@@ -274,7 +274,7 @@ def revision() -> str:
 KINDS = {each.model_type: each.kind for each in zoo.families()}
 
 
-def run(table: Table, families: list[str], jobs: int, limit: float, again: bool) -> None:
+def run(table: Table, families: list[str], jobs: int, limit: float, again: bool, eager: bool = True) -> None:
     """Examine what is not known yet. Eager attention comes up where the family is not eager already."""
     waiting = [(family, "sdpa") for family in families]
     active: list[Running] = []
@@ -292,7 +292,7 @@ def run(table: Table, families: list[str], jobs: int, limit: float, again: bool)
                 continue
             active.remove(case)
             table.add(row)
-            if case.attention == "sdpa" and row.get("used") == "sdpa":
+            if eager and case.attention == "sdpa" and row.get("used") == "sdpa":
                 waiting.insert(0, (case.family, "eager"))
             first = row["why"][0] if row["why"] else f"{row['bytes_per_token']} B/token"
             line = f"{row['family']} {row['attention']}: {row['status']} {first}"
@@ -302,6 +302,7 @@ def run(table: Table, families: list[str], jobs: int, limit: float, again: bool)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="*", choices=KINDS, metavar="FAMILY", help="examine these again")
+    parser.add_argument("--sdpa", action="store_true", help="leave eager attention for another run")
     parser.add_argument("--fresh", action="store_true", help="forget what is known")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one case (default 300)")
@@ -315,7 +316,7 @@ def main() -> None:
     if options.fresh:
         path.unlink(missing_ok=True)
     table = Table(path)
-    run(table, options.families or list(KINDS), options.jobs, options.limit, bool(options.families))
+    run(table, options.families or list(KINDS), options.jobs, options.limit, bool(options.families), not options.sdpa)
     (options.docs / "coverage.md").write_text(page(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
     unexpected = [row for row in table.rows.values() if not as_expected(row)]
     output().print(f"{len(table.rows)} cases, {len(unexpected)} not as expected; written to {path}", soft_wrap=True)
