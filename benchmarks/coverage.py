@@ -259,6 +259,7 @@ class Table:
             "date": datetime.now(UTC).date().isoformat(),
             "machine": describe_machine() | {"transformers": version("transformers")},
             "options": {"prompts": LENGTHS, "shared_prefix": PREFIX, "new_tokens": NEW_TOKENS, "bound": BOUND},
+            "families": list(KINDS),
             "results": rows,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)

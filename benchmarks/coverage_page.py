@@ -44,6 +44,8 @@ def page(content: Row) -> str:
         of_kind = [group for group in families.values() if group[0]["kind"] == kind]
         worst = Counter(max((row["status"] for row in group), key=STATUSES.index) for group in of_kind)
         lines.append(f"| {what} | {len(of_kind)} | " + " | ".join(str(worst[s]) for s in STATUSES) + " |")
+    missing = [name for name in content["families"] if name not in families]
+    lines += ["", f"Not examined yet: {', '.join(missing)}."] if missing else []
     lines += ["", "## Family by family", ""]
     lines += [
         "Processor seconds of torch.export, of everything between it and the rewritten graph, and of verification.",
