@@ -20,10 +20,10 @@ import copy
 import json
 import multiprocessing
 import random
+import subprocess
 import time
 import traceback
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from unittest import mock
 
 import torch
 import transformers
+from coverage_page import as_expected, page
 from torch import Tensor, nn
 
 import kvpass
@@ -57,6 +58,7 @@ DRAWS: tuple[tuple[int, float, Row], ...] = (
     *((seed, 0.4, {}) for seed in (6, 7, 8)),
     *((seed, 0.25, {"tie_word_embeddings": False, "logit_scale": 1.0}) for seed in (6, 7, 8, 9)),
 )
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = kvpass.CacheConfig(block_size=16, num_blocks=64)
 
 
@@ -244,7 +246,8 @@ class Table:
 
     def add(self, row: Row) -> None:
         """Write down one more row."""
-        row = row | {"kind": KINDS[row["family"]], "date": datetime.now(UTC).date().isoformat()}
+        now = datetime.now(UTC).date().isoformat()
+        row = row | {"kind": KINDS[row["family"]], "date": now, "revision": revision()}
         self.rows[row["family"], row["attention"]] = row
         self.save()
 
@@ -256,16 +259,23 @@ class Table:
             "date": datetime.now(UTC).date().isoformat(),
             "machine": describe_machine() | {"transformers": version("transformers")},
             "options": {"prompts": LENGTHS, "shared_prefix": PREFIX, "new_tokens": NEW_TOKENS, "bound": BOUND},
+            "families": list(KINDS),
             "results": rows,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def revision() -> str:
+    """The commit that is checked out, where there is one."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 KINDS = {each.model_type: each.kind for each in zoo.families()}
 
 
-def run(table: Table, families: list[str], jobs: int, limit: float, again: bool) -> None:
+def run(table: Table, families: list[str], jobs: int, limit: float, again: bool, eager: bool = True) -> None:
     """Examine what is not known yet. Eager attention comes up where the family is not eager already."""
     waiting = [(family, "sdpa") for family in families]
     active: list[Running] = []
@@ -283,99 +293,22 @@ def run(table: Table, families: list[str], jobs: int, limit: float, again: bool)
                 continue
             active.remove(case)
             table.add(row)
-            if case.attention == "sdpa" and row.get("used") == "sdpa":
+            if eager and case.attention == "sdpa" and row.get("used") == "sdpa":
                 waiting.insert(0, (case.family, "eager"))
             first = row["why"][0] if row["why"] else f"{row['bytes_per_token']} B/token"
             line = f"{row['family']} {row['attention']}: {row['status']} {first}"
             output().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def as_expected(row: Row) -> bool:
-    """Softmax attention alone is right, everything else is refused."""
-    return bool(row["status"] == ("right" if row["kind"] == "attention" else "refused"))
-
-
-def page(table: Table) -> str:
-    """`docs/coverage.md`."""
-    content = json.loads(table.path.read_text(encoding="utf-8"))
-    rows, machine = content["results"], content["machine"]
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        families.setdefault(row["family"], []).append(row)
-    lines = [
-        "# Coverage",
-        "",
-        "What `kvpass.compile` makes of the families of transformers that are causal and build tiny, each with random",
-        "weights, with sdpa and with eager attention where it has both. This page is written by",
-        "`python benchmarks/coverage.py`; [the figures](../benchmarks/results/coverage.json) have more.",
-        "",
-        "*Right*: the greedy tokens are those of a naive loop over the original (float32, ragged prompts, two of",
-        f"which share a prefix, cold and with cached prefixes), and logits are within {BOUND:.0e} of the largest; the",
-        "weights are drawn such that a broken cache would show. *Refused*: nothing was rewritten, and the reason",
-        "stands below.",
-        "",
-        f"{machine['processor']}, {machine['cores']} cores, one thread, Python {machine['python']}, torch "
-        f"{machine['torch']}, transformers {machine['transformers']}, {content['date']}.",
-        "",
-        "| what mixes tokens | families | right | refused | wrong | crashed | blind |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for kind, what in WHAT.items():
-        of_kind = [group for group in families.values() if group[0]["kind"] == kind]
-        worst = Counter(max((row["status"] for row in group), key=STATUSES.index) for group in of_kind)
-        lines.append(f"| {what} | {len(of_kind)} | " + " | ".join(str(worst[s]) for s in STATUSES) + " |")
-    lines += ["", "## Family by family", ""]
-    lines += [
-        "Processor seconds of torch.export, of everything between it and the rewritten graph, and of verification.",
-        "",
-    ]
-    lines += ["| family | attention | result | logits within | B/token | export | passes | verify |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [_line(row) for row in rows]
-    refused = [row for row in rows if row["why"]]
-    lines += ["", "## Reasons", "", "| family | attention | reason |", "| --- | --- | --- |"]
-    lines += [f"| {r['family']} | {_used(r)} | {_reasons(r)} |" for r in refused]
-    return "\n".join(lines) + "\n"
-
-
-STATUSES = ("right", "refused", "wrong", "crashed", "blind")
-WHAT = {
-    "attention": "softmax attention alone",
-    "hybrid": "convolutions or recurrences as well",
-    "selects": "keys chosen by data",
-}
-
-
-def _used(row: Row) -> str:
-    return str(row.get("used") or row["attention"])
-
-
-def _line(row: Row) -> str:
-    seconds = row.get("seconds", {})
-    passes = sum(value for name, value in seconds.items() if name not in ("export", "verify"))
-    times = [seconds.get("export"), passes if seconds else None, seconds.get("verify")]
-    shown = ["" if value is None else f"{value:.1f}" for value in times]
-    error = f"{row['logits_error']:.0e}" if "logits_error" in row else ""
-    status = row["status"] if as_expected(row) else f"**{row['status']}**"
-    cells = [row["family"], _used(row), status, error, str(row.get("bytes_per_token", "")), *shown]
-    return f"| {' | '.join(cells)} |"
-
-
-def _reasons(row: Row) -> str:
-    reasons = [reason.replace("|", "\\|").replace("\n", " ") for reason in row["why"]]
-    more = len(reasons) - 2
-    return "; ".join(reasons[:2]) + (f"; and {more} more" if more > 0 else "")
-
-
 def main() -> None:
-    root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="*", choices=KINDS, metavar="FAMILY", help="examine these again")
+    parser.add_argument("--sdpa", action="store_true", help="leave eager attention for another run")
     parser.add_argument("--fresh", action="store_true", help="forget what is known")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one case (default 300)")
-    parser.add_argument("--results", type=Path, default=root / "benchmarks" / "results", help="folder for the JSON")
-    parser.add_argument("--docs", type=Path, default=root / "docs", help="folder for coverage.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder for coverage.md")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -384,8 +317,8 @@ def main() -> None:
     if options.fresh:
         path.unlink(missing_ok=True)
     table = Table(path)
-    run(table, options.families or list(KINDS), options.jobs, options.limit, bool(options.families))
-    (options.docs / "coverage.md").write_text(page(table), encoding="utf-8")
+    run(table, options.families or list(KINDS), options.jobs, options.limit, bool(options.families), not options.sdpa)
+    (options.docs / "coverage.md").write_text(page(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
     unexpected = [row for row in table.rows.values() if not as_expected(row)]
     output().print(f"{len(table.rows)} cases, {len(unexpected)} not as expected; written to {path}", soft_wrap=True)
 

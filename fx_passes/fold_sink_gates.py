@@ -156,9 +156,14 @@ def _read_exp(node: Any) -> Gate | None:
         return None
     total = node.args[1]
     for one, other in (total.args[:2], total.args[1::-1]):
-        if one is node.args[0]:
+        if _same_sum(one, node.args[0]):
             return _read_pair(one, other, node)
     return None
+
+
+def _same_sum(a: Any, b: Any) -> bool:
+    """Whether two nodes are the same log-sum-exp, if computed twice."""
+    return a is b or (is_call(a, aten.logsumexp) and is_call(b, aten.logsumexp) and arguments(a) == arguments(b))
 
 
 def _read_pair(total: Any, sink: Any, node: Node) -> Gate | None:

@@ -73,6 +73,8 @@ SIZES: dict[str, Any] = {
 }
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER_LISTS = ("layer_types", "mlp_layer_types")
+# Kinds of layers that a family has beside those of its default config.
+MORE_KINDS = {"minimax_m3_vl_text": ("minimax_m3_sparse",)}
 
 Row = dict[str, Any]
 
@@ -129,7 +131,8 @@ def _fit_layer_lists(config: PretrainedConfig, base: PretrainedConfig) -> None:
     layers = next((getattr(config, name) for name in LAYER_COUNTS if hasattr(config, name)), 3)
     for name in LAYER_LISTS:
         have = getattr(config, name, None)
-        kinds = list(dict.fromkeys(getattr(base, name, None) or ()))
+        more = MORE_KINDS.get(base.model_type, ()) if name == "layer_types" else ()
+        kinds = list(dict.fromkeys((*(getattr(base, name, None) or ()), *more)))
         if isinstance(have, list | tuple) and (len(have) != layers or len(set(have)) < min(layers, len(kinds))):
             with suppress(AttributeError):  # where the list follows from other fields
                 setattr(config, name, [kinds[i % len(kinds)] for i in range(layers)])

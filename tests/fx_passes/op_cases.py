@@ -310,7 +310,7 @@ REFUSED = {
     "put back by the inverse of another sort": (_undone_by_another_sort, "along the token axis"),
     "added back to other rows": (_wrong_divisor, ""),
     "groups of other keys": (
-        lambda m, x: _by_groups(m, x, lambda choices: choices.flip(0) // 2),
+        lambda m, x: _by_groups(m, x, lambda choices: 5 - choices),
         "splits groups of tokens whose bounds",
     ),
     "groups joined in another order": (lambda m, x: _by_groups(m, x, turn=-1), "joins tensors along the token axis"),
