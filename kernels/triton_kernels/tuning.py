@@ -53,7 +53,6 @@ _NVIDIA: dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]] = {
     (64, 64): (E(64, 4, 3, 2), E(64, 4, 3, 2), E(64, 4, 3, 2), E(32, 8, 3, 1)),
     (64, 128): (E(64, 8, 3, 1), E(64, 8, 3, 1), E(64, 8, 3, 1), None),
     (64, 256): (E(32, 8, 2, 1), E(32, 8, 2, 1), E(32, 8, 3, 1), None),
-    (64, 576): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), None),
 }
 TILES: dict[str, dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]]] = {
     "sm_80": _NVIDIA,
