@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -257,21 +256,16 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--quick", action="store_true", help="five kernels only")
     parser.add_argument("--control", action="store_true", help="tiles that spill, to see that they are caught")
-    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     cases = [Case("paged", "bfloat16", 64, 64)] if options.control else list(attention_cases(options.quick))
     rows: list[dict[str, Any]] = []
     for name in options.targets:
-        if options.jobs == 1:
-            found = [check(case, name, options.control) for case in cases]
-        else:
-            with ProcessPoolExecutor(options.jobs) as pool:
-                found = list(pool.map(check, cases, [name] * len(cases), [options.control] * len(cases)))
-        rows += [row for one in found for row in one]
-        if options.output:
-            write_results(rows, options.output)
+        for case in cases:
+            rows += check(case, name, options.control)
+            if options.output:
+                write_results(rows, options.output)
     faults = [row for row in rows if row["faults"]]
     print(f"{len(rows)} kernels compiled, {len(faults)} with faults")
     for row in faults:
