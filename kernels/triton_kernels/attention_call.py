@@ -110,7 +110,9 @@ class AttentionCall:
         compiled = replace(target, interpreted=False)
         if tl.float32 in (dot_dtype(self.query.dtype, form, compiled) for form in (self.keys.form, self.values.form)):
             bits = 32  # the dots take as much room as if that were stored
-        return choose_tile(target, rows, max(self.keys.width, self.value_dim), bits, self.block_size)
+        extra = (self.features.softcap, self.features.slopes, self.features.bias, self.features.tree_mask)
+        rich = any(feature is not None for feature in extra)
+        return choose_tile(target, rows, max(self.keys.width, self.value_dim), bits, self.block_size, rich)
 
 
 def find_positions(call: AttentionCall) -> tuple[Tensor, Launch]:

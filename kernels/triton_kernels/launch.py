@@ -6,6 +6,7 @@ their kernels compiled ahead of time, where there is no GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
@@ -53,8 +54,11 @@ class Launch:
     stages: int = 2
 
     def run(self) -> None:
-        """Launch it on the current stream."""
-        if all(self.grid):
+        """Launch it on the device of its arguments, on the current stream there."""
+        if not all(self.grid):
+            return
+        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 

@@ -52,8 +52,7 @@ _NVIDIA: dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]] = {
     (16, 576): (E(32, 8, 2, 1), E(32, 8, 3, 1), E(32, 8, 3, 1), None),
     (64, 64): (E(64, 4, 3, 2), E(64, 4, 3, 2), E(64, 4, 3, 2), E(32, 8, 3, 1)),
     (64, 128): (E(64, 8, 3, 1), E(64, 8, 3, 1), E(64, 8, 3, 1), None),
-    (64, 256): (E(32, 8, 2, 1), E(32, 8, 2, 1), E(32, 8, 3, 1), None),
-    (64, 576): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), None),
+    (64, 256): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), None),
 }
 TILES: dict[str, dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]]] = {
     "sm_80": _NVIDIA,
@@ -77,10 +76,11 @@ def choose_rows(tokens: int, sequences: int, group: int) -> int:
     return next((rows for rows in ROWS if mean <= rows), ROWS[-1])
 
 
-def choose_tile(target: Target, rows: int, width: int, bits: int, block_size: int) -> Tile:
+def choose_tile(target: Target, rows: int, width: int, bits: int, block_size: int, rich: bool = False) -> Tile:
     """The table's tile for head dim ``width`` (the larger of D and Dv) and elements of ``bits`` bits.
 
     A tile of keys does not reach over the end of a block of 64 tokens or more: one entry of the block table serves it.
+    rich: scores go through a softcap, slopes, a bias or a tree mask, which takes registers: fewer keys, then.
     """
     column = next((limit for limit in WIDTHS if width <= limit), WIDTHS[-1])
     table = TILES[target.architecture]
@@ -91,4 +91,6 @@ def choose_tile(target: Target, rows: int, width: int, bits: int, block_size: in
         entry = table[rows, column][STORAGES.index(bits)]
         assert entry is not None, "kvpass.kernels.triton_kernels.limits refuses what has no entry"
     keys = min(entry.keys, block_size) if block_size >= 64 else entry.keys
+    if rich and (rows > ROWS[0] or bits <= 8):
+        keys = max(16, keys // 2)
     return Tile(rows, keys, entry.warps, entry.stages, entry.programs)

@@ -85,6 +85,7 @@ def test_the_table_has_a_tile_for_every_call(architecture: str) -> None:
         tile = choose_tile(target, rows, width, bits, size)
         assert tile.rows in (rows, ROWS[0])
         assert tile.keys & (tile.keys - 1) == 0
+        assert 16 <= choose_tile(target, rows, width, bits, size, rich=True).keys <= tile.keys
         assert size % tile.keys == 0 or size < 64
 
 
