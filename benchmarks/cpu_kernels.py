@@ -28,8 +28,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from kvpass.kernels import reference
 from kvpass.kernels.cpu import backend, loader
 from kvpass.kernels.formats import FORMATS, pack_slabs
-from kvpass.measure import write_result
+from kvpass.measure import CLOCKS, write_result
 from kvpass.terminal import output
+
+Clock = Callable[[], float]
 
 READ_BYTES = 512 << 20
 DECODE = ("bfloat16", "float32", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
@@ -79,11 +81,11 @@ SHAPES = (
 QUICK = (0, 5, 7)
 
 
-def read_bandwidth(memory: Tensor) -> float:
+def read_bandwidth(memory: Tensor, clock: Clock) -> float:
     """GB/s of a sequential read with torch's threads."""
-    start = time.perf_counter()
+    start = clock()
     memory.sum()
-    return memory.numel() * 4 / (time.perf_counter() - start) / 1e9
+    return memory.numel() * 4 / (clock() - start) / 1e9
 
 
 def make_cache(name: str, blocks: int, heads: int, size: int, dim: int) -> Tensor:
@@ -153,26 +155,28 @@ def compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def time_calls(call: Callable[[], Any], repeats: int, seconds: float) -> list[float]:
+def time_calls(call: Callable[[], Any], repeats: int, seconds: float, clock: Clock) -> list[float]:
     """Seconds of each call after one to warm up; fewer calls when they take long."""
     call()
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < repeats and (not times or time.perf_counter() - start < seconds):
-        before = time.perf_counter()
+        before = clock()
         call()
-        times.append(time.perf_counter() - before)
+        times.append(clock() - before)
     return times
 
 
-def measure(shape: Shape, name: str, size: int, repeats: int, memory: Tensor, peers: bool) -> dict[str, Any]:
+def measure(
+    shape: Shape, name: str, size: int, repeats: int, memory: Tensor, peers: bool, clock: Clock
+) -> dict[str, Any]:
     """One row of results."""
     arguments, cache_bytes = make_call(shape, name, size)
     kernel = functools.partial(getattr(backend, shape.op), **arguments)
     reads, times = [], []
     for _ in range(3):  # reads and calls take turns, since others use the machine's memory as well
-        reads.append(max(read_bandwidth(memory) for _ in range(2)))
-        times += time_calls(kernel, max(3, repeats // 3), 2.0)
+        reads.append(max(read_bandwidth(memory, clock) for _ in range(2)))
+        times += time_calls(kernel, max(3, repeats // 3), 2.0, clock)
     median = statistics.median(times)
     row: dict[str, Any] = {
         "shape": shape.name,
@@ -189,7 +193,7 @@ def measure(shape: Shape, name: str, size: int, repeats: int, memory: Tensor, pe
     }
     for peer, call in peers_of(shape, name, arguments).items() if peers else ():
         try:
-            took = statistics.median(time_calls(call, 3, 1.0))
+            took = statistics.median(time_calls(call, 3, 1.0, clock))
         except Exception as error:  # a peer that cannot run here says why in the JSON
             row[f"no {peer}"] = type(error).__name__
             continue
@@ -204,9 +208,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, torch.get_num_threads()])
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="on a busy machine: processor, with one thread")
     parser.add_argument("--name", default="cpu_kernels", help="name of the JSON")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args()
+    clock = CLOCKS[options.clock]
     memory = torch.ones(READ_BYTES // 4)
     names = ("shape", "heads", "dims", "format", "threads", "ms", "GB/s", "of read", "x bf16", "peers")
     table = Table(title=f"CPU kernels, level {loader.supported_levels()[-1]}, blocks of {options.block_size} tokens")
@@ -219,7 +225,7 @@ def main() -> None:
             torch.set_num_threads(threads)
             base = None
             for name in shape.formats:
-                row = measure(shape, name, options.block_size, options.repeats, memory, peers=name in DECODE[:2])
+                row = measure(shape, name, options.block_size, options.repeats, memory, name in DECODE[:2], clock)
                 base = row["milliseconds"] if name == "bfloat16" else base
                 row["times_bfloat16"] = round(base / row["milliseconds"], 2) if base else None
                 rows.append(row)
@@ -229,7 +235,7 @@ def main() -> None:
                 output().print(f"{shape.name}, {name}, {threads} threads: {row['milliseconds']} ms; {peers}")
                 table.add_row(shape.name, heads, dims, name, str(threads), *(f"{cell or '-'}" for cell in cells), peers)
     output().print(table)
-    chosen = {"block_size": options.block_size, "repeats": options.repeats}
+    chosen = {"block_size": options.block_size, "repeats": options.repeats, "clock": options.clock}
     output().print(f"written to {write_result(options.results, options.name, chosen, rows)}", soft_wrap=True)
 
 

@@ -38,7 +38,6 @@ def main() -> int:
         )
         # Python itself never frees all that it holds, and torch's pool of threads is not ours to judge.
         environment |= {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
-        del environment["CFLAGS"], environment["LDFLAGS"]
         tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options.tests]
         return subprocess.run(tests, cwd=copy, env=environment).returncode
 
