@@ -18,7 +18,7 @@ BUILD_INPUTS := pyproject.toml $(wildcard setup.py) \
 	$(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.c')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean distclean
+.PHONY: help demo test lint format sanitize clean distclean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ lint: $(VENV)/.ready-dev ## set up, then ruff and mypy
 format: $(VENV)/.ready-dev ## set up, then let ruff mend and format the sources
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+sanitize: $(VENV)/.ready-dev ## set up, then run the tests of the native kernels under ASan and UBSan
+	@$(BIN)/python benchmarks/sanitize_kernels.py
 
 clean: ## remove what builds and tools leave behind, but not .venv
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

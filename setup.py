@@ -5,6 +5,7 @@ header of Python or torch is needed to build them. They are optional: without a 
 compile, the install succeeds and torch serves, which the first call says.
 
 KVPASS_CPU_LEVELS names the levels to build, separated by commas (default all that suit the machine; ``none`` for none).
+KVPASS_CPU_FLAGS holds further flags for compiler and linker, such as those of a sanitizer.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ LEVELS = {
     "avx512_vnni": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 FOLDER = "kernels/cpu"
+MORE = os.environ.get("KVPASS_CPU_FLAGS", "").split()
 
 
 def chosen_levels() -> list[str]:
@@ -70,7 +72,7 @@ class BuildKernels(build_ext):
         objects = self.compiler.compile(
             ext.sources, output_dir=os.path.join(self.build_temp, level), extra_postargs=ext.extra_compile_args
         )
-        self.compiler.link_shared_object(objects, target, target_lang="c++", extra_postargs=["-pthread"])
+        self.compiler.link_shared_object(objects, target, target_lang="c++", extra_postargs=["-pthread", *MORE])
 
 
 setup(
@@ -79,7 +81,7 @@ setup(
             f"kvpass.kernels.cpu.libkvpass_cpu_{level}",
             sources=[f"{FOLDER}/kernels.cpp"],
             depends=sorted(str(path) for path in Path(FOLDER).glob("*.h")),
-            extra_compile_args=[*COMMON, *LEVELS[level]],
+            extra_compile_args=[*COMMON, *LEVELS[level], *MORE],
             optional=True,
         )
         for level in chosen_levels()

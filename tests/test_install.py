@@ -23,6 +23,7 @@ LEFT_BEHIND = shutil.ignore_patterns(
 def run_python(*arguments, cwd, **environment):
     """Run this interpreter with no PYTHONPATH but the one given; its standard output."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    clean["KVPASS_CPU_LEVELS"] = "base"  # one level of the native kernels tells as much as all, and sooner
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True
     )
@@ -67,6 +68,7 @@ def test_the_wheel_holds_every_module_and_data_file_once(checkout, archives):
     }
     unbuilt = {n for n in names if Path(n).suffix not in LIBRARIES | SOURCES_OF_LIBRARIES}
     assert unbuilt == expected.keys()
+    assert [n for n in names if Path(n).suffix in LIBRARIES] == ["kvpass/kernels/cpu/libkvpass_cpu_base.so"]
     assert {name: sizes[name] for name in expected} == expected
     assert "kvpass/py.typed" in names
 
@@ -87,6 +89,15 @@ def test_the_sdist_builds_the_same_wheel(archives, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as again, zipfile.ZipFile(archives[0]) as first:
         assert sorted(again.namelist()) == sorted(first.namelist())
+
+
+def test_an_install_without_a_compiler_succeeds_and_leaves_the_kernels_out(checkout, tmp_path):
+    build = f"from setuptools import build_meta as b; b.build_wheel({str(tmp_path)!r})"
+    run_python("-c", build, cwd=checkout, CC="no-such-compiler", CXX="no-such-compiler")
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as built:
+        assert not [name for name in built.namelist() if Path(name).suffix in LIBRARIES]
+        assert "kvpass/kernels/cpu/loader.py" in built.namelist()
 
 
 # As a pytest test: transformers works beside kvpass, and each of the modules is found below home.

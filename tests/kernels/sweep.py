@@ -18,14 +18,17 @@ import torch
 from kvpass.kernels import ops
 from kvpass.kernels.formats import FORMATS
 from tests.kernels.cache_cases import CHECKS
+from tests.kernels.format_bounds import check_within_formats
 from tests.kernels.random_cases import ATTENTIONS, attention_case
 
 
-def run_case(seed: int, op: str, formats: tuple[str, str], slack: float) -> None:
+def run_case(seed: int, op: str, formats: tuple[str, str], slack: float | None) -> None:
     """Make the case of this seed, and raise AssertionError if the op gets it wrong."""
     kernel = getattr(torch.ops.kvpass, op).default
     if op in CHECKS:
         CHECKS[op](kernel, seed, *formats)
+    elif slack is None:
+        check_within_formats(attention_case(seed, op, *formats), kernel)
     else:
         attention_case(seed, op, *formats).check(kernel, slack)
 
@@ -40,7 +43,10 @@ def main() -> int:
     parser.add_argument("--format", choices=tuple(FORMATS), help="only this format")
     parser.add_argument("--slack", type=float, default=1.0, help="factor of the bounds of attention, for kernels that "
                         "quantise queries or weights as well")  # fmt: skip
+    parser.add_argument("--within-formats", action="store_true", help="allow attention what the formats' own rounding "
+                        "implies, for the same kernels; of the cpu backend always so")  # fmt: skip
     chosen = parser.parse_args()
+    slack = None if chosen.within_formats or chosen.backend == "cpu" else chosen.slack
     os.environ["KVPASS_BACKEND"] = chosen.backend
     start, done = time.perf_counter(), Counter[str]()
     for seed in range(chosen.seed, chosen.seed + chosen.cases):
@@ -48,7 +54,7 @@ def main() -> int:
         op = chosen.op or pick.choice([name for name in ops.SCHEMAS if name in ATTENTIONS or name in CHECKS])
         formats = tuple(chosen.format or pick.choice(list(FORMATS)) for _ in range(2))
         try:
-            run_case(seed, op, (formats[0], formats[1]), chosen.slack)
+            run_case(seed, op, (formats[0], formats[1]), slack)
         except AssertionError as error:
             print(f"seed {seed}: {op} {formats} is wrong\n{error}")
             return 1

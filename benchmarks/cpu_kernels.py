@@ -1,0 +1,243 @@
+"""The native CPU kernels against memory, and against torch's own attention, in the same run.
+
+Every figure is a median of repeated calls over caches too large for the processor's caches; the fraction of bandwidth
+is that of a sequential read measured between the calls. `packed bmm` is the torch backend of kvpass. SDPA and
+flex_attention are given contiguous keys and values, which they need not gather; they have no cache formats, so only
+the bfloat16 rows have them.
+
+    python benchmarks/cpu_kernels.py [--quick] [--threads 1 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvpass.kernels import reference
+from kvpass.kernels.cpu import backend, loader
+from kvpass.kernels.formats import FORMATS, pack_slabs
+from kvpass.measure import CLOCKS, write_result
+from kvpass.terminal import output
+
+Clock = Callable[[], float]
+
+READ_BYTES = 512 << 20
+DECODE = ("bfloat16", "float32", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+
+
+@dataclass
+class Shape:
+    """One row of the table.
+
+    Attributes:
+        name: as printed.
+        op: the op.
+        sequences: number of sequences, N.
+        length: tokens of each, the new ones included.
+        new: new tokens of each.
+        heads: query heads and KV heads.
+        dims: widths of keys and values.
+        shared: tokens at the beginning that all sequences share.
+        formats: cache formats to run.
+    """
+
+    name: str
+    op: str
+    sequences: int
+    length: int
+    heads: tuple[int, int]
+    dims: tuple[int, int]
+    new: int = 1
+    shared: int = 0
+    formats: tuple[str, ...] = ("bfloat16", "int8", "int4")
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+SHAPES = (
+    Shape("decode 8 x 4096", "paged_attention", 8, 4096, (32, 8), (128, 128), formats=DECODE),
+    Shape("decode 8 x 4096", "paged_attention", 8, 4096, (32, 32), (64, 64)),
+    Shape("decode 8 x 4096", "paged_attention", 8, 4096, (32, 8), (64, 64)),
+    Shape("decode 1 x 32768", "paged_attention", 1, 32768, (32, 8), (128, 128)),
+    Shape("decode 64 x 512", "paged_attention", 64, 512, (32, 8), (128, 128)),
+    Shape("latent 8 x 4096, 16 heads", "latent_attention", 8, 4096, (16, 1), (576, 512), more={"value_dim": 512}),
+    Shape("latent 1 x 4096, 128 heads", "latent_attention", 1, 4096, (128, 1), (576, 512), more={"value_dim": 512}),
+    Shape(
+        "prefill 512 on 4096", "paged_attention", 1, 4608, (32, 8), (128, 128), new=512, formats=("float32", "bfloat16")
+    ),
+    Shape("cascade 64 x (8192 + 128)", "cascade_attention", 64, 8320, (32, 8), (128, 128), shared=8192),
+)  # fmt: skip
+QUICK = (0, 5, 7)
+
+
+def read_bandwidth(memory: Tensor, clock: Clock) -> float:
+    """GB/s of a sequential read with torch's threads."""
+    start = clock()
+    memory.sum()
+    return memory.numel() * 4 / (clock() - start) / 1e9
+
+
+def make_cache(name: str, blocks: int, heads: int, size: int, dim: int) -> Tensor:
+    """A cache of random rows; 64 of the blocks are drawn, the others repeat them."""
+    form = FORMATS[name]
+    cache = form.allocate(blocks, heads, size, dim, "cpu")
+    drawn = pack_slabs(torch.randn(64, heads, size, dim), form).view(torch.uint8)
+    for first in range(0, blocks, 64):
+        part = cache[first : first + 64].view(torch.uint8)
+        part.copy_(drawn[: len(part)])
+    return cache
+
+
+def make_call(shape: Shape, name: str, size: int) -> tuple[dict[str, Any], int]:
+    """The op's arguments, and the bytes of cache that it has to read at least once."""
+    torch.manual_seed(0)
+    count, dtype = shape.sequences, torch.float32 if name == "float32" else torch.bfloat16
+    width, shared = shape.length // size, shape.shared // size
+    blocks = shared + count * (width - shared)
+    order = torch.randperm(blocks)
+    tables = torch.cat((order[:shared].expand(count, shared), order[shared:].view(count, width - shared)), 1)
+    arguments: dict[str, Any] = {
+        "query": torch.randn(count * shape.new, shape.heads[0], shape.dims[0]).to(dtype),
+        "block_tables": tables.contiguous(),
+        "seq_lens": torch.full((count,), shape.length),
+        "query_start": torch.arange(count + 1) * shape.new,
+        "scale": shape.dims[0] ** -0.5,
+        **shape.more,
+    }
+    if shape.op == "latent_attention":
+        cache = make_cache(name, blocks, 1, size, shape.dims[0])
+        return {**arguments, "cache": cache, "format": name}, cache.numel() * cache.element_size()
+    caches = [make_cache(name, blocks, shape.heads[1], size, dim) for dim in shape.dims]
+    arguments |= {"key_cache": caches[0], "value_cache": caches[1], "key_format": name, "value_format": name}
+    if shape.shared:
+        arguments |= {"shared_start": torch.tensor([0, count]), "shared_lens": torch.tensor([shape.shared])}
+    return arguments, sum(cache.numel() * cache.element_size() for cache in caches)
+
+
+def peers_of(shape: Shape, name: str, arguments: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """What else computes the same, ready to be called."""
+    peers: dict[str, Callable[[], Any]] = {}
+    if shape.op != "cascade_attention":
+        peers["packed bmm"] = functools.partial(getattr(reference, shape.op), **arguments)
+    else:
+        alone = {k: v for k, v in arguments.items() if not k.startswith("shared")}
+        peers["without sharing"] = functools.partial(backend.paged_attention, **alone)
+    if name not in ("bfloat16", "float32") or shape.op != "paged_attention":
+        return peers
+    heads, dims, dtype = shape.heads, shape.dims, arguments["query"].dtype
+    keys, values = (torch.randn(shape.sequences, heads[1], shape.length, dim, dtype=dtype) for dim in dims)
+    query = torch.randn(shape.sequences, heads[0], shape.new, dims[0], dtype=dtype)
+    mask = None
+    if shape.new > 1:
+        mask = torch.ones(shape.new, shape.length, dtype=torch.bool).tril(shape.length - shape.new)
+    whole = [part.repeat_interleave(heads[0] // heads[1], 1) for part in (keys, values)]
+    peers["SDPA"] = functools.partial(sdpa, query, *whole, attn_mask=mask)
+    if heads[0] != heads[1]:
+        peers["SDPA enable_gqa"] = functools.partial(sdpa, query, keys, values, attn_mask=mask, enable_gqa=True)
+    if shape.new == 1 and shape.sequences * shape.heads[1] == 64:  # one compilation of it takes half a minute
+        peers["flex_attention"] = functools.partial(compiled_flex(), query, keys, values, enable_gqa=True)
+    return peers
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def time_calls(call: Callable[[], Any], repeats: int, seconds: float, clock: Clock) -> list[float]:
+    """Seconds of each call after one to warm up; fewer calls when they take long."""
+    call()
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < repeats and (not times or time.perf_counter() - start < seconds):
+        before = clock()
+        call()
+        times.append(clock() - before)
+    return times
+
+
+def measure(
+    shape: Shape, name: str, size: int, repeats: int, memory: Tensor, peers: bool, clock: Clock
+) -> dict[str, Any]:
+    """One row of results."""
+    arguments, cache_bytes = make_call(shape, name, size)
+    kernel = functools.partial(getattr(backend, shape.op), **arguments)
+    reads, times = [], []
+    for _ in range(3):  # reads and calls take turns, since others use the machine's memory as well
+        reads.append(max(read_bandwidth(memory, clock) for _ in range(2)))
+        times += time_calls(kernel, max(3, repeats // 3), 2.0, clock)
+    median = statistics.median(times)
+    row: dict[str, Any] = {
+        "shape": shape.name,
+        "heads": list(shape.heads),
+        "dims": list(shape.dims),
+        "block_size": size,
+        "format": name,
+        "threads": torch.get_num_threads(),
+        "milliseconds": round(median * 1e3, 3),
+        "best_milliseconds": round(min(times) * 1e3, 3),
+        "gigabytes_per_second": round(cache_bytes / median / 1e9, 2),
+        "sequential_read": round(statistics.median(reads), 2),
+        "fraction": round(cache_bytes / median / 1e9 / statistics.median(reads), 3),
+    }
+    for peer, call in peers_of(shape, name, arguments).items() if peers else ():
+        try:
+            took = statistics.median(time_calls(call, 3, 1.0, clock))
+        except Exception as error:  # a peer that cannot run here says why in the JSON
+            row[f"no {peer}"] = type(error).__name__
+            continue
+        row[f"times {peer}"] = round(took / median, 2)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three shapes only")
+    parser.add_argument("--shapes", type=int, nargs="*", help="numbers of the shapes to run")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, torch.get_num_threads()])
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="on a busy machine: processor, with one thread")
+    parser.add_argument("--name", default="cpu_kernels", help="name of the JSON")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    options = parser.parse_args()
+    clock = CLOCKS[options.clock]
+    memory = torch.ones(READ_BYTES // 4)
+    names = ("shape", "heads", "dims", "format", "threads", "ms", "GB/s", "of read", "x bf16", "peers")
+    table = Table(title=f"CPU kernels, level {loader.supported_levels()[-1]}, blocks of {options.block_size} tokens")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("shape", "peers") else "right")
+    rows: list[dict[str, Any]] = []
+    for number in options.shapes or (QUICK if options.quick else range(len(SHAPES))):
+        shape = SHAPES[number]
+        for threads in dict.fromkeys(options.threads):
+            torch.set_num_threads(threads)
+            base = None
+            for name in shape.formats:
+                row = measure(shape, name, options.block_size, options.repeats, memory, name in DECODE[:2], clock)
+                base = row["milliseconds"] if name == "bfloat16" else base
+                row["times_bfloat16"] = round(base / row["milliseconds"], 2) if base else None
+                rows.append(row)
+                peers = ", ".join(f"{k.removeprefix('times ')} {v}" for k, v in row.items() if k.startswith("times "))
+                cells = (row["milliseconds"], row["gigabytes_per_second"], row["fraction"], row["times_bfloat16"])
+                heads, dims = ("/".join(map(str, pair)) for pair in (shape.heads, shape.dims))
+                output().print(f"{shape.name}, {name}, {threads} threads: {row['milliseconds']} ms; {peers}")
+                table.add_row(shape.name, heads, dims, name, str(threads), *(f"{cell or '-'}" for cell in cells), peers)
+    output().print(table)
+    chosen = {"block_size": options.block_size, "repeats": options.repeats, "clock": options.clock}
+    output().print(f"written to {write_result(options.results, options.name, chosen, rows)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
