@@ -10,6 +10,7 @@ tables of docs/quality.md are written from what is found.
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +55,8 @@ def page(text: str, tables: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--budget", default="6bits", help="of the row that is tuned")
+    parser.add_argument("--models", nargs="+", choices=SHIPPED, default=list(SHIPPED))
+    parser.add_argument("--budget", default="6bits", help="of the row that is tuned; empty for none")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of text")
     parser.add_argument("--rows", type=int, default=16, help="sequences of each task")
     parser.add_argument("--new-tokens", type=int, default=192, help="tokens that prompts are continued by")
@@ -64,30 +66,48 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = EvalSizes(text_tokens=options.tokens, task_rows=options.rows, new_tokens=options.new_tokens)
-    few = EvalSizes(text_tokens=min(2048, options.tokens), window=512, task_rows=min(4, options.rows), task_length=384)
-    results, tables = [], []
-    machine = describe_machine()
-    made = (
-        f"{machine['processor']}, Python {machine['python']}, torch {machine['torch']}, "
-        f"{datetime.now(UTC).date().isoformat()}; {options.tokens} tokens of text in windows of {sizes.window}, "
-        f"{sizes.prompts} prompts continued by {sizes.new_tokens} tokens, {options.rows} sequences of "
-        f"{sizes.task_length} tokens of each task."
+    few = EvalSizes(
+        text_tokens=max(512, options.tokens // 4), window=512, task_rows=max(2, options.rows // 4), task_length=384
     )
-    for name in SHIPPED:
+    for name in options.models:
         loaded = load_model(name)
-        # Tuned on little, and on other sequences of the tasks than those that are measured; text may overlap.
-        tuning = tune(loaded.model, eval_sets(loaded, None, few).samples, TUNED_FORMATS, parse_budget(options.budget))
-        line(output(), f"tuned: CacheConfig(dtype={tuning.dtype!r})")
-        formats = {**FORMATS, f"tuned for {options.budget}": tuning.dtype}
+        formats, tuning = dict(FORMATS), None
+        if options.budget:
+            # Tuned on little, and on other sequences of the tasks than those that are measured; text may overlap.
+            samples = eval_sets(loaded, None, few).samples
+            tuning = tune(loaded.model, samples, TUNED_FORMATS, parse_budget(options.budget), stage=say)
+            formats[f"tuned for {options.budget}"] = tuning.dtype
         sets = eval_sets(loaded, None, sizes)
         rows = evaluate(loaded.model, formats, sets.samples, sets.prompts, sizes.new_tokens, stage=say)
         output().print(quality_table(name, rows))
-        results.append({**quality_data(name, rows), "tuned": tuning_data(name, tuning)})
-        tables.append(f"### {name}\n\n{markdown_table(rows)}\n\nTuned for {options.budget}: `dtype={tuning.dtype!r}`.")
-        chosen = {"budget": options.budget, **asdict(sizes)}
-        written = write_result(options.results, "quality", chosen, results)
-        options.page.write_text(page(options.page.read_text(encoding="utf-8"), "\n\n".join([made, *tables])), "utf-8")
-    line(output(), f"written to {written} and {options.page}")
+        table = f"{described(sizes)}\n\n{markdown_table(rows)}"
+        found = {**quality_data(name, rows), "sizes": asdict(sizes), "table": table}
+        if tuning is not None:
+            found["tuned"] = tuning_data(name, tuning)
+            found["table"] += f"\n\nTuned for {options.budget}: `dtype={tuning.dtype!r}`."
+        results = [found if found["model"] == each else measured(options.results, each) for each in SHIPPED]
+        write_result(options.results, "quality", {"budget": options.budget}, [each for each in results if each])
+        tables = "\n\n".join(f"### {each['model']}\n\n{each['table']}" for each in results if each)
+        options.page.write_text(page(options.page.read_text(encoding="utf-8"), tables), "utf-8")
+    line(output(), f"written to {options.results} and {options.page}")
+
+
+def measured(folder: Path, model: str) -> dict[str, Any] | None:
+    """What an earlier run found for a model."""
+    path = folder / "quality.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
+    return next((result for result in earlier if result["model"] == model), None)
+
+
+def described(sizes: EvalSizes) -> str:
+    """Where, when and on how much, for a page."""
+    machine = describe_machine()
+    return (
+        f"{machine['processor']}, Python {machine['python']}, torch {machine['torch']}, "
+        f"{datetime.now(UTC).date().isoformat()}. Text: {sizes.text_tokens} tokens in windows of {sizes.window}, and "
+        f"{sizes.prompts} prompts continued by {sizes.new_tokens}; tasks: {sizes.task_rows} sequences of "
+        f"{sizes.task_length} tokens each."
+    )
 
 
 def say(text: str) -> None:

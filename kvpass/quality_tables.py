@@ -64,7 +64,7 @@ def tuning_table(model: str, tuning: Tuning) -> Table:
     for column in ("cache", "part", *formats, "chosen", "bytes"):
         table.add_column(column, justify="right" if column in formats or column == "bytes" else "left")
     for part in tuning.parts:
-        losses = [f"{part.costs[name][1]:.1e}" for name in formats]
+        losses = [f"{part.costs[name][1]:.1e}" if name in part.costs else "" for name in formats]
         table.add_row(part.cache, part.kind, *losses, part.chosen, f"{part.costs[part.chosen][0]}")
     return table
 

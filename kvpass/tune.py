@@ -168,16 +168,16 @@ def tune(
         return dtype_option([pairs[cache] for cache in cache_of])
 
     allowed = budget.bytes_per_token(count_numbers(reference.plan))
-    sizes = [{name: _bytes(spec, kind, name) for name in formats} for spec in specs for kind in KINDS]
+    sizes = [_sizes(spec, kind, formats) for spec in specs for kind in KINDS]
     choose_formats([{name: (size, 0.0) for name, size in each.items()} for each in sizes], allowed)
     costs: list[Cost] = []
     for part, each in enumerate(sizes):
         stage(f"narrow the {KINDS[part % 2]} of {specs[part // 2].name}")
-        lossy = [name for name in formats if name != REFERENCE]
+        lossy = [name for name in each if name != REFERENCE]
         alone = [[REFERENCE] * part + [name] + [REFERENCE] * (len(sizes) - part - 1) for name in lossy]
-        losses = _losses(reference, [build(option(chosen)) for chosen in alone], samples, chunk)
+        losses = _losses(reference, [build(option(chosen)) for chosen in alone], samples, chunk) if lossy else []
         found = dict(zip(lossy, (kl for kl, _ in losses), strict=True))
-        costs.append({name: (each[name], found.get(name, 0.0)) for name in formats})
+        costs.append({name: (size, found.get(name, 0.0)) for name, size in each.items()})
     chosen = choose_formats(costs, allowed)
     stage("measure what was chosen")
     dtype = option(chosen)
@@ -203,8 +203,12 @@ def _spelled(pair: tuple[str, str]) -> Any:
     return key if key == value else {"key": key, "value": value}
 
 
-def _bytes(spec: CacheSpec, kind: str, name: str) -> int:
-    return find_format(name).bytes_per_token(spec.num_kv_heads, spec.key_dim if kind == "keys" else spec.value_dim)
+def _sizes(spec: CacheSpec, kind: str, formats: Sequence[str]) -> dict[str, int]:
+    """Bytes per token of one part in each format that it may have; a part that holds nothing stays as it is."""
+    dim = spec.key_dim if kind == "keys" else spec.value_dim
+    return (
+        {name: find_format(name).bytes_per_token(spec.num_kv_heads, dim) for name in formats} if dim else {REFERENCE: 0}
+    )
 
 
 def _losses(

@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvpass.cli import app
+from kvpass.config_file import read_options
 
 MODELS = """
 import torch
@@ -77,8 +78,7 @@ def test_tune_writes_a_configuration_that_generate_reads(run, folder):
     result = run("tune", *TEXT, "--formats", "int8,int4", "--budget", "10bits", "--tokens", 100, "--out", "tuned.json")
     assert result.exit_code == 0, result.output
     assert "KL divergence in nats" in result.stdout and "40 bytes per token, of 40 allowed" in result.stdout
-    written = json.loads((folder / "tuned.json").read_text())
-    assert f"CacheConfig(dtype={written['dtype']['default']!r}" in result.stdout.replace("{'default': ", "", 1)
+    assert f"CacheConfig(dtype={read_options(folder / 'tuned.json')['dtype']!r})" in result.stdout
     generated = run(
         "generate", "--model", "quality_models:build", "--prompt", "1 2 3", "-n", 3, "--config", "tuned.json"
     )
