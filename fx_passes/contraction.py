@@ -56,7 +56,7 @@ def contraction_of(node: Node) -> Contraction | None:
         return Contraction(node, left, right, vector=len(shape_of(right)) == 1)
     if is_call(node, aten.linear):
         named = arguments(node)
-        return Contraction(node, named["input"], named["weight"], right_is_transposed=True)
+        return Contraction(node, named["input"], named["weight"], right_is_transposed=True, added=named["bias"])
     if is_call(node, aten.addmm, aten.baddbmm):
         named = arguments(node)
         left, right = (named[k] for k in (("mat1", "mat2") if is_call(node, aten.addmm) else ("batch1", "batch2")))

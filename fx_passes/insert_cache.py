@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from kvpass.fx_passes.absorb import absorb_output, absorb_query
 from kvpass.fx_passes.arrange import arrange
 from kvpass.fx_passes.axes import Factor, Kind
 from kvpass.fx_passes.clean_up import clean_up
 from kvpass.fx_passes.find_positions import SOURCE, PositionSource, Tabulated
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
-from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan, StoredHeads, live_nodes
+from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan, live_nodes
 from kvpass.fx_passes.prove_token_axis import token_axes_of
 from kvpass.fx_passes.select_logits import select_logits
+from kvpass.fx_passes.store_heads import StoredHeads
 from kvpass.fx_passes.store_in_formats import store_in_formats
 from kvpass.kernels.formats import find_format
 from kvpass.types import CachePlan
@@ -140,21 +142,23 @@ def _write(
     captured: CapturedGraph, plan: GraphPlan, stored: StoredHeads, site: SitePlan, step: dict[str, Node]
 ) -> None:
     key = _rows(captured, plan, stored, stored.key_places, site.node, "key")
-    value = _rows(captured, plan, stored, stored.value_places, site.node, "value")
+    if stored.joint:  # the value rows are of no width
+        value = emit(captured, aten.slice.Tensor, key, 2, 0, 0, like=site.node)
+    else:
+        value = _rows(captured, plan, stored, stored.value_places, site.node, "value")
     caches = (step[f"key_cache_{site.cache}"], step[f"value_cache_{site.cache}"])
     emit(captured, torch.ops.kvpass.write_cache.default, key, value, *caches, step["slot_mapping"], like=site.node)
 
 
 def _rows(captured: CapturedGraph, plan: GraphPlan, stored: StoredHeads, places: Tensor, like: Node, part: str) -> Node:
     """The stored heads of every token, ``[T, Hkv, D]``, from the nodes of the cut."""
-    cut = stored.cut
-    ends = [*cut.offsets[1:], cut.width]
+    ends = [*stored.offsets[1:], stored.width]
     low, high = int(places.min()), int(places.max())
-    used = [i for i, (start, end) in enumerate(zip(cut.offsets, ends, strict=True)) if start <= high and end > low]
-    parts = [_row_of(captured, plan, cut.nodes[i], like) for i in used]
+    used = [i for i, (start, end) in enumerate(zip(stored.offsets, ends, strict=True)) if start <= high and end > low]
+    parts = [_row_of(captured, plan, stored.nodes[i], like) for i in used]
     row = parts[0] if len(parts) == 1 else emit(captured, aten.cat.default, parts, 2, like=like)
-    wanted = places.flatten() - cut.offsets[used[0]]
-    if not torch.equal(wanted, torch.arange(ends[used[-1]] - cut.offsets[used[0]])):
+    wanted = places.flatten() - stored.offsets[used[0]]
+    if not torch.equal(wanted, torch.arange(ends[used[-1]] - stored.offsets[used[0]])):
         row = _pick(captured, row, wanted, like, f"{part}_{like.name}")
     return emit(captured, aten.reshape.default, row, [-1, *places.shape], like=like)
 
@@ -204,24 +208,29 @@ def _attend(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, step: dict
         bias = bias if bias is None or bias.shape[0] == 1 else bias.to(order.device)[order]
     flat = emit(captured, aten.transpose.int, query, 1, 2, like=node)
     flat = emit(captured, aten.reshape.default, flat, [-1, heads, head_dim], like=node)
-    paged = emit(
-        captured,
-        torch.ops.kvpass.paged_attention.default,
-        flat,
-        step[f"key_cache_{site.cache}"],
-        step[f"value_cache_{site.cache}"],
-        step["block_tables"],
-        step["seq_lens"],
-        step["query_start"],
-        named["scale"],
+    if site.absorption is not None:
+        flat = absorb_query(captured, site.absorption, flat, node)
+    stored = plan.stored[site.cache]
+    keys, values = step[f"key_cache_{site.cache}"], step[f"value_cache_{site.cache}"]
+    steps = (step["block_tables"], step["seq_lens"], step["query_start"])
+    rest = (
         named["softcap"],
         mask.window,
         _table(captured, slopes, f"_slopes_{node.name}", node),
         sinks,
         _table(captured, bias, f"_bias_{node.name}", node),
-        like=node,
-        **({} if mask.chunk is None else {"chunk": mask.chunk}),
     )
+    ops = torch.ops.kvpass
+    if stored.joint and len(stored.key_places) == 1:
+        target = ops.latent_attention.default
+        read: tuple[Any, ...] = (flat, keys, *steps, named["scale"], stored.value_places.shape[1])
+    else:  # heads of values that are part of the keys are read as wide as those
+        target = ops.paged_attention.default
+        read = (flat, keys, keys if stored.joint else values, *steps, named["scale"])
+    more = {} if mask.chunk is None else {"chunk": mask.chunk}
+    paged = emit(captured, target, *read, *rest, like=node, **more)
+    if site.absorption is not None:
+        paged = absorb_output(captured, site.absorption, paged, node)
     sizes = [captured.size("batch"), captured.size("length"), heads, width]
     result = emit(captured, aten.reshape.default, paged, sizes, like=node)
     result = emit(captured, aten.transpose.int, result, 1, 2, like=node)

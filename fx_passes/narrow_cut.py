@@ -8,7 +8,7 @@ has to be known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from kvpass.fx_passes.shape_values import ShapeEvaluator
 MOVES = (
     aten.reshape, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand, aten.slice, aten.narrow,
     aten.select, aten.repeat, aten.repeat_interleave, aten.cat, aten.stack, aten.split, aten.split_with_sizes,
-    aten.chunk, aten.unbind, aten.index_select, aten.index, aten.flip, aten.slice_scatter, aten.select_scatter,
+    aten.chunk, aten.unbind, aten.index_select, aten.index, aten.gather, aten.flip, aten.slice_scatter,
+    aten.select_scatter,
 )  # fmt: skip
 BATCH, LENGTH = 2, 3  # at which the moves are run
 UNIT = 4096  # weight of one byte; what is below breaks ties
@@ -71,7 +72,7 @@ def narrowest_cut(inference: Inference, evaluator: ShapeEvaluator, key: Node, va
         key: keys of the attention ``[batch, Hk, length, D]``.
         value: values ``[batch, Hk, length, Dv]``.
     """
-    chosen = _minimum_cut(inference, key, value)
+    chosen = minimum_cut(inference, key, value)
     cut = _trace(inference, evaluator, chosen, key, value)
     if cut is None:  # entries that come from no token, such as a constant part of the keys
         cut = _trace(inference, evaluator, (key, value) if key is not value else (key,), key, value)
@@ -86,7 +87,23 @@ def entries_per_token(inference: Inference, node: Node) -> int:
     return int(count)
 
 
-def _minimum_cut(inference: Inference, key: Node, value: Node) -> tuple[Node, ...]:
+def offsets_of(inference: Inference, nodes: Sequence[Node]) -> tuple[tuple[int, ...], int]:
+    """Where each node's entries start in a token's row, one node after the other, and the entries of the row."""
+    widths = [entries_per_token(inference, node) for node in nodes]
+    return tuple(sum(widths[:i]) for i in range(len(nodes))), sum(widths)
+
+
+def minimum_cut(
+    inference: Inference, key: Node, value: Node, passes_through: Callable[[Node], bool] = is_move
+) -> tuple[Node, ...]:
+    """Nodes of fewest bytes per token that all paths to the keys and values go through, in graph order.
+
+    Args:
+        inference: axes of the graph's nodes.
+        key: where paths end.
+        value: where paths end as well.
+        passes_through: whether the inputs of a node may be stored instead of it.
+    """
     network = nx.DiGraph()
     stack, seen = [(key, 0), (value, 0)], set()
     while stack:
@@ -94,8 +111,8 @@ def _minimum_cut(inference: Inference, key: Node, value: Node) -> tuple[Node, ..
         if node in seen:
             continue
         seen.add(node)
-        inputs = _token_inputs(inference, node) if is_move(node) else []
-        if isinstance(node.meta["val"], torch.Tensor) and _has_tokens(inference, node):
+        inputs = token_inputs(inference, node) if passes_through(node) else []
+        if isinstance(node.meta["val"], torch.Tensor) and has_tokens(inference, node):
             size = entries_per_token(inference, node) * node.meta["val"].dtype.itemsize
             network.add_edge((node, "in"), (node, "out"), capacity=size * UNIT + 1 + min(depth, 1000))
         else:
@@ -113,7 +130,8 @@ def _minimum_cut(inference: Inference, key: Node, value: Node) -> tuple[Node, ..
     return tuple(sorted(cut, key=order.__getitem__))
 
 
-def _token_inputs(inference: Inference, node: Node) -> list[Node]:
+def token_inputs(inference: Inference, node: Node) -> list[Node]:
+    """Tensors among a node's inputs that depend on the tokens."""
     return [n for n in node.all_input_nodes if inference.is_data(n) and not _is_number(n)]
 
 
@@ -121,7 +139,8 @@ def _is_number(node: Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
 
 
-def _has_tokens(inference: Inference, node: Node) -> bool:
+def has_tokens(inference: Inference, node: Node) -> bool:
+    """Whether a node holds entries for every token of every sequence."""
     kinds = [f.kind for dim in token_axes_of(inference, node) for f in dim]
     return kinds.count(Kind.TOKEN) == 1 and kinds.count(Kind.BATCH) == 1
 
@@ -129,19 +148,17 @@ def _has_tokens(inference: Inference, node: Node) -> bool:
 def _trace(
     inference: Inference, evaluator: ShapeEvaluator, nodes: Sequence[Node], key: Node, value: Node
 ) -> Cut | None:
-    widths = [entries_per_token(inference, n) for n in nodes]
-    offsets = [sum(widths[:i]) for i in range(len(nodes))]
-    total = sum(widths)
+    offsets, total = offsets_of(inference, nodes)
     env: dict[Node, Any] = {
-        node: _numbered(inference, evaluator, node, offset, total) for node, offset in zip(nodes, offsets, strict=True)
+        node: numbered(inference, evaluator, node, offset, total) for node, offset in zip(nodes, offsets, strict=True)
     }
-    maps = [_row_map(_run_moves(inference, evaluator, target, env), total) for target in (key, value)]
+    maps = [_row_map(run_moves(inference, evaluator, target, env), total) for target in (key, value)]
     if maps[0] is None or maps[1] is None:
         return None
-    return Cut(tuple(nodes), tuple(offsets), total, maps[0], maps[1])
+    return Cut(tuple(nodes), offsets, total, maps[0], maps[1])
 
 
-def _numbered(inference: Inference, evaluator: ShapeEvaluator, node: Node, offset: int, total: int) -> Tensor:
+def numbered(inference: Inference, evaluator: ShapeEvaluator, node: Node, offset: int, total: int) -> Tensor:
     """The node's tensor with every entry replaced by its number: token times row width, plus place in the row."""
     axes = token_axes_of(inference, node)
     atoms = [f for dim in axes for f in dim]
@@ -161,14 +178,15 @@ def _numbered(inference: Inference, evaluator: ShapeEvaluator, node: Node, offse
     return (token * total + offset + place).reshape(shape)
 
 
-def _run_moves(inference: Inference, evaluator: ShapeEvaluator, target: Node, env: dict[Node, Any]) -> Tensor:
+def run_moves(inference: Inference, evaluator: ShapeEvaluator, target: Node, env: dict[Node, Any]) -> Tensor:
+    """What moves make of the numbers in ``env`` on their way to ``target``; entries of no token are -1."""
     pending = [target]
     while pending:
         node = pending[-1]
         if node in env:
             pending.pop()
             continue
-        waiting = [n for n in _token_inputs(inference, node) if n not in env]
+        waiting = [n for n in token_inputs(inference, node) if n not in env]
         if waiting:
             pending.extend(waiting)
             continue
@@ -183,10 +201,14 @@ def _run_move(inference: Inference, evaluator: ShapeEvaluator, node: Node, env: 
     if is_call(node, aten._to_copy):
         return env[node.args[0]]  # type: ignore[index]
     indices = set()
-    if is_call(node, aten.index_select, aten.index):
+    if is_call(node, aten.index_select, aten.index, aten.gather):
         named = arguments(node)
         given = named["indices"] if "indices" in named else [named["index"]]
         indices = {n for n in given if n is not None}
+
+    if indices & env.keys():  # picked by data
+        shape = [evaluator.number(s, BATCH, LENGTH) for s in node.meta["val"].shape]
+        return torch.full(shape, -1, dtype=torch.int64)
 
     def resolve(n: Node) -> Any:
         if n in env:

@@ -17,6 +17,7 @@ from kvpass.fx_passes.graph import CapturedGraph, PassResult
 from kvpass.fx_passes.merge_shared import MergeShared
 from kvpass.fx_passes.prove_token_axis import ProveTokenAxis
 from kvpass.fx_passes.read_masks import ReadMasks
+from kvpass.fx_passes.select_heads import SelectHeads
 from kvpass.types import Refusal
 
 
@@ -36,6 +37,7 @@ def passes(config: CacheConfig) -> tuple[Pass, ...]:
     return (
         Canonicalize(),
         MergeShared(),
+        SelectHeads(),
         AssumeNoPadding(),
         FoldSinkGates(),
         FindAttention(),

@@ -4,40 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 from torch.fx import Node
 
 from kvpass.config import CacheConfig
+from kvpass.fx_passes.absorb import Absorption
 from kvpass.fx_passes.choose_formats import choose_formats, exact_formats, final_formats
 from kvpass.fx_passes.dense import attention_sites
+from kvpass.fx_passes.equal_entries import EntryClasses
 from kvpass.fx_passes.find_positions import SOURCE, Lookup, Tabulated, longest_valid
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of
 from kvpass.fx_passes.infer_axes import Inference
-from kvpass.fx_passes.narrow_cut import Cut, narrowest_cut
 from kvpass.fx_passes.prove_token_axis import token_axes
 from kvpass.fx_passes.read_masks import MASK
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
+from kvpass.fx_passes.store_heads import StoredHeads, store_heads
 from kvpass.kernels.formats import format_for_dtype
 from kvpass.types import CachePlan, CacheSpec, MaskMeaning
 
 DEFAULT_TABLE_LENGTH = 2048
 LOOKUPS = (aten.embedding, aten.index_select, aten.index, aten.gather)
-
-
-@dataclass(frozen=True, eq=False)
-class StoredHeads:
-    """Which entries of a token's row are the stored heads.
-
-    Attributes:
-        cut: the nodes that the row is made of.
-        key_places: int64 ``[Hkv, D]``.
-        value_places: int64 ``[Hkv, Dv]``.
-    """
-
-    cut: Cut
-    key_places: Tensor
-    value_places: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +35,7 @@ class SitePlan:
         cache: index of its cache in the plan.
         mask: what its mask means.
         head_order: query heads ordered so that those of one KV head stand together; None when they do already.
+        absorption: how its keys and values follow from the stored heads; None where they are those.
     """
 
     node: Node
@@ -57,6 +43,7 @@ class SitePlan:
     cache: int
     mask: MaskMeaning
     head_order: tuple[int, ...] | None
+    absorption: Absorption | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,24 +77,23 @@ def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) ->
     """
     inference = token_axes(captured)
     evaluator = ShapeEvaluator(captured, inference.kinds)
+    classes = EntryClasses(inference, evaluator)
     stored: list[StoredHeads] = []
     readers: list[list[str]] = []
     windows: list[list[int | None]] = []
     sites: list[SitePlan] = []
     for node in attention_sites(captured):
-        named = arguments(node)
-        cut = narrowest_cut(inference, evaluator, named["key"], named["value"])
-        heads, group_of = _stored_heads(cut, int(shape_of(named["query"])[1]))
-        index = _find_equal(stored, heads)
-        if index == len(stored):
-            stored.append(heads)
+        mask = node.meta[MASK]
+        reading = store_heads(classes, node, mask, config)
+        index = next((i for i, known in enumerate(stored) if known.same(reading.stored)), len(stored))
+        if index == len(stored):  # layers that share keys and values share one cache
+            stored.append(reading.stored)
             readers.append([])
             windows.append([])
         name = _unique(module_path(node, captured) or "attention", {s.name for s in sites})
-        mask = node.meta[MASK]
         readers[index].append(name)
         windows[index].append(mask.reach)
-        sites.append(SitePlan(node, name, index, mask, _head_order(group_of)))
+        sites.append(SitePlan(node, name, index, mask, reading.head_order, reading.absorption))
     chosen = choose_formats(config, [site.cache for site in sites], len(stored))
     specs = tuple(
         _spec(heads, names, wins, wide)
@@ -120,39 +106,6 @@ def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) ->
     return GraphPlan(plan, tuple(sites), tuple(stored), inference, evaluator, formats)
 
 
-def _stored_heads(cut: Cut, query_heads: int) -> tuple[StoredHeads, list[int]]:
-    """The distinct heads among those that the attention reads, and which of them each query head reads."""
-    repeat = query_heads // cut.key_map.shape[0]
-    pairs = [(tuple(k), tuple(v)) for k, v in zip(cut.key_map.tolist(), cut.value_map.tolist(), strict=True)]
-    distinct = list(dict.fromkeys(pairs))
-    group_of = [distinct.index(pairs[h // repeat]) for h in range(query_heads)]
-    sizes = {group_of.count(g) for g in range(len(distinct))}
-    if len(sizes) > 1:  # groups of different sizes have no grouped form: every query head gets its own
-        distinct = [pairs[h // repeat] for h in range(query_heads)]
-        group_of = list(range(query_heads))
-    keys = torch.tensor([k for k, _ in distinct])
-    values = torch.tensor([v for _, v in distinct])
-    return StoredHeads(cut, keys, values), group_of
-
-
-def _head_order(group_of: list[int]) -> tuple[int, ...] | None:
-    order = tuple(sorted(range(len(group_of)), key=lambda h: (group_of[h], h)))
-    return None if order == tuple(range(len(order))) else order
-
-
-def _find_equal(stored: list[StoredHeads], heads: StoredHeads) -> int:
-    """Index of a cache that holds the same already: layers that share keys and values share one cache."""
-    for i, other in enumerate(stored):
-        same = other.cut.nodes == heads.cut.nodes
-        if (
-            same
-            and torch.equal(other.key_places, heads.key_places)
-            and torch.equal(other.value_places, heads.value_places)
-        ):
-            return i
-    return len(stored)
-
-
 def _unique(name: str, taken: set[str]) -> str:
     candidate, count = name, 2
     while candidate in taken:
@@ -162,7 +115,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 def _spec(heads: StoredHeads, names: list[str], windows: list[int | None], formats: tuple[str, str]) -> CacheSpec:
     key_format, value_format = (
-        format_for_dtype(_stored_dtype(heads.cut, places)) if name == "auto" else name
+        format_for_dtype(heads.dtype(places)) if name == "auto" else name
         for places, name in zip((heads.key_places, heads.value_places), formats, strict=True)
     )
     known = [w for w in windows if w is not None]
@@ -170,25 +123,12 @@ def _spec(heads: StoredHeads, names: list[str], windows: list[int | None], forma
         name=names[0],
         num_kv_heads=heads.key_places.shape[0],
         key_dim=heads.key_places.shape[1],
-        value_dim=heads.value_places.shape[1],
+        value_dim=0 if heads.joint else heads.value_places.shape[1],
         key_format=key_format,
         value_format=value_format,
         window=max(known) if len(known) == len(windows) else None,
         sites=tuple(names),
     )
-
-
-def _stored_dtype(cut: Cut, places: Tensor) -> torch.dtype:
-    """The dtype that holds exactly what the cut's nodes hold."""
-    low, high = int(places.min()), int(places.max())
-    dtype: torch.dtype | None = None
-    ends = [*cut.offsets[1:], cut.width]
-    for node, start, end in zip(cut.nodes, cut.offsets, ends, strict=True):
-        if start <= high and end > low:
-            own = node.meta["val"].dtype
-            dtype = own if dtype is None else torch.promote_types(dtype, own)
-    assert dtype is not None
-    return dtype
 
 
 def live_nodes(captured: CapturedGraph) -> set[Node]:

@@ -43,6 +43,10 @@ def rewrite_softmax(captured: CapturedGraph, inference: Inference, evaluator: Sh
         out = _attend(captured, inference, reader, contraction, weights, term, node)
         total = out if total is None else emit(captured, aten.add.Tensor, total, out, like=node)
     assert total is not None
+    if contraction.alpha != 1:
+        total = emit(captured, aten.mul.Tensor, total, contraction.alpha, like=node)
+    if contraction.added is not None and contraction.beta != 0:  # baddbmm with values
+        total = emit(captured, aten.add.Tensor, total, contraction.added, alpha=contraction.beta, like=node)
     return total
 
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, aten, expression, shape_of, tensor_value
 
-PAGED = ("kvpass::paged_attention", "kvpass::write_cache")
+PAGED = ("kvpass::paged_attention", "kvpass::latent_attention", "kvpass::write_cache")
 
 
 def select_logits(captured: CapturedGraph, logits_index: Node) -> None:

@@ -27,7 +27,7 @@ def fake_write_cache(
 
     Args:
         key: ``[T, Hkv, D]``.
-        value: ``[T, Hkv, Dv]``.
+        value: ``[T, Hkv, Dv]``; Dv is 0 where values are part of the keys.
         key_cache: ``[B, Hkv, P, W]``, contiguous; written.
         value_cache: ``[B, Hkv, P, Wv]``, contiguous; written.
         slot_mapping: int64 ``[T]``, ``block * P + offset`` of each token, all different.

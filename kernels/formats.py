@@ -51,12 +51,12 @@ class CacheFormat:
         return self.dtype is torch.uint8
 
     def stored_width(self, dim: int) -> int:
-        """Size W of the cache tensor's last dim for rows of ``dim`` numbers.
+        """Size W of the cache tensor's last dim for rows of ``dim`` numbers; rows of none take nothing.
 
         Raises:
             ConfigError: if rows of that width cannot be stored.
         """
-        if not self.scaled:
+        if not self.scaled or not dim:
             return dim
         if dim * self.bits % 8:
             raise ConfigError(f"cache format {self.name} needs an even head dim, not {dim}: choose another format")
@@ -64,7 +64,7 @@ class CacheFormat:
 
     def row_width(self, stored: int) -> int:
         """Numbers D in a row of stored width ``stored``; the inverse of :meth:`stored_width`."""
-        return (stored - SCALE_BYTES) * 8 // self.bits if self.scaled else stored
+        return (stored - SCALE_BYTES) * 8 // self.bits if self.scaled and stored else stored
 
     def bytes_per_token(self, heads: int, dim: int) -> int:
         """Exact bytes that one token takes, scales included: ``heads`` rows of ``dim`` numbers each."""
@@ -73,7 +73,7 @@ class CacheFormat:
     def allocate(self, num_blocks: int, heads: int, block_size: int, dim: int, device: torch.device | str) -> Tensor:
         """Zeros of shape ``[B, heads, P, W]``. In main memory a block takes room only once it is written."""
         shape = (num_blocks, heads, block_size, self.stored_width(dim))
-        if torch.device(device).type != "cpu":
+        if torch.device(device).type != "cpu" or not dim:
             return torch.zeros(shape, dtype=self.dtype, device=device)
         # numpy leaves zeroed pages to the operating system, where torch.zeros writes them all, and asks for huge pages
         count = num_blocks * block_size * self.bytes_per_token(heads, dim)

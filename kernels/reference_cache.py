@@ -33,6 +33,8 @@ def write_cache(
     # The row of a token and head in a list of all rows: slab * P + offset.
     rows = WRITTEN_ROWS.get((slot_mapping,), (heads, size), find_rows)
     for new, cache, name in ((key, key_cache, key_format), (value, value_cache, value_format)):
+        if not cache.shape[3]:
+            continue  # values that are part of the keys
         _write_rows(new.reshape(-1, new.shape[2]), cache, rows, format_of(cache, name))
 
 

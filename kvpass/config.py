@@ -43,6 +43,8 @@ class CacheConfig:
         prefix_sharing: reuse blocks of equal prefixes, within a batch and across calls.
         max_batch_tokens: tokens computed in one step, prefill and decode together; longer prompts are cut in chunks.
         max_sequences: sequences that run at once; more are queued.
+        recompute: store whatever is narrowest, such as the hidden state, even where an attention over it costs more
+            than the bytes saved; what follows from it is computed again at every step.
         max_length: longest sequence that will be asked for. Needed only where a bias has to be tabulated, or a mask
             could not be proven for every length; by default the model's own limit, or 2048.
 
@@ -57,6 +59,7 @@ class CacheConfig:
     prefix_sharing: bool = True
     max_batch_tokens: int = 2048
     max_sequences: int = 256
+    recompute: bool = False
     max_length: int | None = None
 
     def __post_init__(self) -> None:

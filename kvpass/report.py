@@ -23,14 +23,15 @@ class SiteReport:
         spelling: how the model wrote it: ``sdpa`` or ``softmax``.
         query_heads: Hq.
         kv_heads: heads that are stored, Hkv.
-        key_dim: D.
-        value_dim: Dv.
+        key_dim: entries of a stored key row, D.
+        value_dim: entries of a value row, Dv, where values are part of the keys as well.
         scale: factor of ``q.k``.
         softcap: bound of the scores, or None.
         sinks: whether the softmax has a sink per head.
         mask: meaning of the mask.
         evidence: how the meaning was established.
-        cached: the nodes that are stored, with shape per token.
+        cached: the nodes that are stored, with numbers per token; whether weights are absorbed, and whether values are
+            part of the stored keys.
         cache: name of the cache; sites that share one have the same.
         format: storage formats of keys and values.
         bytes_per_token_before: keys and values as the attention op received them.

@@ -34,7 +34,7 @@ def _report(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, owns_cache
         query_heads=int(shape_of(named["query"])[1]),
         kv_heads=spec.num_kv_heads,
         key_dim=spec.key_dim,
-        value_dim=spec.value_dim,
+        value_dim=plan.stored[site.cache].value_places.shape[1],
         scale=float(named["scale"]),
         softcap=named["softcap"],
         sinks=named["sinks"] is not None,
@@ -49,9 +49,12 @@ def _report(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, owns_cache
 
 
 def _cached(plan: GraphPlan, site: SitePlan) -> str:
-    """Nodes of the cut, each with how many numbers of a token it holds."""
-    nodes = plan.stored[site.cache].cut.nodes
-    return ", ".join(f"{node.name} [{entries_per_token(plan.inference, node)}]" for node in nodes)
+    """Nodes of the cut, each with how many numbers of a token it holds, and how keys and values follow from them."""
+    stored = plan.stored[site.cache]
+    text = ", ".join(f"{node.name} [{entries_per_token(plan.inference, node)}]" for node in stored.nodes)
+    absorbed = site.absorption is not None and site.absorption.has_weights
+    notes = [*(["weights absorbed"] if absorbed else []), *(["values in the keys"] if stored.joint else [])]
+    return text + (f" ({', '.join(notes)})" if notes else "")
 
 
 def with_verification(report: RewriteReport, found: Comparison) -> RewriteReport:

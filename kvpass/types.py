@@ -106,7 +106,7 @@ class CacheSpec:
         name: unique within the plan, for example ``layers.3.attn``.
         num_kv_heads: heads that are stored, Hkv.
         key_dim: width D of a stored key head.
-        value_dim: width Dv of a stored value head.
+        value_dim: width Dv of a stored value head; 0 where values are entries of the key rows, as in latent attention.
         key_format: format name of keys.
         value_format: format name of values.
         window: newest tokens, the query's own included, that any of the sites that read it may look at (the largest

@@ -38,7 +38,7 @@ def lay_out_write(
     tokens, heads, width = key.shape
     rows = max(1, WRITTEN_ELEMENTS // triton.next_power_of_2(max(width, value.shape[2])))
     parts = triton.cdiv(tokens * heads, rows)
-    programs = 2 * parts
+    programs = 2 * parts if value.shape[2] or rotation is not None else parts  # values may be part of the keys
     if rotation is not None:
         programs += triton.cdiv(tokens * rotation.query.shape[1], rows)
     arguments: dict[str, Any] = {
@@ -66,7 +66,7 @@ def lay_out_write(
         "VALUE_SLAB": values.slab,
         "ROWS": rows,
         "KEY_COLUMNS": triton.next_power_of_2(keys.row),
-        "VALUE_COLUMNS": triton.next_power_of_2(values.row),
+        "VALUE_COLUMNS": max(1, triton.next_power_of_2(values.row)),
         "QUERY_COLUMNS": triton.next_power_of_2(width),
         **_describe_rotation(rotation),
     }

@@ -8,6 +8,7 @@ from tests.decoders import (
     experts,
     forms,
     heads,
+    latents,
     layouts,
     masks,
     padding,
@@ -68,6 +69,8 @@ DECODERS: dict[str, Builder] = {
     "keys are values": decoder_around(heads.KeysAreValues),
     "gate per head": decoder_around(heads.GatedHeads),
     "latent keys and values": decoder_around(heads.LatentKeys),
+    "latent by einsum, low-rank queries": decoder_around(latents.EinsumLatent),
+    "keys and values of two latents": decoder_around(latents.TwoLatents),
     # positions
     "complex rotary": decoder_around(positions.ComplexRotary),
     "ALiBi from aranges": decoder_around(positions.ALiBi),

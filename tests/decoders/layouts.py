@@ -128,7 +128,7 @@ class TimeFirst(nn.Module):
 
 
 class BaddbmmBatch(nn.Module):
-    """Heads merged into the batch, the mask and the scale given to baddbmm."""
+    """Heads merged into the batch, the mask and the scale given to baddbmm; another adds a token's own values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class BaddbmmBatch(nn.Module):
         )
         mask = torch.full((1, s, s), torch.finfo(x.dtype).min, device=x.device).triu(1).expand(b * HEADS, s, s)
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), beta=1.0, alpha=HEAD_DIM**-0.5)
-        out = torch.bmm(scores.softmax(-1), v).view(b, HEADS, s, HEAD_DIM)
+        out = torch.baddbmm(v, scores.softmax(-1), v, beta=0.5, alpha=2.0).view(b, HEADS, s, HEAD_DIM)
         return self.out(out.transpose(1, 2).reshape(b, s, DIM))
 
 

@@ -63,6 +63,7 @@ def latent(kv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 EVERY = torch.tensor([0, 0, 1, 1])
+GROUPS = torch.eye(2).repeat_interleave(2, dim=0)
 SPELLINGS = {
     "repeat_interleave": grouped(lambda t: t.repeat_interleave(2, dim=1)),
     "expand and reshape": grouped(lambda t: t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(t.size(0), 4, -1, DIM)),
@@ -70,6 +71,11 @@ SPELLINGS = {
     "cat of every head": grouped(lambda t: torch.cat([t[:, :1], t[:, :1], t[:, 1:], t[:, 1:]], 1)),
     "index": grouped(lambda t: t[:, EVERY]),
     "index_select": grouped(lambda t: t.index_select(1, EVERY)),
+    "gather": grouped(lambda t: t.gather(1, EVERY[None, :, None, None].expand(t.size(0), -1, t.size(2), DIM))),
+    "einsum with a matrix of groups": grouped(lambda t: torch.einsum("bgsd,hg->bhsd", t, GROUPS)),
+    "einsum with ones": grouped(lambda t: torch.einsum("bgsd,r->bgrsd", t, torch.ones(2)).flatten(1, 2)),
+    "times ones": grouped(lambda t: (t[:, :, None] * torch.ones(2, 1, 1)).flatten(1, 2)),
+    "a matrix of groups, times heads": grouped(lambda t: (GROUPS @ t.transpose(1, 2)).transpose(1, 2)),
     "repeat of a new dim": grouped(lambda t: t.unsqueeze(2).repeat(1, 1, 2, 1, 1).flatten(1, 2)),
     "tiled": grouped(lambda t: t.repeat(1, 2, 1, 1)),
     "one head expanded": grouped(lambda t: t.expand(-1, HEADS, -1, -1), heads=1),
@@ -126,9 +132,10 @@ def test_keys_and_values_follow_from_the_row(spelled: Planned, name: str) -> Non
     order = range(HEADS) if site.head_order is None else site.head_order
     group = HEADS // len(stored.key_places)
     named = arguments(site.node)
+    cut = narrowest_cut(spelled.plan.inference, spelled.plan.evaluator, named["key"], named["value"])
     for part, places, full in (
-        ("key", stored.key_places, stored.cut.key_map),
-        ("value", stored.value_places, stored.cut.value_map),
+        ("key", stored.key_places, cut.key_map),
+        ("value", stored.value_places, cut.value_map),
     ):
         assert full.shape[0] == named[part].meta["val"].shape[1]
         repeat = HEADS // full.shape[0]
@@ -149,7 +156,7 @@ def test_keys_and_values_follow_from_the_row(spelled: Planned, name: str) -> Non
     ],
 )
 def test_the_row_holds_no_entry_twice(spelled: Planned, name: str, entries: int) -> None:
-    assert spelled.plan.stored[spelled.plan.sites[spelled.site(name)].cache].cut.width == entries
+    assert spelled.plan.stored[spelled.plan.sites[spelled.site(name)].cache].width == entries
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,31 @@ MUTANTS: dict[str, Mutant] = {
         "GQA by tiling, head h % Hkv",
     ),
     "query heads read the wrong group": Mutant(
-        "plan_cache:_stored_heads",
-        "group_of = [distinct.index(pairs[h // repeat])",
-        "group_of = [distinct.index(pairs[h % len(pairs)])",
+        "store_heads:_distinct_heads",
+        "reads = [first.index(pairs[h // repeat])",
+        "reads = [first.index(pairs[h % len(pairs)])",
         "GQA by enable_gqa",
     ),
     "layers share one cache": Mutant(
-        "plan_cache:_find_equal", "same = other.cut.nodes == heads.cut.nodes", "same = True", "GQA by repeat_interleave"
+        "store_heads:StoredHeads.same", "self.content == other.content", "True", "GQA by repeat_interleave"
+    ),
+    "weights of the next head": Mutant(
+        "absorb:_Builder.weights",
+        "places = constants.places[: self.count(constants)]",
+        "places = constants.places[: self.count(constants)].roll(1, 0)",
+        "latent keys and values",
+    ),
+    "a factor of keys dropped": Mutant(
+        "absorb:_Builder.scale",
+        "return self.by_head(",
+        "return node or self.by_head(",
+        "keys and values of two latents",
+    ),
+    "a bias of values dropped": Mutant(
+        "absorb:_Builder.forward",
+        "return self.by_head(",
+        "return source or self.by_head(",
+        "keys and values of two latents",
     ),
     "keys stored as values": Mutant(
         "insert_cache:_write", "stored.value_places", "stored.key_places", "GQA by repeat_interleave"

@@ -143,3 +143,9 @@ def assert_not_blind(model: nn.Module, prompts: Prompts, seen: float, n: int = N
     changed = sum(a != b for a, b in zip(sound, other, strict=True))
     assert 2 * changed >= len(prompts), f"a spoiled token changed {changed} of {len(prompts)} continuations"
     assert len(set(map(tuple, sound))) == len(prompts), "different prompts give the same tokens"
+
+
+def allocated_bytes_per_token(engine: Any) -> float:
+    """Bytes of an engine's cache tensors, per token that they have room for."""
+    slots = engine.caches[0][0].shape[0] * engine.plan.block_size
+    return sum(t.numel() * t.element_size() for pair in engine.caches for t in pair) / slots

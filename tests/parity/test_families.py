@@ -8,7 +8,14 @@ import pytest
 from torch import nn
 
 import kvpass
-from tests.parity.harness import CONFIG, SEED, assert_not_blind, assert_tokens_equal, ragged_prompts
+from tests.parity.harness import (
+    CONFIG,
+    SEED,
+    allocated_bytes_per_token,
+    assert_not_blind,
+    assert_tokens_equal,
+    ragged_prompts,
+)
 
 zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
 
@@ -63,6 +70,21 @@ def test_a_site_for_every_layer(compiled: Compiled) -> None:
     layers = compiled.original.config.num_hidden_layers
     assert len(compiled.engine.report.sites) == layers
     assert len({site.module_path for site in compiled.engine.report.sites}) == layers
+
+
+def test_bytes_per_token_are_those_of_the_closed_form(compiled: Compiled) -> None:
+    engine, config = compiled.engine, compiled.original.config
+    wanted = 4 * config.num_hidden_layers * numbers_per_token(config)
+    assert allocated_bytes_per_token(engine) == engine.report.bytes_per_token == wanted
+
+
+def numbers_per_token(config: Any) -> int:
+    """What a layer has to remember of a token, from the config: latent attention, or keys and values of its heads."""
+    if getattr(config, "kv_lora_rank", None):
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    heads = config.num_attention_heads
+    stored = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
+    return 2 * stored * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

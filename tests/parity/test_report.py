@@ -26,6 +26,8 @@ BYTES = {
     "MQA with keys of two dims": (both(1), both(1)),
     "MQA by expand": (FULL, both(1)),
     "values narrower than keys": (both(HEADS, value_dim=8), both(heads.KV_HEADS, value_dim=8)),
+    "keys are values": (FULL, FULL // 2),
+    "latent keys and values": (both(HEADS) + FLOAT * LAYERS * HEADS * 8, FLOAT * LAYERS * (16 + 8)),
     "keys and values shared across layers": (FULL, both(HEADS, layers=1)),
     "one block run three times": (both(HEADS, layers=3), both(HEADS, layers=3)),
 }
