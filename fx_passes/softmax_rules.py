@@ -51,7 +51,9 @@ def divided_after_values(captured: CapturedGraph, node: Node) -> Node | None:
 
 
 def in_base_two(captured: CapturedGraph, node: Node) -> Node | None:
-    """``exp2(x)`` is ``exp(x * log(2))``."""
+    """``exp2(x)`` is ``exp(x * log(2))``; what positions are computed with is left to the last bit as it is."""
+    if classify(captured)[node] is not Dependence.DATA:
+        return None
     scaled = emit(captured, aten.mul.Tensor, node.args[0], math.log(2.0), like=node)
     return emit(captured, aten.exp.default, scaled, like=node)
 

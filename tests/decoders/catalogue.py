@@ -98,7 +98,6 @@ DECODERS: dict[str, Builder] = {
     "scores times the mask": decoder_around(unusual_attention.MultipliedMask),
     "exp of log_softmax": decoder_around(unusual_attention.ExpOfLogSoftmax),
     "sink in the sum": decoder_around(softmaxes.SinkInTheSum),
-    "sink as a gate": decoder_around(softmaxes.SinkAsAGate),
     "log-sum-exp by hand": decoder_around(softmaxes.LogSumExpByHand),
     "products element by element": decoder_around(softmaxes.ElementwiseProducts),
     "zeroed after the softmax": decoder_around(softmaxes.ZeroedAfterTheSoftmax),

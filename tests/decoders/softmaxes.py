@@ -25,19 +25,6 @@ class SinkInTheSum(Heads):
         return weights / (weights.sum(-1, keepdim=True) + (self.sinks - largest).exp()) @ v
 
 
-class SinkAsAGate(Heads):
-    """The same sink as a sigmoid of the log-sum-exp, times the softmax."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sinks = nn.Parameter(torch.ones(HEADS, 1, 1))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(future(q.size(2), q.device), -torch.inf)
-        gate = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - self.sinks)
-        return (scores.softmax(-1) * gate) @ v
-
-
 class LogSumExpByHand(Heads):
     """exp of scores less their log-sum-exp, itself written with max, exp, sum and log."""
 
