@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 E = Entry
 # rows, width: entries for storage of 4, 8, 16 and 32 bits per element. Where 64 rows are missing, 16 serve; float32
 # dots of heads wider than 128 spill whatever the tile, and are refused.
-_NVIDIA: dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]] = {
+_NVIDIA: dict[tuple[int, int], tuple[Entry | None, ...]] = {
     (16, 64): (E(128, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
     (16, 128): (E(128, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
     (16, 256): (E(32, 4, 3, 2), E(32, 4, 5, 2), E(32, 4, 5, 2), None),
@@ -54,10 +54,17 @@ _NVIDIA: dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]] = {
     (64, 128): (E(64, 8, 3, 1), E(64, 8, 3, 1), E(64, 8, 3, 1), None),
     (64, 256): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), None),
 }
-TILES: dict[str, dict[tuple[int, int], tuple[Entry, Entry, Entry, Entry | None]]] = {
+TILES: dict[str, dict[tuple[int, int], tuple[Entry | None, ...]]] = {
     "sm_80": _NVIDIA,
     "sm_90": _NVIDIA,
-    "sm_100": _NVIDIA,
+    "sm_100": {
+        **_NVIDIA,
+        (16, 64): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
+        (16, 128): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
+        (64, 64): (None, None, E(64, 4, 3, 2), None),
+        (64, 128): (None, None, E(64, 8, 3, 1), None),
+        (64, 256): (None, None, E(16, 8, 2, 1), None),
+    },
     "gfx942": {
         (16, 64): (E(64, 4, 2, 2), E(64, 4, 2, 2), E(64, 4, 2, 2), E(32, 4, 2, 2)),
         (16, 128): (E(64, 4, 2, 2), E(64, 4, 2, 2), E(64, 4, 2, 1), E(32, 4, 2, 1)),
