@@ -7,6 +7,7 @@ from kvpass.config import CacheConfig
 from kvpass.fx_passes.graph import aten, is_call
 from tests.fx_passes.latent_spellings import (
     HEADS,
+    LATENT,
     LATENTS,
     ROTARY,
     VALUE,
@@ -76,7 +77,9 @@ def test_weights_are_views_of_the_models_own(rewritten: Rewritten) -> None:
     own = {p.data_ptr() for p in rewritten.model.parameters()}
     module = rewritten.paged.module
     assert {p.data_ptr() for p in module.parameters()} <= own
-    added = [b for name, b in module.named_buffers() if name.startswith("_")]
-    assert all(not b.is_floating_point() for b in added)
+    added = [b for name, b in module.named_buffers() if name.startswith("_absorbed")]
+    assert added and not any(b.is_floating_point() for b in added)
+    largest = max((b.numel() for b in module.buffers() if b.is_floating_point()), default=0)
+    assert largest < LATENT * HEADS * VALUE, "tables of positions, but no matrix"
     gathered = [n for n in module.graph.nodes if is_call(n, aten.index_select) and n.args[1] == 0]
     assert len(gathered) == 2, "the weights of heads_in_no_order, of keys and of values, are the only ones in no grid"
