@@ -92,10 +92,7 @@ MUTANTS: dict[str, Mutant] = {
         "insert_cache:_attend", "_table(captured, slopes,", "_table(captured, None,", "ALiBi from aranges"
     ),
     "bias forgotten": Mutant(
-        "insert_cache:_attend",
-        "_table(captured, bias,",
-        "_table(captured, None,",
-        "learned bias for each pair of positions",
+        "insert_cache:_attend", "_table(captured, bias,", "_table(captured, None,", "chunks of eight"
     ),
     # heads and caches
     "heads not put back in order": Mutant(
@@ -140,8 +137,11 @@ MUTANTS: dict[str, Mutant] = {
         "wanted = places.flatten().flip(0)",
         "GQA by repeat_interleave",
     ),
-    "parts of the cut on top of each other": Mutant(
-        "narrow_cut:_trace", "sum(widths[:i]) for", "0 * sum(widths[:i]) for", "GQA by repeat_interleave"
+    "cut behind arithmetic": Mutant(
+        "narrow_cut:is_move",
+        "is_call(node, *MOVES)",
+        "is_call(node, *MOVES, aten.mul, aten.add)",
+        "GQA by repeat_interleave",
     ),
     # positions and rows
     "positions shifted": Mutant(
@@ -160,6 +160,9 @@ MUTANTS: dict[str, Mutant] = {
         "GPT-2 with a tril buffer slice",
     ),
     # proofs
+    "dropout taken out when it is on": Mutant(
+        "canonicalize:_dropout", "return named", "off = True\n    return named", "dropout left on"
+    ),
     "ops along the tokens allowed": Mutant(
         "infer_axes:along", 'raise MixesTokens(f"works along {what}")', "pass", "cumulative mean"
     ),
