@@ -92,7 +92,10 @@ MUTANTS: dict[str, Mutant] = {
         "insert_cache:_attend", "_table(captured, slopes,", "_table(captured, None,", "ALiBi from aranges"
     ),
     "bias forgotten": Mutant(
-        "insert_cache:_attend", "_table(captured, bias,", "_table(captured, None,", "chunks of eight"
+        "insert_cache:_attend",
+        "_table(captured, bias,",
+        "_table(captured, None,",
+        "learned bias for each pair of positions",
     ),
     # heads and caches
     "heads not put back in order": Mutant(
@@ -137,11 +140,8 @@ MUTANTS: dict[str, Mutant] = {
         "wanted = places.flatten().flip(0)",
         "GQA by repeat_interleave",
     ),
-    "cut behind arithmetic": Mutant(
-        "narrow_cut:is_move",
-        "is_call(node, *MOVES)",
-        "is_call(node, *MOVES, aten.mul, aten.add)",
-        "GQA by repeat_interleave",
+    "parts of the cut on top of each other": Mutant(
+        "narrow_cut:_trace", "node, offset, total) for", "node, 0, total) for", "GQA by repeat_interleave"
     ),
     # positions and rows
     "positions shifted": Mutant(
