@@ -7,7 +7,17 @@ from typing import Any
 
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import FULL, CapturedGraph, PassResult, arguments, aten, emit, is_call, shape_of
+from kvpass.fx_passes.graph import (
+    FULL,
+    CapturedGraph,
+    PassResult,
+    arguments,
+    aten,
+    emit,
+    is_call,
+    shape_of,
+    tensor_value,
+)
 
 SOFTMAXES = (aten.softmax, aten._softmax, aten._safe_softmax)
 
@@ -59,7 +69,9 @@ class FoldSinkGates:
 
 def _folded(captured: CapturedGraph, node: Node) -> Node | None:
     for out, factor in (node.args[:2], node.args[1::-1]):
-        if not isinstance(out, Node) or not isinstance(factor, Node) or shape_of(out) != shape_of(node):
+        if not isinstance(out, Node) or not isinstance(factor, Node):
+            continue
+        if tensor_value(out) is None or tensor_value(factor) is None or shape_of(out) != shape_of(node):
             continue
         product = _uncast(out) if is_call(_uncast(out), aten.matmul, aten.bmm) else None
         weights = out if product is None else product.args[0]

@@ -144,7 +144,7 @@ class BaddbmmBatch(nn.Module):
         )
         mask = torch.full((1, s, s), torch.finfo(x.dtype).min, device=x.device).triu(1).expand(b * HEADS, s, s)
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), beta=1.0, alpha=HEAD_DIM**-0.5)
-        out = torch.baddbmm(v, scores.softmax(-1), v, beta=0.5, alpha=2.0).view(b, HEADS, s, HEAD_DIM)
+        out = torch.baddbmm(v, scores.softmax(-1), v, beta=-0.25, alpha=3.0).view(b, HEADS, s, HEAD_DIM)
         return self.out(out.transpose(1, 2).reshape(b, s, DIM))
 
 
