@@ -227,6 +227,9 @@ class Engine:
         if not step.ranges:
             raise IntegrityError("requests are under way and none of them can be scheduled")
         with torch.inference_mode():
+            if step.copies:
+                source, target = torch.tensor(step.copies, device=self.module.device).t().contiguous()
+                torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
             inputs = build_step_inputs(step, self.plan.block_size, self.module.device)
             tokens = sample(self.module(inputs, self.caches), step.sampled)
         self._scheduler.commit(step, tokens)

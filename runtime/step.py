@@ -23,10 +23,13 @@ class Step:
     Attributes:
         ranges: tokens of each sequence, oldest sequence first; empty when there is nothing to do.
         sampled: sequences whose next token is to be chosen: those whose range ends at their newest token.
+        copies: pairs (source, destination) of blocks whose content has to be copied before the step is computed, all
+            at once; no two destinations are equal.
     """
 
     ranges: tuple[TokenRange, ...]
     sampled: tuple[Sequence, ...]
+    copies: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass

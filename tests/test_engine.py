@@ -4,19 +4,14 @@ import gc
 import random
 import threading
 
-import numpy as np
 import pytest
 import torch
 
-from kvpass.config import CacheConfig
-from kvpass.engine import Engine
 from kvpass.errors import CapacityError, ConfigError, InputError, KvpassError
-from kvpass.types import CachePlan, CacheSpec, Sampling
+from kvpass.types import Sampling
+from tests.history_engine import VOCABULARY, check_idle, make_engine, naive, ragged
 
-VOCABULARY = 40
 STOP = 7
-LOGITS = np.random.default_rng(0).standard_normal((997, VOCABULARY), dtype=np.float32)
-POWERS = np.array([pow(31, i, 997) for i in range(4096)])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,86 +21,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def logits_of(history):
-    """Logits after the tokens ``history``: any other token or order gives other ones."""
-    return LOGITS[int((np.asarray(history, dtype=np.int64) + 1) @ POWERS[: len(history)] % 997)]
-
-
-class HistoryModule:
-    """Keeps tokens as keys and positions as values, and knows of the past only what it finds in its blocks."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.steps = 0
-        self.before_step = lambda step: None
-        self.poison = None
-
-    def __call__(self, step, caches):
-        assert torch.is_inference_mode_enabled()
-        self.steps += 1
-        ((keys, values),) = caches
-        size = keys.shape[2]
-        flat_keys, flat_values = keys.view(-1).numpy(), values.view(-1).numpy()
-        flat_keys[step.slot_mapping.numpy()] = step.token_ids.numpy()
-        flat_values[step.slot_mapping.numpy()] = step.positions.numpy()
-        self.before_step(step)
-        sequences = torch.searchsorted(step.query_start, step.logits_index, right=True) - 1
-        rows = []
-        for row, sequence in zip(step.logits_index.tolist(), sequences.tolist(), strict=True):
-            length = int(step.positions[row]) + 1
-            assert length <= int(step.seq_lens[sequence])
-            positions = np.arange(length)
-            slots = step.block_tables[sequence].numpy()[positions // size] * size + positions % size
-            assert np.array_equal(flat_values[slots], positions)
-            rows.append(logits_of(flat_keys[slots]))
-            if self.poison == flat_keys[slots[0]]:
-                rows[-1] = rows[-1] * np.nan
-        return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, VOCABULARY)
-
-
-def naive(prompt, count, stop_ids=()):
-    """Greedy continuation without any cache."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + count and not (len(tokens) > len(prompt) and tokens[-1] in stop_ids):
-        tokens.append(int(logits_of(tokens).argmax()))
-    return tokens[len(prompt) :]
-
-
-def make_engine(max_length=None, eos=(), block_size=4, **options):
-    plan = CachePlan(
-        (CacheSpec("only", 1, 1, 1, "float32", "float32"),),
-        block_size,
-        VOCABULARY,
-        max_length,
-        "learned positions" if max_length else "",
-    )
-    options.setdefault("num_blocks", 64)
-    config = CacheConfig(block_size=block_size, **options)
-    engine = Engine(HistoryModule(), plan, config, report=None, eos_token_ids=eos)
-    for keys, values in engine.caches:
-        keys.fill_(float("nan"))
-        values.fill_(float("nan"))
-    return engine
-
-
-def ragged(count, seed=0, prefix=9):
-    numbers = random.Random(seed)
-    shared = [numbers.randrange(VOCABULARY) for _ in range(prefix)]
-    return [
-        shared[: numbers.choice((0, prefix))] + [numbers.randrange(VOCABULARY) for _ in range(numbers.randint(1, 20))]
-        for _ in range(count)
-    ]
-
-
-def check_idle(engine):
-    engine.check_integrity()
-    stats = engine.stats()
-    assert (stats.blocks_used, stats.running, stats.waiting) == (0, 0, 0)
-    assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
-    assert not engine._requests and not engine._cancelled
 
 
 @pytest.mark.parametrize("sharing", [True, False])
@@ -127,6 +42,28 @@ def test_tokens_equal_those_without_a_cache(sharing, max_batch_tokens, num_block
     assert (engine.stats().prefix_hit_tokens > 0) == sharing
     if num_blocks == 12 and max_batch_tokens > 1:
         assert engine.stats().preemptions > 0
+
+
+def test_the_copies_of_a_step_are_made_before_it_is_computed(monkeypatch):
+    engine = make_engine(num_blocks=8, prefix_sharing=False)
+    schedule, moved = engine._scheduler.schedule, []
+
+    def schedule_elsewhere():
+        """The sequence moves on to another block at each step, and its content has to follow."""
+        step = schedule()
+        for sequence, start, _ in step.ranges:
+            if start:
+                (new,) = engine._pool.allocate(1)
+                old = sequence.replace_block(0, new)
+                engine._pool.release([old])
+                object.__setattr__(step, "copies", ((old, new),))
+                moved.append(new)
+        return step
+
+    monkeypatch.setattr(engine._scheduler, "schedule", schedule_elsewhere)
+    assert engine.generate([[3, 1]], 9) == [naive([3, 1], 9)]
+    assert len(moved) == 8
+    check_idle(engine)
 
 
 def test_tokens_come_in_order_through_callback_and_stream():
