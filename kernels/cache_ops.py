@@ -91,8 +91,10 @@ def fake_norm_rotary_write(
     fake_write_cache(key, value, key_cache, value_cache, slot_mapping, key_format, value_format)
     width = query.shape[2]
     torch._check(key.shape[2] == width, lambda: f"query has head dim {width}, key {key.shape[2]}")
+    check_sizes("query and key have one row per token", query.shape[0], key.shape[0])
     torch._check((cos is None) == (sin is None), lambda: "cos and sin are given together or not at all")
     if cos is not None and sin is not None:
+        check_sizes("cos and query have one row per token", cos.shape[0], query.shape[0])
         shape = tuple(cos.shape)
         torch._check(
             shape == tuple(sin.shape) and shape[1] % 2 == 0 and shape[1] <= width,

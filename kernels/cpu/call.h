@@ -67,12 +67,36 @@ struct AttentionCall {
 };
 
 struct WriteCall {
-    // [T, Hkv, D] and [T, Hkv, Dv], the last dim contiguous; strides in elements
-    const uint8_t* source[2];
-    int64_t source_format[2], token_stride[2], head_stride[2];
+    // new keys, values and, for what comes before an attention, queries: [T, H, D], the last dim contiguous; strides in
+    // elements
+    const uint8_t* source[3];
+    int64_t source_format[3], token_stride[3], head_stride[3];
     CacheArgument cache[2];
     int64_t tokens, blocks, kv_heads, block_size;
     const int64_t* slots;
+    int64_t query_heads;  // 0 without queries
+    uint8_t* query_out;   // [T, Hq, D] in the queries' dtype
+    // RMS norm of keys and of queries: weights [D], or null for none
+    const float* key_weight;
+    const float* query_weight;
+    double eps;
+    // rotation of keys and queries: [T, rotary], or null for none
+    const float* cos;
+    const float* sin;
+    int64_t rotary, interleaved;
+    int64_t threads;
+    int64_t detail, value;
+};
+
+struct GatherCall {
+    CacheArgument cache;
+    int64_t blocks, kv_heads, block_size;
+    // block_tables [N, W], seq_lens [N]
+    const int64_t* tables;
+    int64_t table_width;
+    const int64_t* lengths;
+    int64_t sequences;
+    float* out;  // [N, W * P, Hkv, D]
     int64_t threads;
     int64_t detail, value;
 };

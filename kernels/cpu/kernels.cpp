@@ -1,6 +1,7 @@
 // The entry points. This file is compiled once per instruction set, into one shared object each; see setup.py.
 
 #include "attention.h"
+#include "gather.h"
 #include "store.h"
 
 static Arena& own_arena() {
@@ -68,6 +69,14 @@ KVPASS_EXPORT int64_t kvpass_write(WriteCall* call) {
     }
 }
 
+KVPASS_EXPORT int64_t kvpass_gather(GatherCall* call) {
+    try {
+        return gather_cache(*call);
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
+}
+
 KVPASS_EXPORT int64_t kvpass_copy(CopyCall* call) {
     try {
         return copy_blocks(*call);
@@ -94,8 +103,9 @@ KVPASS_EXPORT int64_t kvpass_level() {
 #endif
 }
 
-// Sizes of the three calls, which the Python side compares with what it packs.
+// Sizes of the calls, which the Python side compares with what it packs.
 KVPASS_EXPORT int64_t kvpass_call_bytes(int64_t which) {
-    static const int64_t kBytes[] = {sizeof(AttentionCall), sizeof(WriteCall), sizeof(CopyCall)};
+    static const int64_t kBytes[] = {sizeof(AttentionCall), sizeof(WriteCall), sizeof(CopyCall),
+                                     sizeof(GatherCall)};
     return kBytes[which];
 }

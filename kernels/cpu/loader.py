@@ -19,7 +19,7 @@ from kvpass.errors import ConfigError
 
 LEVELS = ("base", "avx2", "avx512", "avx512_vnni")  # each includes those before it; the C++ side counts alike
 FOLDER = Path(__file__).parent
-CALL_FIELDS = (43, 22, 9)  # eight bytes each, of AttentionCall, WriteCall and CopyCall in call.h
+CALL_FIELDS = (43, 35, 9, 14)  # eight bytes each, of the calls in call.h for attention, write, copy and gather
 
 
 def object_path(level: str) -> Path:
@@ -35,7 +35,7 @@ def open_level(level: str) -> ctypes.CDLL:
         OSError: if it cannot be loaded, or was built from other sources than these.
     """
     library = ctypes.CDLL(str(object_path(level)))
-    for name in ("kvpass_attention", "kvpass_write", "kvpass_copy"):
+    for name in ("kvpass_attention", "kvpass_write", "kvpass_copy", "kvpass_gather"):
         function = getattr(library, name)
         function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int64
     library.kvpass_call_bytes.argtypes, library.kvpass_call_bytes.restype = (ctypes.c_int64,), ctypes.c_int64
@@ -43,7 +43,10 @@ def open_level(level: str) -> ctypes.CDLL:
     library.kvpass_share_threads.argtypes, library.kvpass_share_threads.restype = (ctypes.c_void_p,), None
     for which, fields in enumerate(CALL_FIELDS):
         if library.kvpass_call_bytes(which) != 8 * fields:
-            raise OSError(f"{object_path(level).name} was built from other sources: run pip install again")
+            raise OSError(
+                f"{object_path(level).name} was built from other sources: run `pip install -e .` again, or in a "
+                "checkout `python setup.py build_ext --inplace`"
+            )
     library.kvpass_share_threads(find_parallel_region())
     return library
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvpass.errors import InputError, KvpassError
@@ -52,12 +53,12 @@ def explain_attention(
     return MemoryError(f"kvpass::{op}: no memory for its work space")
 
 
-def explain_write(status: int, slots: Tensor, room: int) -> InputError | MemoryError:
+def explain_write(op: str, status: int, slots: Tensor, room: int) -> InputError | MemoryError:
     """The error for a write that was refused; nothing has been written."""
     if status == OUT_OF_MEMORY:
-        return MemoryError("kvpass::write_cache: no memory for its work space")
+        return MemoryError(f"kvpass::{op}: no memory for its work space")
     wrong = slots[(slots < 0) | (slots >= room)]
-    return InputError(f"kvpass::write_cache: slot_mapping holds {int(wrong[0])}, permitted are 0 to {room - 1}")
+    return InputError(f"kvpass::{op}: slot_mapping holds {int(wrong[0])}, permitted are 0 to {room - 1}")
 
 
 def explain_copy(status: int, source: Tensor, target: Tensor, blocks: int) -> InputError | MemoryError:
@@ -69,3 +70,12 @@ def explain_copy(status: int, source: Tensor, target: Tensor, blocks: int) -> In
         if len(wrong):
             return InputError(f"kvpass::copy_blocks: {name} holds {int(wrong[0])}, permitted are 0 to {blocks - 1}")
     return InputError("kvpass::copy_blocks: source and target were changed during the call")
+
+
+def explain_gather(status: int, tables: Tensor, lens: Tensor, blocks: int, size: int) -> InputError | MemoryError:
+    """The error for a gather that was refused."""
+    if status == OUT_OF_MEMORY:
+        return MemoryError("kvpass::gather_cache: no memory for its work space")
+    found = tables[torch.arange(tables.shape[1]) * size < lens[:, None]]
+    wrong = found[(found < 0) | (found >= blocks)]
+    return InputError(f"kvpass::gather_cache: block_tables holds {int(wrong[0])}, permitted are 0 to {blocks - 1}")

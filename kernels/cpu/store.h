@@ -4,19 +4,14 @@
 #include <algorithm>
 
 #include "convert.h"
+#include "prepare.h"
 #include "threads.h"
 
-// One row into the slot `offset` of a slab.
+// One row of floats into the slot `offset` of a slab.
 INLINE void store_row(
-    const uint8_t* from, int64_t from_format, const CacheArgument& cache, const Layout& layout, uint8_t* slab,
-    int64_t offset, float* row, int8_t* steps
+    const float* row, const CacheArgument& cache, const Layout& layout, uint8_t* slab, int64_t offset, int8_t* steps
 ) {
     uint8_t* to = slab + offset * layout.row_bytes;
-    if (from_format == cache.format) {
-        std::memcpy(to, from, layout.row_bytes);
-        return;
-    }
-    read_row(from, from_format, cache.dim, row);
     if (!layout.scale_bytes) return write_row(row, cache.format, cache.dim, to);
     bool four = cache.format == kInt4;
     float scale = quantise_row(row, cache.dim, four ? 7.0f : 127.0f, steps);
@@ -29,6 +24,88 @@ INLINE void store_row(
     for (int64_t i = 0; i < half; i++) to[i] = static_cast<uint8_t>((steps[i] + 8) | ((steps[half + i] + 8) << 4));
 }
 
+// Where a thread works on one row.
+struct RowSpace {
+    std::vector<float> row;
+    std::vector<int8_t> steps;
+
+    void make_room(int64_t width) {
+        if (static_cast<int64_t>(row.size()) >= width + kLanes) return;
+        row.resize(width + kLanes);
+        steps.resize(width + kLanes);
+    }
+};
+
+class Writer {
+public:
+    Writer(const WriteCall& call)
+        : call_(call), layouts_{layout_of(call.cache[0], call.block_size), layout_of(call.cache[1], call.block_size)} {}
+
+    // All rows of a token.
+    void write(int64_t t, RowSpace& space) const {
+        for (int64_t head = 0; head < call_.query_heads; head++) {
+            float* row = prepare(kQuery, t, head, call_.query_weight, space);
+            int64_t dim = call_.cache[kKey].dim, at = (t * call_.query_heads + head) * dim;
+            write_row(row, call_.source_format[kQuery], dim, call_.query_out + at * bytes_of(kQuery));
+        }
+        bool unchanged = !call_.key_weight && !call_.cos;
+        for (int64_t head = 0; head < call_.kv_heads; head++) {
+            if (unchanged)
+                copy_or_store(kKey, t, head, space);
+            else
+                store(kKey, prepare(kKey, t, head, call_.key_weight, space), t, head, space);
+            if (call_.cache[kValue].data) copy_or_store(kValue, t, head, space);
+        }
+    }
+
+private:
+    enum Part { kKey, kValue, kQuery };
+
+    int64_t bytes_of(Part part) const { return call_.source_format[part] == kFloat32 ? 4 : 2; }
+
+    const uint8_t* source(Part part, int64_t t, int64_t head) const {
+        int64_t at = t * call_.token_stride[part] + head * call_.head_stride[part];
+        return call_.source[part] + at * bytes_of(part);
+    }
+
+    // A row of keys or queries after norm and rotation.
+    float* prepare(Part part, int64_t t, int64_t head, const float* weight, RowSpace& space) const {
+        float* row = space.row.data();
+        int64_t dim = call_.cache[kKey].dim, angle = t * call_.rotary;
+        read_row(source(part, t, head), call_.source_format[part], dim, row);
+        if (weight) norm_row(row, dim, weight, static_cast<float>(call_.eps));
+        if (call_.cos) rotate_row(row, call_.rotary, call_.cos + angle, call_.sin + angle, call_.interleaved);
+        return row;
+    }
+
+    uint8_t* slab(Part part, int64_t t, int64_t head) const {
+        int64_t block = call_.slots[t] / call_.block_size;
+        return call_.cache[part].data + (block * call_.kv_heads + head) * layouts_[part].slab_bytes;
+    }
+
+    void store(Part part, const float* row, int64_t t, int64_t head, RowSpace& space) const {
+        store_row(
+            row, call_.cache[part], layouts_[part], slab(part, t, head), call_.slots[t] % call_.block_size,
+            space.steps.data()
+        );
+    }
+
+    void copy_or_store(Part part, int64_t t, int64_t head, RowSpace& space) const {
+        const uint8_t* from = source(part, t, head);
+        const CacheArgument& cache = call_.cache[part];
+        if (call_.source_format[part] == cache.format) {
+            int64_t offset = call_.slots[t] % call_.block_size * layouts_[part].row_bytes;
+            std::memcpy(slab(part, t, head) + offset, from, layouts_[part].row_bytes);
+            return;
+        }
+        read_row(from, call_.source_format[part], cache.dim, space.row.data());
+        store(part, space.row.data(), t, head, space);
+    }
+
+    const WriteCall& call_;
+    const Layout layouts_[2];
+};
+
 inline int64_t write_cache(WriteCall& call) {
     for (int64_t t = 0; t < call.tokens; t++)
         if (call.slots[t] < 0 || call.slots[t] >= call.blocks * call.block_size) {
@@ -36,39 +113,20 @@ inline int64_t write_cache(WriteCall& call) {
             call.value = call.slots[t];
             return kBadSlot;
         }
-    Layout layouts[2] = {layout_of(call.cache[0], call.block_size), layout_of(call.cache[1], call.block_size)};
+    const Writer writer(call);
     int64_t widest = std::max(call.cache[0].dim, call.cache[1].dim);
     constexpr int64_t kStretch = 16;  // tokens that a thread takes at once
     int64_t stretches = (call.tokens + kStretch - 1) / kStretch;
     std::atomic<bool> failed{false};
     for_each(stretches, call.threads, [&](int64_t i) {
-        static thread_local std::vector<float> row;
-        static thread_local std::vector<int8_t> steps;
+        static thread_local RowSpace space;
         try {
-            if (static_cast<int64_t>(row.size()) < widest + kLanes) {
-                row.resize(widest + kLanes);
-                steps.resize(widest + kLanes);
-            }
+            space.make_room(widest);
         } catch (const std::bad_alloc&) {
             failed = true;
             return;
         }
-        for (int64_t t = i * kStretch; t < std::min(call.tokens, (i + 1) * kStretch); t++) {
-            int64_t block = call.slots[t] / call.block_size, offset = call.slots[t] % call.block_size;
-            for (int which = 0; which < 2; which++) {
-                const CacheArgument& cache = call.cache[which];
-                if (!cache.data) continue;
-                int64_t size = call.source_format[which] == kFloat32 ? 4 : 2;
-                for (int64_t head = 0; head < call.kv_heads; head++) {
-                    int64_t at = t * call.token_stride[which] + head * call.head_stride[which];
-                    uint8_t* slab = cache.data + (block * call.kv_heads + head) * layouts[which].slab_bytes;
-                    store_row(
-                        call.source[which] + at * size, call.source_format[which], cache, layouts[which], slab,
-                        offset, row.data(), steps.data()
-                    );
-                }
-            }
-        }
+        for (int64_t t = i * kStretch; t < std::min(call.tokens, (i + 1) * kStretch); t++) writer.write(t, space);
     });
     return failed ? kOutOfMemory : kDone;
 }

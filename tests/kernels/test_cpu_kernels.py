@@ -50,8 +50,8 @@ def test_attention_is_right_on_every_level(op: str, name: str, level: str) -> No
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("op", ["write_cache", "copy_blocks"])
-def test_caches_are_filled_right_on_every_level(op: str, name: str, level: str) -> None:
+@pytest.mark.parametrize("op", CHECKS)
+def test_caches_are_filled_and_read_right_on_every_level(op: str, name: str, level: str) -> None:
     pick = random.Random(f"{level} {op} {name}")
     CHECKS[op](getattr(backend, op), pick.randrange(10**6), name, pick.choice(list(FORMATS)))
 
@@ -166,8 +166,15 @@ def test_bad_slots_and_blocks_are_refused() -> None:
         backend.write_cache(new, new, *caches, torch.tensor([1, 64, 2]))
     with pytest.raises(InputError, match=r"cannot write \(3, 2, 8\) to 2 slots"):
         backend.write_cache(new, new, *caches, torch.tensor([1, 2]))
+    with pytest.raises(InputError, match=r"norm_rotary_write: slot_mapping holds -1, permitted are 0 to 63"):
+        backend.norm_rotary_write(new, new, new, *caches, torch.tensor([1, -1, 2]), None, None, 1e-6, None, None)
+    with pytest.raises(InputError, match=r"cos and sin both \[3, Dr\]"):
+        angles = torch.zeros(2, 8)
+        backend.norm_rotary_write(new, new, new, *caches, torch.arange(3), None, None, 1e-6, angles, angles)
     with pytest.raises(InputError, match=r"target holds 4, permitted are 0 to 3"):
         backend.copy_blocks(caches, torch.tensor([0]), torch.tensor([4]))
+    with pytest.raises(InputError, match=r"gather_cache: block_tables holds 4, permitted are 0 to 3"):
+        backend.gather_cache(caches[0], torch.tensor([[3, 9], [4, 0]]), torch.tensor([16, 1]), 8)
     assert not any(cache.any() for cache in caches)
 
 

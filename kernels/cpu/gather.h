@@ -1,0 +1,60 @@
+// Reading back: what the caches hold for each sequence, as floats.
+#pragma once
+
+#include "pack.h"
+#include "products.h"
+#include "threads.h"
+
+// The rows [0, count) of one block of all heads, in order of tokens and heads; zeros for the rest of the block.
+template <int F>
+INLINE void gather_block(const GatherCall& call, const Layout& layout, int64_t block, int64_t count, float* row, float* out) {
+    int64_t dim = call.cache.dim;
+    for (int64_t head = 0; count && head < call.kv_heads; head++) {
+        const uint8_t* slab = call.cache.data + (block * call.kv_heads + head) * layout.slab_bytes;
+        for (int64_t p = 0; p < count; p++) {
+            expand_row<F>(slab + p * layout.row_bytes, dim, row);
+            float* to = out + (p * call.kv_heads + head) * dim;
+            if (!layout.scale_bytes) {
+                std::memcpy(to, row, 4 * dim);
+                continue;
+            }
+            float scale = load<float>(slab + layout.scale_bytes + 4 * p);
+            for (int64_t i = 0; i < dim; i++) to[i] = row[i] * scale;
+        }
+    }
+    int64_t token = call.kv_heads * dim;
+    std::fill(out + count * token, out + call.block_size * token, 0.0f);
+}
+
+inline int64_t gather_cache(GatherCall& call) {
+    int64_t size = call.block_size, width = call.table_width;
+    auto held = [&](int64_t n, int64_t column) {  // tokens in this block of the sequence
+        return std::clamp<int64_t>(call.lengths[n] - column * size, 0, size);
+    };
+    for (int64_t n = 0; n < call.sequences; n++)
+        for (int64_t column = 0; column < width && held(n, column); column++) {
+            int64_t block = call.tables[n * width + column];
+            if (block < 0 || block >= call.blocks) {
+                call.detail = n;
+                call.value = block;
+                return kBadBlock;
+            }
+        }
+    const Layout layout = layout_of(call.cache, size);
+    std::atomic<bool> failed{false};
+    for_each(call.sequences * width, call.threads, [&](int64_t i) {
+        static thread_local std::vector<float> row;
+        try {
+            if (static_cast<int64_t>(row.size()) < call.cache.dim + kLanes) row.resize(call.cache.dim + kLanes);
+        } catch (const std::bad_alloc&) {
+            failed = true;
+            return;
+        }
+        int64_t count = held(i / width, i % width);
+        with_format(call.cache.format, [&](auto f) {
+            float* out = call.out + i * size * call.kv_heads * call.cache.dim;
+            gather_block<f>(call, layout, count ? call.tables[i] : 0, count, row.data(), out);
+        });
+    });
+    return failed ? kOutOfMemory : kDone;
+}
