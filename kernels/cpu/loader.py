@@ -19,7 +19,8 @@ from kvpass.errors import ConfigError
 
 LEVELS = ("base", "avx2", "avx512", "avx512_vnni")  # each includes those before it; the C++ side counts alike
 FOLDER = Path(__file__).parent
-CALL_FIELDS = (43, 35, 9, 14)  # eight bytes each, of the calls in call.h for attention, write, copy and gather
+ENTRY_POINTS = ("kvpass_attention", "kvpass_write", "kvpass_copy", "kvpass_gather")
+CALL_FIELDS = (43, 35, 9, 14)  # eight bytes each, of the struct that each of them takes; see call.h
 
 
 def object_path(level: str) -> Path:
@@ -35,18 +36,20 @@ def open_level(level: str) -> ctypes.CDLL:
         OSError: if it cannot be loaded, or was built from other sources than these.
     """
     library = ctypes.CDLL(str(object_path(level)))
-    for name in ("kvpass_attention", "kvpass_write", "kvpass_copy", "kvpass_gather"):
+    stale = OSError(
+        f"{object_path(level).name} was built from other sources: run `pip install -e .` again, or in a checkout "
+        "`python setup.py build_ext --inplace`"
+    )
+    for name in ENTRY_POINTS:
+        if not hasattr(library, name):
+            raise stale
         function = getattr(library, name)
         function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int64
     library.kvpass_call_bytes.argtypes, library.kvpass_call_bytes.restype = (ctypes.c_int64,), ctypes.c_int64
     library.kvpass_level.restype = ctypes.c_int64
     library.kvpass_share_threads.argtypes, library.kvpass_share_threads.restype = (ctypes.c_void_p,), None
-    for which, fields in enumerate(CALL_FIELDS):
-        if library.kvpass_call_bytes(which) != 8 * fields:
-            raise OSError(
-                f"{object_path(level).name} was built from other sources: run `pip install -e .` again, or in a "
-                "checkout `python setup.py build_ext --inplace`"
-            )
+    if any(library.kvpass_call_bytes(which) != 8 * fields for which, fields in enumerate(CALL_FIELDS)):
+        raise stale
     library.kvpass_share_threads(find_parallel_region())
     return library
 

@@ -197,6 +197,15 @@ def test_a_level_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     loader.current.cache_clear()
 
 
+@pytest.mark.parametrize("changed", [{"CALL_FIELDS": (43, 36, 9, 14)}, {"ENTRY_POINTS": ("kvpass_attention", "x")}])
+def test_an_object_of_other_sources_is_not_used(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in changed.items():
+        monkeypatch.setattr(loader, name, value)
+    loader.open_level.cache_clear()
+    with pytest.raises(OSError, match=r"was built from other sources: run `pip install -e \.` again"):
+        loader.open_level("base")
+
+
 def test_without_an_object_nothing_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("KVPASS_CPU_ISA", raising=False)
     monkeypatch.setattr(loader, "FOLDER", tmp_path)
