@@ -232,7 +232,7 @@ class Engine:
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
             inputs = build_step_inputs(step, self.plan.block_size, self.module.device)
             tokens = sample(self.module(inputs, self.caches), step.sampled)
-        self._scheduler.commit(step, tokens)
+        self._scheduler.commit(step, [None if token is None else [token] for token in tokens])
         for sequence in step.sampled:
             self._deliver(self._requests[sequence])
 

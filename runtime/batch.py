@@ -15,14 +15,14 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
     """Flatten a step that is not empty: T tokens of N sequences, oldest sequence first.
 
     Returns:
-        StepInputs on ``device``; ``logits_index`` has one row for each of ``step.sampled``, in that order.
+        StepInputs on ``device``; ``logits_index`` has ``1 + drafted`` rows for each of ``step.sampled``, in that order.
     """
     starts = np.array([start for _, start, _ in step.ranges], dtype=np.int64)
     ends = np.array([end for _, _, end in step.ranges], dtype=np.int64)
     known = np.array([sequence.num_tokens for sequence, _, _ in step.ranges], dtype=np.int64)
     counts = ends - starts
     query_start = np.concatenate(([0], np.cumsum(counts)))
-    tokens = np.concatenate([sequence.tokens[start:end] for sequence, start, end in step.ranges])
+    tokens = np.concatenate([sequence.tokens_to_compute(start, end) for sequence, start, end in step.ranges])
     tables = _block_tables(step, -(-ends // block_size))
     rows = np.repeat(np.arange(len(starts)), counts)
     positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[rows]
@@ -38,8 +38,23 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
         block_tables=move(tables),
         seq_lens=move(ends),
         query_start=move(query_start),
-        logits_index=move(query_start[1:][ends == known] - 1),
+        logits_index=move(_rows_with_logits(query_start[1:], ends - known)),
     )
+
+
+def _rows_with_logits(row_ends: NDArray[np.int64], beyond: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of the newest token of each sequence and of those proposed after it.
+
+    Args:
+        row_ends: ``[N]``, where the rows of each sequence end.
+        beyond: ``[N]``, how many tokens the range of each goes past its newest one; negative where it ends before.
+    """
+    reached = beyond >= 0
+    last, drafted = row_ends[reached] - 1, beyond[reached]
+    if not drafted.any():
+        return last
+    ends = np.cumsum(drafted + 1)
+    return np.arange(ends[-1]) + np.repeat(last + 1 - ends, drafted + 1)
 
 
 def _block_tables(step: Step, widths: NDArray[np.int64]) -> NDArray[np.int64]:

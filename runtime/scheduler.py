@@ -10,10 +10,8 @@ to its end, and then the next one is the oldest.
 Where every cache has a window, the blocks that all of them have passed are given back as soon as the step that looked
 at them is committed. Their entries in the block table stay, as 0: no kernel follows an entry that no query sees.
 
-Full blocks are registered for reuse as soon as they are scheduled, so that sequences which arrive together share
-them. This is sound because each layer writes the tokens of a step before its attention reads. Until ``commit`` they
-are pending: a step that fails is undone by ``recover``, which unregisters them and takes the blocks from everybody
-who may refer to them.
+A step that fails is undone by ``recover``, which unregisters the blocks that it registered for reuse (see
+:mod:`kvpass.runtime.step_registry`) and takes the blocks from everybody who may refer to them.
 """
 
 from __future__ import annotations
@@ -22,21 +20,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from kvpass.errors import CapacityError, IntegrityError
 from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.prefix_cache import Branch, PrefixCache, PrefixNode
+from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.sequence import Sequence, SequenceState
 from kvpass.runtime.step import SchedulerCounts, Step, TokenRange
-
-
-class Replacement(NamedTuple):
-    """A block of a sequence whose content turned out to be registered already, in ``block``."""
-
-    sequence: Sequence
-    position: int
-    block: int
+from kvpass.runtime.step_registry import StepRegistry
 
 
 class Scheduler:
@@ -67,11 +57,9 @@ class Scheduler:
         # sequences but the last lack exactly one token; those that wait have no blocks.
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
-        # The step between schedule and commit, with the nodes it registered and the references it took for
-        # replacements. All empty when no step is in flight.
+        # The step between schedule and commit, and what it registered.
         self._in_flight: Step | None = None
-        self._pending: list[PrefixNode] = []
-        self._replacements: list[Replacement] = []
+        self._registry = StepRegistry(pool, prefix_cache)
         # False while blocks change hands: if an exception leaves it so, nothing is known but the tokens. Even then
         # each unfinished sequence is in at least one of the two queues, so that none is lost.
         self._intact = True
@@ -126,42 +114,49 @@ class Scheduler:
                 end = min(sequence.num_tokens, sequence.num_computed + budget)
                 if not self._grow(sequence, end):
                     break
+                if sequence.num_draft and end == sequence.num_tokens:
+                    # One token of the budget belongs to each sequence that follows.
+                    spare = budget - (end - sequence.num_computed) - (len(self._running) - len(ranges) - 1)
+                    end += self._grow_for_draft(sequence, spare)
                 ranges.append(self._place(sequence, end))
                 budget -= end - ranges[-1].start
             if self._waiting and preemptions == self.counts.preemptions:
                 ranges += self._admit(budget)
-            sampled = tuple(sequence for sequence, _, end in ranges if end == sequence.num_tokens)
-            step = Step(tuple(ranges), sampled)
+            reached = [(sequence, end - sequence.num_tokens) for sequence, _, end in ranges]
+            reached = [(sequence, drafted) for sequence, drafted in reached if drafted >= 0]
+            sampled = tuple(sequence for sequence, _ in reached)
+            step = Step(tuple(ranges), sampled, tuple(drafted for _, drafted in reached))
             if ranges:
                 self._in_flight = step
         return step
 
-    def commit(self, step: Step, tokens: Ordered[int | None]) -> None:
-        """Take note that ``step`` is computed, and of the ``tokens`` chosen for ``step.sampled``.
+    def commit(self, step: Step, tokens: Ordered[Ordered[int] | None]) -> None:
+        """Take note that ``step`` is computed, and of the new ``tokens`` of each of ``step.sampled``, at least one.
 
-        None instead of a token ends a sequence in error; what it registered is forgotten. Finished sequences give
-        their blocks back.
+        What was computed of proposed tokens is kept as far as the new tokens are the proposed ones; of the others, and
+        of the last one, nothing is computed yet. Tokens after the one that ends a sequence are dropped. None instead of
+        tokens ends a sequence in error; what it registered is forgotten. Finished sequences give their blocks back.
         """
-        if step is not self._in_flight or len(tokens) != len(step.sampled):
-            raise IntegrityError("commit takes the step in flight and one token for each of its sampled sequences")
+        if step is not self._in_flight or len(tokens) != len(step.sampled) or [] in tokens:
+            raise IntegrityError("commit takes the step in flight, and at least one token for each sampled sequence")
         with self._changing():
             self._count(step)
             for sequence, _, end in step.ranges:
-                sequence.num_computed = end
-            for sequence, position, block in self._replacements:
-                self._pool.release([sequence.replace_block(position, block)])
-            for sequence, token in zip(step.sampled, tokens, strict=True):
-                if token is None:
-                    self._forget_content(sequence)
+                sequence.num_computed = min(end, sequence.num_tokens)
+            for sequence, drafted, new in zip(step.sampled, step.drafted, tokens, strict=True):
+                if new is None:
+                    self._registry.forget_content(sequence)
                     sequence.finish("error")
                 else:
-                    sequence.append(token)
+                    self._accept(sequence, drafted, new)
+            self._registry.settle()
+            for sequence in step.sampled:
                 if sequence.state is SequenceState.FINISHED:
                     self._pool.release(sequence.take_blocks())
             self._running = [sequence for sequence in self._running if sequence.state is SequenceState.RUNNING]
             for sequence in self._running:
                 self._give_back_passed(sequence)
-            self._end_step()
+            self._in_flight = None
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Drop sequences wherever they are, and give their blocks back; finished ones are left as they are."""
@@ -188,14 +183,10 @@ class Scheduler:
             return True
         if self._in_flight is not None:
             with self._changing():
-                if self._prefix_cache is not None:
-                    for node in self._pending:
-                        self._prefix_cache.forget(node)
-                # Before the tables: descendants are released before their ancestors.
-                self._pool.release([replacement.block for replacement in self._replacements])
+                self._registry.undo()
                 while self._running:
                     self._requeue_youngest()
-                self._end_step()
+                self._in_flight = None
             return True
         return False
 
@@ -213,13 +204,13 @@ class Scheduler:
             IntegrityError: naming the invariant that does not hold.
         """
         tables = [sequence.blocks for sequence in self._running]
-        self._pool.check_integrity([*tables, [replacement.block for replacement in self._replacements]])
+        self._pool.check_integrity([*tables, self._registry.referenced_blocks])
         if self._prefix_cache is not None:
             self._prefix_cache.check_integrity()
         arrivals = [sequence.arrival for sequence in (*self._running, *self._waiting)]
         _require(arrivals == sorted(set(arrivals)), "the sequences are not in the order of their arrival")
         _require(len(self._running) <= self._max_running, "more sequences run than may")
-        _require(self._in_flight is not None or not (self._pending or self._replacements), "a step was left half done")
+        _require(self._in_flight is not None or self._registry.is_settled, "a step was left half done")
         for sequence in self._running:
             _require(sequence.state is SequenceState.RUNNING, "a sequence runs that should not")
             lacking = sequence.num_tokens - sequence.num_computed
@@ -254,12 +245,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, reserve: int) -> bool:
         """Give a waiting sequence the blocks of all its tokens, registered ones as far as there are any."""
-        branch: Branch | None = None
-        shared: list[int] = []
-        if self._prefix_cache is not None:
-            # At least one token has to be computed, or there would be no logits.
-            most = (sequence.num_tokens - 1) // self._pool.block_size
-            branch, shared = self._prefix_cache.match(sequence.tokens, most)
+        branch, shared = self._registry.find_prefix(sequence)
         need = self._pool.blocks_for(sequence.num_tokens) - len(shared)
         if self._pool.num_available - self._pool.count_unreferenced(shared) - need < reserve:
             return False
@@ -298,6 +284,35 @@ class Scheduler:
         sequence.add_blocks(self._pool.allocate(need))
         return True
 
+    def _grow_for_draft(self, sequence: Sequence, spare: int) -> int:
+        """Give a running sequence blocks for proposed tokens, at most ``spare``; gives for how many there are blocks.
+
+        Nobody is preempted for them.
+        """
+        wanted = min(sequence.num_draft, spare)
+        need = self._pool.blocks_for(sequence.num_tokens + wanted) - sequence.num_blocks
+        count = max(0, min(need, self._pool.num_available))
+        sequence.add_blocks(self._pool.allocate(count))
+        slots = sequence.num_blocks * self._pool.block_size
+        return min(wanted, slots - sequence.num_tokens)
+
+    def _accept(self, sequence: Sequence, drafted: int, new: Ordered[int]) -> None:
+        """Append new tokens; as far as they were proposed, and but for the last one, they are computed already."""
+        matching = 0
+        for token, proposed in zip(new[:-1], sequence.draft[:drafted], strict=False):
+            if token != proposed:
+                break
+            matching += 1
+        sequence.num_computed += matching
+        self.counts.drafted_tokens += drafted
+        self.counts.accepted_tokens += matching
+        for token in new:
+            sequence.append(token)
+            if sequence.state is SequenceState.FINISHED:
+                break
+        if matching:
+            self._registry.register(sequence, min(sequence.num_computed, sequence.num_tokens))
+
     def _requeue_youngest(self) -> None:
         sequence = self._running[-1]
         self._waiting.appendleft(sequence)
@@ -307,55 +322,21 @@ class Scheduler:
 
     def _place(self, sequence: Sequence, end: int) -> TokenRange:
         """Put tokens up to ``end`` into the step, and register the blocks that become full."""
-        branch = sequence.branch
-        full = end // self._pool.block_size
-        if full > sequence.num_registered and branch is not None and branch.attached:
-            sequence.branch = self._register(sequence, branch, full)
-            sequence.num_registered = full
+        # Proposed tokens may be rejected, and are registered once they are not.
+        self._registry.register(sequence, min(end, sequence.num_tokens))
         return TokenRange(sequence, sequence.num_computed, end)
-
-    def _register(self, sequence: Sequence, branch: Branch, full: int) -> Branch:
-        """Register blocks of ``sequence`` from ``branch`` on, up to the first ``full`` ones; returns the new branch."""
-        if self._prefix_cache is None:
-            return branch
-        size = self._pool.block_size
-        tokens = sequence.tokens
-        for index in range(sequence.num_registered, full):
-            block = int(sequence.table[index])
-            node = self._prefix_cache.insert(branch, tokens[index * size : (index + 1) * size], block)
-            if node.block == block:
-                self._pending.append(node)
-            else:
-                # Owning the registered block as well keeps it, and with it the path to the root, in place.
-                self._pool.acquire([node.block])
-                self._replacements.append(Replacement(sequence, index, node.block))
-            branch = node
-        return branch
-
-    def _forget_content(self, sequence: Sequence) -> None:
-        """Unregister all that a sequence wrote or read: any of it may be what broke its logits."""
-        branch = sequence.branch
-        first: PrefixNode | None = None
-        while isinstance(branch, PrefixNode):
-            first, branch = branch, branch.parent
-        if first is not None and self._prefix_cache is not None:
-            self._prefix_cache.forget(first)
 
     def _count(self, step: Step) -> None:
         counts = self.counts
         counts.steps += 1
         for sequence, start, end in step.ranges:
-            if end - start == 1 and start >= sequence.prompt_length:
+            known = min(end, sequence.num_tokens)
+            if known - start == 1 and start >= sequence.prompt_length:
                 counts.decode_tokens += 1
             else:
-                counts.prefill_tokens += end - start
+                counts.prefill_tokens += known - start
             counts.unused_slots += sequence.num_blocks * self._pool.block_size - end
         counts.allocated_slots += self._pool.num_used * self._pool.block_size
-
-    def _end_step(self) -> None:
-        self._in_flight = None
-        self._pending = []
-        self._replacements = []
 
     def _reset(self) -> None:
         """Free all blocks and recompute every unfinished sequence; may itself be interrupted and done again."""
@@ -368,7 +349,8 @@ class Scheduler:
         for sequence in self._waiting:
             sequence.take_blocks()
             sequence.state = SequenceState.WAITING
-        self._end_step()
+        self._registry.start_anew()
+        self._in_flight = None
         self._intact = True
 
     def _require_no_step(self, operation: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Sequence as Ordered
 from enum import Enum
 from typing import Any
 
@@ -42,6 +43,7 @@ class Sequence:
         finish_reason: why it finished; None before, and when it was cancelled.
         num_tokens: tokens of prompt and output.
         num_computed: tokens whose cache is written; 0 whenever the sequence has no blocks.
+        num_draft: tokens proposed to follow the newest one, to be computed with it in the next step.
         num_blocks: blocks in the table, those that were given back included.
         num_passed: blocks from the front of the table that no query to come can see; they were given back, and their
             entries are 0.
@@ -59,6 +61,7 @@ class Sequence:
         "max_new_tokens",
         "num_blocks",
         "num_computed",
+        "num_draft",
         "num_passed",
         "num_registered",
         "num_tokens",
@@ -89,6 +92,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.num_tokens = len(prompt)
         self.num_computed = 0
+        self.num_draft = 0
         self.num_blocks = 0
         self.num_passed = 0
         self.branch: Branch | None = None
@@ -133,12 +137,35 @@ class Sequence:
         output: list[int] = self._tokens[self.prompt_length + start : self.num_tokens].tolist()
         return output
 
+    @property
+    def draft(self) -> list[int]:
+        """The proposed tokens."""
+        draft: list[int] = self._tokens[self.num_tokens : self.num_tokens + self.num_draft].tolist()
+        return draft
+
+    def propose(self, tokens: Ordered[int]) -> None:
+        """Propose ``tokens`` to follow the newest one, in place of what was proposed before.
+
+        They are computed together with it, as far as tokens and blocks are to spare, and logits come for each. No more
+        are taken than may still be generated, less the one that the last logits give.
+        """
+        self.num_draft = max(0, min(len(tokens), self.max_cached_tokens - self.num_tokens))
+        end = self.num_tokens + self.num_draft
+        if end > len(self._tokens):
+            self._tokens = _grown(self._tokens, end)
+        self._tokens[self.num_tokens : end] = tokens[: self.num_draft]
+
+    def tokens_to_compute(self, start: int, end: int) -> TokenArray:
+        """Tokens ``start`` to ``end`` of prompt, output and draft; a view."""
+        return self._tokens[start:end]
+
     def append(self, token: int) -> None:
-        """Add a generated token, and finish if it is the last one."""
+        """Add a generated token, and finish if it is the last one; nothing is proposed any more."""
         if self.num_tokens == len(self._tokens):
             self._tokens = _grown(self._tokens, self.num_tokens + 1)
         self._tokens[self.num_tokens] = token
         self.num_tokens += 1
+        self.num_draft = 0
         if token in self.stop_ids:
             self.finish("stop")
         elif self.num_output >= self.max_new_tokens:
@@ -178,6 +205,7 @@ class Sequence:
         self.num_blocks = 0
         self.num_passed = 0
         self.num_computed = 0
+        self.num_draft = 0
         self.num_registered = 0
         self.branch = None
         return blocks

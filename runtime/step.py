@@ -9,7 +9,7 @@ from kvpass.runtime.sequence import Sequence
 
 
 class TokenRange(NamedTuple):
-    """Tokens ``start`` to ``end`` of a sequence, to be computed in one step."""
+    """Tokens ``start`` to ``end`` of a sequence, to be computed in one step; the last ones may be proposed ones."""
 
     sequence: Sequence
     start: int
@@ -22,13 +22,16 @@ class Step:
 
     Attributes:
         ranges: tokens of each sequence, oldest sequence first; empty when there is nothing to do.
-        sampled: sequences whose next token is to be chosen: those whose range ends at their newest token.
+        sampled: sequences whose next token is to be chosen: those whose range reaches their newest token.
+        drafted: for each of ``sampled``, how many proposed tokens follow its newest one in the step. It has one row of
+            logits more than that: behind its newest token, and behind each proposed one.
         copies: pairs (source, destination) of blocks whose content has to be copied before the step is computed, all
             at once; no two destinations are equal.
     """
 
     ranges: tuple[TokenRange, ...]
     sampled: tuple[Sequence, ...]
+    drafted: tuple[int, ...]
     copies: tuple[tuple[int, int], ...] = ()
 
 
@@ -39,7 +42,9 @@ class SchedulerCounts:
     Attributes:
         steps: steps computed.
         prefill_tokens: tokens of prompts computed, and of outputs computed again after a preemption.
-        decode_tokens: new tokens computed one by one.
+        decode_tokens: new tokens computed one by one, proposed ones not counted.
+        drafted_tokens: proposed tokens computed.
+        accepted_tokens: those of them that were generated.
         prefix_hit_tokens: tokens that were not computed because a registered block held them.
         preemptions: sequences that had to give their blocks back before their end.
         allocated_slots: token slots of used blocks, summed over steps.
@@ -49,6 +54,8 @@ class SchedulerCounts:
     steps: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     allocated_slots: int = 0

@@ -56,8 +56,17 @@ class Machine:
         step = self.scheduler.schedule()
         if step.ranges:
             self.compute(step)
-            self.scheduler.commit(step, [self.next_token(sequence) for sequence in step.sampled])
+            self.scheduler.commit(step, self.next_tokens(step))
         return step
+
+    def propose(self, sequence, accepted, rejected):
+        """Propose the next ``accepted`` tokens, and ``rejected`` wrong ones after them."""
+        history, draft = histories(sequence.tokens.tolist())[-1], []
+        for i in range(accepted + rejected):
+            token = (history + (i >= accepted)) % VOCABULARY
+            history = extend(history, token)
+            draft.append(token)
+        sequence.propose(draft)
 
     def compute(self, step):
         """Write all slots of the step, then check that every sequence reads its own tokens and nothing else.
@@ -65,13 +74,12 @@ class Machine:
         With a window each reads what its oldest new token sees, and what comes after.
         """
         size = self.pool.block_size
-        pending = {node.block for node in self.scheduler._pending}
-        untouchable = self.pool.kept_blocks() - pending
+        untouchable = self.pool.kept_blocks() - self.scheduler._registry.pending_blocks
         writers: dict[int, Sequence] = {}
         assert sum(end - start for _, start, end in step.ranges) <= self.max_batch_tokens
         for sequence, start, end in step.ranges:
-            assert start < end <= sequence.num_tokens
-            values = histories(sequence.tokens.tolist())
+            assert start < end <= sequence.num_tokens + sequence.num_draft
+            values = histories(sequence.tokens_to_compute(0, end).tolist())
             for position in range(start, end):
                 block = int(sequence.table[position // size])
                 assert block not in untouchable, "a registered block is written again"
@@ -81,10 +89,19 @@ class Machine:
             first = 0 if self.window is None else max(0, start - self.window + 1)
             positions = np.arange(first, end)
             read = self.slots[sequence.table[positions // size] * size + positions % size]
-            assert read.tolist() == histories(sequence.tokens[:end].tolist())[first:]
+            assert read.tolist() == histories(sequence.tokens_to_compute(0, end).tolist())[first:]
 
-    def next_token(self, sequence):
-        position = sequence.num_tokens - 1
+    def next_tokens(self, step):
+        """For each sampled sequence the tokens that follow, as far as what was proposed is right, and one more."""
+        found = []
+        for sequence, drafted in zip(step.sampled, step.drafted, strict=True):
+            draft, new = sequence.draft[:drafted], [self.token_after(sequence, sequence.num_tokens - 1)]
+            while len(new) <= drafted and new[-1] == draft[len(new) - 1]:
+                new.append(self.token_after(sequence, sequence.num_tokens - 1 + len(new)))
+            found.append(new)
+        return found
+
+    def token_after(self, sequence, position):
         block, offset = divmod(position, self.pool.block_size)
         return int(self.slots[sequence.table[block] * self.pool.block_size + offset] % VOCABULARY)
 

@@ -188,7 +188,7 @@ def test_a_failed_step_with_an_equal_block_leaves_the_registered_one(make_machin
     machine.run()
     machine.add(prompt, 1)
     machine.scheduler.schedule()
-    assert machine.scheduler._replacements
+    assert machine.scheduler._registry.referenced_blocks
     machine.scheduler.check_integrity()
     machine.scheduler.recover()
     machine.scheduler.check_integrity()
@@ -228,10 +228,11 @@ def test_an_interrupt_while_blocks_change_hands_loses_blocks_but_no_tokens(make_
 
 def test_a_sequence_in_error_takes_what_it_registered_out_of_the_cache(make_machine):
     machine = make_machine(max_batch_tokens=100)
-    broken, sound = machine.add([1, 2, 3, 4, 0]), machine.add([1, 2, 3, 4, 1], 9)
+    broken = machine.add([1, 2, 3, 4, 0])
+    machine.add([1, 2, 3, 4, 1], 9)
     step = machine.scheduler.schedule()
     machine.compute(step)
-    machine.scheduler.commit(step, [None, machine.next_token(sound)])
+    machine.scheduler.commit(step, [None, machine.next_tokens(step)[1]])
     machine.scheduler.check_integrity()
     assert broken.finish_reason == "error" and broken.num_blocks == 0
     assert machine.pool.kept_blocks() == set()
@@ -260,12 +261,13 @@ def test_a_step_in_flight_must_be_committed_first(make_machine):
         machine.scheduler.clear_prefix_cache,
         lambda: machine.scheduler.cancel([sequence]),
         lambda: machine.scheduler.commit(step, []),
+        lambda: machine.scheduler.commit(step, [[]]),
     ):
         with pytest.raises(IntegrityError):
             operation()
-    machine.scheduler.commit(step, [1])
+    machine.scheduler.commit(step, [[1]])
     with pytest.raises(IntegrityError):
-        machine.scheduler.commit(step, [1])
+        machine.scheduler.commit(step, [[1]])
 
 
 def test_waste_is_below_four_percent_at_a_mean_length_of_1000():
@@ -274,7 +276,7 @@ def test_waste_is_below_four_percent_at_a_mean_length_of_1000():
     for _ in range(48):
         scheduler.add(Sequence([0] * numbers.randint(500, 1400), numbers.randint(1, 100), Sampling(), 0))
     while (step := scheduler.schedule()).ranges:
-        scheduler.commit(step, [0] * len(step.sampled))
+        scheduler.commit(step, [[0]] * len(step.sampled))
     assert 0 < scheduler.counts.unused_slots / scheduler.counts.allocated_slots < 0.04
 
 
@@ -306,3 +308,51 @@ def test_blocks_that_a_window_has_passed_let_others_in(make_machine):
         machine.check_outputs()
         assert (machine.scheduler.counts.preemptions > 0) == (window is None)
     assert lengths[4] < lengths[None]
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize(("accepted", "rejected"), [(0, 3), (3, 0), (2, 2), (9, 1)])
+def test_proposed_tokens_change_no_output_and_those_that_are_right_save_steps(
+    make_machine, sharing, accepted, rejected
+):
+    machine = make_machine(num_blocks=40, sharing=sharing, max_batch_tokens=64)
+    sequences = [machine.add([1, 2, token], 30) for token in range(4)]
+    steps = 0
+    while (step := machine.step()).ranges:
+        steps += 1
+        for sequence in step.sampled:
+            machine.propose(sequence, accepted, rejected)
+        machine.scheduler.check_integrity()
+    machine.check_outputs()
+    assert all(len(sequence.output) == 30 for sequence in sequences)
+    assert steps == 1 + -(-29 // (1 + accepted))
+    counts = machine.scheduler.counts
+    assert counts.decode_tokens + counts.accepted_tokens == 4 * 29
+    assert counts.drafted_tokens >= counts.accepted_tokens == 4 * (29 - (steps - 1))
+    machine.check_empty()
+
+
+def test_accepted_tokens_are_found_again(make_machine):
+    machine = make_machine(num_blocks=40)
+    first = machine.add([1, 2, 3], 14)
+    machine.step()
+    machine.propose(first, 12, 0)
+    machine.step()
+    assert first.finish_reason == "length"
+    machine.add([1, 2, 3, *first.output, 4])
+    assert machine.step().ranges[0].start == 16
+
+
+def test_nobody_is_preempted_for_proposed_tokens(make_machine):
+    machine = make_machine(num_blocks=4, max_batch_tokens=5)
+    first, second = machine.add([1] * 4, 8), machine.add([2] * 2, 3)
+    machine.step()
+    machine.step()
+    for sequence in (first, second):
+        machine.propose(sequence, 0, 9)
+    step = machine.step()
+    # Of five tokens one belongs to each; the first has three slots left, the pool no block.
+    assert [(end - start) for _, start, end in step.ranges] == [4, 1]
+    machine.run()
+    assert machine.scheduler.counts.preemptions == 0
+    machine.check_outputs()

@@ -16,7 +16,7 @@ def random_prompt(numbers):
 def operate(machine, numbers):
     """One random operation, of all that can happen to a scheduler."""
     live = [s for s, _ in machine.sequences if s.state in (SequenceState.WAITING, SequenceState.RUNNING)]
-    match numbers.choices(("add", "step", "cancel", "fail", "break", "clear"), (30, 60, 4, 4, 2, 1))[0]:
+    match numbers.choices(("add", "step", "propose", "cancel", "fail", "break", "clear"), (30, 60, 20, 4, 4, 2, 1))[0]:
         case "add" if len(live) < 12:
             try:
                 machine.add(random_prompt(numbers), numbers.randint(1, 12), numbers.choice(((), (0,))))
@@ -33,8 +33,11 @@ def operate(machine, numbers):
             if step.ranges:
                 machine.compute(step)
                 failing = numbers.randrange(len(step.sampled) + 1)
-                chosen = [machine.next_token(s) if i != failing else None for i, s in enumerate(step.sampled)]
+                chosen = [new if i != failing else None for i, new in enumerate(machine.next_tokens(step))]
                 machine.scheduler.commit(step, chosen)
+        case "propose":
+            for sequence in live:
+                machine.propose(sequence, numbers.randrange(5), numbers.randrange(3))
         case "clear":
             machine.scheduler.clear_prefix_cache()
         case _:

@@ -1,0 +1,106 @@
+"""Blocks that a step registers for reuse, until it is known whether the step came to its end.
+
+Full blocks are registered as soon as they are scheduled, so that sequences which arrive together share them. This is
+sound because each layer writes the tokens of a step before its attention reads. Until :meth:`StepRegistry.settle` they
+are pending, and :meth:`StepRegistry.undo` takes them back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.prefix_cache import Branch, PrefixCache, PrefixNode
+from kvpass.runtime.sequence import Sequence
+
+
+class Replacement(NamedTuple):
+    """A block of a sequence whose content turned out to be registered already, in ``block``."""
+
+    sequence: Sequence
+    position: int
+    block: int
+
+
+class StepRegistry:
+    """Registers the blocks of sequences in a prefix cache, if there is one."""
+
+    def __init__(self, pool: BlockPool, prefix_cache: PrefixCache | None) -> None:
+        self._pool = pool
+        self._prefix_cache = prefix_cache
+        # The nodes that the step in flight registered, and the references it took for replacements.
+        self._pending: list[PrefixNode] = []
+        self._replacements: list[Replacement] = []
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is pending."""
+        return not (self._pending or self._replacements)
+
+    @property
+    def pending_blocks(self) -> set[int]:
+        """Blocks that are registered, and that the step in flight writes."""
+        return {node.block for node in self._pending}
+
+    @property
+    def referenced_blocks(self) -> list[int]:
+        """Blocks that sequences will come to own when the step has come to its end; owned on their behalf."""
+        return [replacement.block for replacement in self._replacements]
+
+    def find_prefix(self, sequence: Sequence) -> tuple[Branch | None, list[int]]:
+        """The registered blocks with which ``sequence`` begins: where they end in the trie, and their numbers."""
+        if self._prefix_cache is None:
+            return None, []
+        # At least one token has to be computed, or there would be no logits.
+        most = (sequence.num_tokens - 1) // self._pool.block_size
+        return self._prefix_cache.match(sequence.tokens, most)
+
+    def register(self, sequence: Sequence, length: int) -> None:
+        """Register the full blocks of the first ``length`` tokens of ``sequence``."""
+        branch = sequence.branch
+        size = self._pool.block_size
+        full = length // size
+        if full <= sequence.num_registered or self._prefix_cache is None or branch is None or not branch.attached:
+            return
+        tokens = sequence.tokens
+        for index in range(sequence.num_registered, full):
+            block = int(sequence.table[index])
+            node = self._prefix_cache.insert(branch, tokens[index * size : (index + 1) * size], block)
+            if node.block == block:
+                self._pending.append(node)
+            else:
+                # Owning the registered block as well keeps it, and with it the path to the root, in place.
+                self._pool.acquire([node.block])
+                self._replacements.append(Replacement(sequence, index, node.block))
+            branch = node
+        sequence.branch = branch
+        sequence.num_registered = full
+
+    def settle(self) -> None:
+        """The step has come to its end: what is pending is there, and equal blocks become one."""
+        for sequence, position, block in self._replacements:
+            self._pool.release([sequence.replace_block(position, block)])
+        self.start_anew()
+
+    def undo(self) -> None:
+        """The step has failed: forget what it registered. To be called before its sequences give back their blocks."""
+        if self._prefix_cache is not None:
+            for node in self._pending:
+                self._prefix_cache.forget(node)
+        # Before the tables: descendants are released before their ancestors.
+        self._pool.release(self.referenced_blocks)
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Nothing is pending."""
+        self._pending = []
+        self._replacements = []
+
+    def forget_content(self, sequence: Sequence) -> None:
+        """Unregister all that a sequence wrote or read: any of it may be what broke its logits."""
+        branch = sequence.branch
+        first: PrefixNode | None = None
+        while isinstance(branch, PrefixNode):
+            first, branch = branch, branch.parent
+        if first is not None and self._prefix_cache is not None:
+            self._prefix_cache.forget(first)
