@@ -97,7 +97,7 @@ class Engine:
         # All caches are indexed by the same blocks: a block can be given back when every one of them has passed it.
         windows = [spec.window for spec in plan.caches]
         window = max((w for w in windows if w is not None), default=None) if None not in windows else None
-        prefix_cache = PrefixCache(self._pool, windowed=window is not None) if config.prefix_sharing else None
+        prefix_cache = PrefixCache(self._pool, (window,)) if config.prefix_sharing else None
         self._scheduler = Scheduler(self._pool, prefix_cache, config.max_batch_tokens, config.max_sequences, window)
         # Held by whoever touches the scheduler. Not reentrant: see _cancel.
         self._lock = Lock()

@@ -11,17 +11,27 @@ cached  nobody refers to it, but its content is registered for reuse; evicted wh
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from kvpass.errors import CapacityError, IntegrityError
+
+
+class Keeper(Protocol):
+    """Who had content kept for reuse, and decides what is given up when there is no room."""
+
+    def released(self, block: int) -> None:
+        """Take note that the kept ``block`` has lost its last owner."""
+
+    def make_room(self) -> None:
+        """Give up the content of at least one kept block without an owner, by :meth:`BlockPool.forget`."""
 
 
 class BlockPool:
     """Reference counts and a free list over ``num_blocks`` blocks of ``block_size`` tokens.
 
-    Every operation takes constant time per block. Eviction is least recently released first: owners release the
-    blocks of a sequence last block first, so that the tail of a prefix goes before its head.
+    Every operation takes constant time per block, beside what the keeper takes to choose what is evicted.
 
     Attributes:
         num_blocks: blocks in the pool, B.
@@ -29,13 +39,14 @@ class BlockPool:
         num_used: blocks that have an owner.
         num_shared: blocks that have more than one owner.
         peak_used: the largest ``num_used`` there has been.
-        on_evict: called with a cached block whose content is about to be given up.
+        num_cached: blocks that nobody refers to and that hold content for reuse.
+        keeper: who had the content of cached blocks kept; any of them can be given up.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.on_evict: Callable[[int], None] | None = None
+        self.keeper: Keeper | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -48,10 +59,9 @@ class BlockPool:
         # are free as well. A large pool thus costs nothing before it is used.
         self._free: list[int] = []
         self._first_fresh = 0
-        # Blocks without references whose content is kept, the next to evict first. Disjoint from the free list.
-        self._cached: OrderedDict[int, None] = OrderedDict()
-        # Counts of references >= 1 and of references >= 2, kept in step with _references.
+        # Counts of references >= 1, of references >= 2, and of kept blocks without any, in step with the two above.
         self.num_used = 0
+        self.num_cached = 0
         self.num_shared = 0
         self.peak_used = 0
 
@@ -61,18 +71,17 @@ class BlockPool:
         return len(self._free) + self.num_blocks - self._first_fresh
 
     @property
-    def num_cached(self) -> int:
-        """Blocks that nobody refers to and that hold content for reuse."""
-        return len(self._cached)
-
-    @property
     def num_available(self) -> int:
         """Blocks that :meth:`allocate` can give out: free ones, and cached ones by eviction."""
-        return self.num_free + len(self._cached)
+        return self.num_free + self.num_cached
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens fill or begin."""
         return -(-num_tokens // self.block_size)
+
+    def is_used(self, block: int) -> bool:
+        """Whether ``block`` has an owner."""
+        return self._references[block] > 0
 
     def count_unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of ``blocks`` have no owner, so that acquiring them makes fewer available."""
@@ -104,7 +113,7 @@ class BlockPool:
             if references == 0:
                 if not self._kept[block]:
                     raise IntegrityError(f"block {block} is free and cannot be shared")
-                del self._cached[block]
+                self.num_cached -= 1
                 self.num_used += 1
             elif references == 1:
                 self.num_shared += 1
@@ -127,7 +136,9 @@ class BlockPool:
             elif references == 1:
                 self.num_used -= 1
                 if self._kept[block]:
-                    self._cached[block] = None
+                    self.num_cached += 1
+                    if self.keeper is not None:
+                        self.keeper.released(block)
                 else:
                     self._free.append(block)
 
@@ -143,16 +154,12 @@ class BlockPool:
             raise IntegrityError(f"block {block} holds no kept content that could be given up")
         self._kept[block] = 0
         if self._references[block] == 0:
-            del self._cached[block]
+            self.num_cached -= 1
             self._free.append(block)
 
     def kept_blocks(self) -> set[int]:
         """Blocks whose content is registered for reuse, with an owner or without."""
         return {block for block, kept in enumerate(self._kept) if kept}
-
-    def cached_blocks(self) -> list[int]:
-        """Cached blocks in the order in which they would be evicted."""
-        return list(self._cached)
 
     def check_integrity(self, owned: Iterable[Iterable[int]] | None = None) -> None:
         """Assert every invariant of the pool, in time linear in its blocks.
@@ -171,11 +178,13 @@ class BlockPool:
         _require(not any(references[self._first_fresh :]), "a block that was never given out has an owner")
         _require(not any(self._kept[self._first_fresh :]), "a block that was never given out has kept content")
         _require(min(references, default=0) >= 0, "a reference count is negative")
+        cached = 0
         for block in range(self._first_fresh):
-            state = (references[block] > 0) + (block in free) + (block in self._cached)
+            kept_only = references[block] == 0 and self._kept[block] == 1
+            state = (references[block] > 0) + (block in free) + kept_only
             _require(state == 1, f"block {block} is in {state} of the states free, used and cached")
-            cached = references[block] == 0 and self._kept[block] == 1
-            _require(cached == (block in self._cached), f"block {block} is cached without content, or the reverse")
+            cached += kept_only
+        _require(self.num_cached == cached, "the count of cached blocks is wrong")
         _require(self.num_used == sum(count > 0 for count in references), "the count of used blocks is wrong")
         _require(self.num_shared == sum(count > 1 for count in references), "the count of shared blocks is wrong")
         _require(self.num_used <= self.peak_used <= self.num_blocks, "the peak of used blocks is wrong")
@@ -190,10 +199,9 @@ class BlockPool:
         if self._first_fresh < self.num_blocks:
             self._first_fresh += 1
             return self._first_fresh - 1
-        block = next(iter(self._cached))
-        if self.on_evict is not None:
-            self.on_evict(block)
-        self.forget(block)
+        if self.keeper is not None:
+            self.keeper.make_room()
+        _require(bool(self._free), "no content was given up to make room")
         return self._free.pop()
 
 

@@ -1,169 +1,328 @@
-"""Block-wise prefix reuse: which block already holds the cache of which tokens.
+"""Block-wise prefix reuse: which blocks already hold the cache of which tokens.
 
-What a block holds depends on its tokens and on all tokens before it. Its key is therefore a path in a trie whose edges
-are the tokens of one full block. Edges compare the tokens themselves, so that two prefixes are never taken for one
-another: a hash decides where to look, not what is equal.
+What a block holds depends on its tokens and on all tokens before it. Its key is therefore a path in a radix tree whose
+edges are the tokens of one full block. Edges compare the tokens themselves, so that two prefixes are never taken for
+one another: a hash decides where to look, not what is equal. Each namespace has a root of its own.
+
+Caches are divided into groups. A sequence has one block for each group where it has one block of tokens, and so has a
+node of the tree. In a group with a window a query looks at the newest blocks only; the older ones are given back and
+evicted one by one, and a prefix can be taken over where each group holds what the next token looks at.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.eviction import EvictionPolicy, EvictionQueue, LeastRecentlyUsed
 
-# Token ids as the runtime keeps them. The trie compares their bytes, so there must be one dtype.
+# Token ids as the runtime keeps them. The tree compares their bytes, so there must be one dtype.
 TokenArray = NDArray[np.int32]
 
 
 class Branch:
-    """A place in the trie: the root, which stands for the empty prefix, or a :class:`PrefixNode`.
+    """A place in the tree: a :class:`Root`, which stands for an empty prefix, or a :class:`PrefixNode`.
 
     Attributes:
-        children: the blocks known to follow, by the bytes of their tokens.
+        children: the nodes known to follow, by the bytes of their tokens.
         attached: False once the node was forgotten; sequences that stand there register nothing more.
+        depth: blocks of the prefix that ends here.
     """
 
-    __slots__ = ("attached", "children")
+    __slots__ = ("attached", "children", "depth")
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
         self.children: dict[bytes, PrefixNode] = {}
         self.attached = True
+        self.depth = depth
+
+
+class Root(Branch):
+    """Where the prefixes of one namespace begin.
+
+    Attributes:
+        namespace: what no block is shared across.
+    """
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: Hashable) -> None:
+        super().__init__(0)
+        self.namespace = namespace
 
 
 class PrefixNode(Branch):
-    """One registered block.
+    """One registered block of tokens.
 
     Attributes:
-        parent: the prefix before this block.
-        key: bytes of the block's tokens, the edge that leads here from the parent.
-        block: number of the block that holds their cache.
+        parent: the prefix before it.
+        key: bytes of its tokens, the edge that leads here from the parent.
+        blocks: the block of each group that holds their cache; None where a window group has given it up.
+        created: when it was registered, by the tree's clock.
+        last_use: when one of its blocks lost its last owner.
+        hits: times that it was taken over.
     """
 
-    __slots__ = ("block", "key", "parent")
+    __slots__ = ("blocks", "created", "hits", "key", "last_use", "parent")
 
-    def __init__(self, parent: Branch, key: bytes, block: int) -> None:
-        super().__init__()
+    def __init__(self, parent: Branch, key: bytes, blocks: tuple[int | None, ...], created: int) -> None:
+        super().__init__(parent.depth + 1)
         self.parent = parent
         self.key = key
-        self.block = block
+        self.blocks = blocks
+        self.created = created
+        self.last_use = created
+        self.hits = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """The longest registered prefix that can be taken over.
+
+    Attributes:
+        branch: where it ends in the tree.
+        path: the nodes that lead there, in the order of the tokens.
+    """
+
+    branch: Branch
+    path: tuple[PrefixNode, ...]
 
 
 class PrefixCache:
-    """The trie of registered blocks over one :class:`BlockPool`.
+    """The tree of registered blocks over one :class:`BlockPool`.
 
-    Whoever owns a registered block owns the blocks of all its ancestors too, and releases them after it. So an
-    ancestor always has an owner if a descendant has one, and stands behind it in the order of eviction: what is
-    evicted is always a leaf, and no node is ever cut off from the root.
-
-    Where windows let sequences give back the first blocks of a prefix before the last ones, an ancestor may be evicted
-    first. All that follows it is forgotten with it: nobody could find it any more.
-
-    Attributes:
-        windowed: sequences give blocks back in the order of the tokens.
+    Whoever owns a block of a group without a window owns those of all ancestors too. So what is evicted is always a
+    leaf, and no node is ever cut off from its root. Blocks of window groups are evicted one by one, and a node that has
+    none left and leads nowhere goes with the last of them.
     """
 
-    def __init__(self, pool: BlockPool, windowed: bool = False) -> None:
+    def __init__(
+        self, pool: BlockPool, windows: Sequence[int | None] = (None,), policy: EvictionPolicy | None = None
+    ) -> None:
+        """Register blocks of ``pool``.
+
+        Args:
+            windows: of each group the newest tokens, its own included, that a query may look at; None for all.
+            policy: what is evicted first; least recently used by default.
+        """
         self._pool = pool
-        self.windowed = windowed
-        self.root = Branch()
+        self._windows = tuple(windows)
+        # Newest blocks of a prefix that the token after it looks at, for each window group.
+        self._reach = {g: pool.blocks_for(window - 1) for g, window in enumerate(windows) if window is not None}
+        self._full = tuple(g for g, window in enumerate(windows) if window is None)
+        self._queue = EvictionQueue(policy or LeastRecentlyUsed())
+        self._clock = 0
+        self._roots: dict[Hashable, Root] = {}
         # The attached node of each registered block: exactly the blocks whose content the pool keeps.
         self._nodes: dict[int, PrefixNode] = {}
-        pool.on_evict = self._evict
+        pool.keeper = self
 
     def __len__(self) -> int:
+        """Registered blocks."""
         return len(self._nodes)
 
-    def match(self, tokens: TokenArray, max_blocks: int) -> tuple[Branch, list[int]]:
-        """The longest registered prefix of ``tokens``: where it ends in the trie, and its blocks in order.
+    def root(self, namespace: Hashable = "") -> Root:
+        """Where the prefixes of ``namespace`` begin."""
+        return self._roots.get(namespace) or Root(namespace)
 
-        The blocks are not acquired. At most ``max_blocks`` full blocks are looked up.
+    def match(self, tokens: TokenArray, max_blocks: int, namespace: Hashable = "") -> Match:
+        """The longest registered prefix of ``tokens`` after which every group holds what the next token looks at.
+
+        Nothing is acquired. At most ``max_blocks`` full blocks are looked up.
         """
         size = self._pool.block_size
-        branch: Branch = self.root
-        blocks: list[int] = []
-        for start in range(0, min(max_blocks * size, len(tokens) - size + 1), size):
-            node = branch.children.get(tokens[start : start + size].tobytes())
+        step = size * tokens.itemsize
+        raw = tokens.tobytes()
+        branch: Branch = self.root(namespace)
+        path: list[PrefixNode] = []
+        usable, present = 0, dict.fromkeys(self._reach, 0)
+        for start in range(0, min(max_blocks, len(tokens) // size) * step, step):
+            node = branch.children.get(raw[start : start + step])
             if node is None:
                 break
-            blocks.append(node.block)
+            path.append(node)
             branch = node
-        return branch, blocks
+            for group in present:
+                present[group] = 0 if node.blocks[group] is None else present[group] + 1
+            if all(count >= min(len(path), self._reach[group]) for group, count in present.items()):
+                usable = len(path)
+        path = path[:usable]
+        return Match(path[-1] if path else self.root(namespace), tuple(path))
 
-    def insert(self, parent: Branch, tokens: TokenArray, block: int) -> PrefixNode:
-        """Register ``block`` as the cache of one block of ``tokens`` after ``parent``.
+    def acquire(self, match: Match, passed: Sequence[int] = (0,)) -> list[list[int]]:
+        """Take over a match: one reference to each of its blocks, without the first ``passed[g]`` ones of group g.
 
-        Where equal content is registered already, that node comes back and ``block`` is not registered.
+        Returns:
+            the blocks of each group, 0 where they were passed.
         """
+        for node in match.path:
+            node.hits += 1
+        tables = []
+        for group, count in enumerate(passed):
+            blocks = [block for node in match.path[count:] if (block := node.blocks[group]) is not None]
+            if len(blocks) != max(0, len(match.path) - count):
+                raise IntegrityError(f"a match lacks blocks of group {group} after the first {count}")
+            self._pool.acquire(blocks)
+            tables.append([0] * min(count, len(match.path)) + blocks)
+        return tables
+
+    def insert(self, parent: Branch, tokens: TokenArray, blocks: Sequence[int]) -> PrefixNode:
+        """Register ``blocks``, one for each group, as the cache of one block of ``tokens`` after ``parent``.
+
+        Where equal content is registered already, that node comes back; a block of ``blocks`` is registered where the
+        node has none in its group.
+        """
+        if not parent.attached:
+            raise IntegrityError(f"the blocks {list(blocks)} cannot be registered: their prefix was forgotten")
+        if isinstance(parent, Root):
+            # A root without children is not kept, and another one may have taken its place.
+            parent = self._roots.setdefault(parent.namespace, parent)
         key = tokens.tobytes()
         node = parent.children.get(key)
         if node is None:
-            if not parent.attached or block in self._nodes:
-                raise IntegrityError(f"block {block} cannot be registered: it is already, or its prefix was forgotten")
-            node = PrefixNode(parent, key, block)
-            self._pool.keep(block)
-            self._nodes[block] = node
+            node = PrefixNode(parent, key, (None,) * len(blocks), self._tick())
             parent.children[key] = node
+        for group, block in enumerate(blocks):
+            if node.blocks[group] is None:
+                if block in self._nodes:
+                    raise IntegrityError(f"block {block} cannot be registered: it is already")
+                self._pool.keep(block)
+                self._nodes[block] = node
+                node.blocks = (*node.blocks[:group], block, *node.blocks[group + 1 :])
         return node
 
     def forget(self, node: PrefixNode) -> None:
         """Forget a node and all that follows it; owners keep their blocks, which nobody finds any more."""
         if not node.attached:
             return
-        del node.parent.children[node.key]
         stack = [node]
         while stack:
             lost = stack.pop()
             stack.extend(lost.children.values())
             lost.children = {}
             lost.attached = False
-            del self._nodes[lost.block]
-            self._pool.forget(lost.block)
+            for block in lost.blocks:
+                self._give_up(block)
+        self._unlink(node)
 
     def clear(self) -> None:
         """Forget everything."""
-        for node in list(self.root.children.values()):
+        for namespace in list(self._roots):
+            self.drop(namespace)
+
+    def drop(self, namespace: Hashable) -> None:
+        """Forget everything of one namespace."""
+        for node in list(self.root(namespace).children.values()):
             self.forget(node)
 
     def reset(self) -> None:
-        """Start with an empty trie over a pool that was reset."""
-        self.root = Branch()
+        """Start with an empty tree over a pool that was reset."""
+        self._roots = {}
         self._nodes = {}
+        self._queue.clear()
+
+    def released(self, block: int) -> None:
+        """As :meth:`kvpass.runtime.block_pool.Keeper.released`."""
+        node = self._nodes[block]
+        node.last_use = self._tick()
+        if self._windows[node.blocks.index(block)] is not None:
+            self._queue.push(block, node)
+        self._queue_leaf(node)
+
+    def make_room(self) -> None:
+        """As :meth:`kvpass.runtime.block_pool.Keeper.make_room`."""
+        block = self._queue.pop(self._is_evictable)
+        if block is None:
+            raise IntegrityError("nothing can be evicted: every block without an owner leads to one with an owner")
+        node = self._nodes[block]
+        group = node.blocks.index(block)
+        if self._windows[group] is None:
+            self.forget(node)
+            return
+        node.blocks = (*node.blocks[:group], None, *node.blocks[group + 1 :])
+        self._give_up(block)
+        # Nodes that hold nothing stay as long as they lead to one that holds something.
+        while not node.children and not any(block is not None for block in node.blocks):
+            parent = node.parent
+            self.forget(node)
+            if not isinstance(parent, PrefixNode):
+                break
+            node = parent
 
     def check_integrity(self) -> None:
-        """Assert that trie and pool agree.
+        """Assert that tree and pool agree.
 
         Raises:
             IntegrityError: naming what does not hold.
         """
         seen: dict[int, PrefixNode] = {}
-        stack: list[Branch] = [self.root]
+        for namespace, root in self._roots.items():
+            if root.namespace != namespace or not root.attached or not root.children:
+                raise IntegrityError(f"the root of namespace {namespace!r} is broken")
+        stack: list[Branch] = list(self._roots.values())
         while stack:
             branch = stack.pop()
             for key, node in branch.children.items():
-                if node.parent is not branch or node.key != key or not node.attached or node.block in seen:
-                    raise IntegrityError(f"the trie is broken at block {node.block}")
-                seen[node.block] = node
+                if node.parent is not branch or node.key != key or not node.attached or node.depth != branch.depth + 1:
+                    raise IntegrityError(f"the tree is broken at the blocks {node.blocks}")
+                held = {block: node for block in node.blocks if block is not None}
+                if held.keys() & seen.keys() or not (held or node.children):
+                    raise IntegrityError(f"the blocks {node.blocks} are registered twice, or none of them is there")
+                self._check_groups(node)
+                seen |= held
                 stack.append(node)
         if seen != self._nodes:
-            raise IntegrityError("the registered blocks are not those of the trie")
+            raise IntegrityError("the registered blocks are not those of the tree")
         if self._pool.kept_blocks() != seen.keys():
             raise IntegrityError("the registered blocks are not those whose content the pool keeps")
-        rank = {block: index for index, block in enumerate(self._pool.cached_blocks())}
-        for node in seen.values():
-            parent = node.parent
-            if self.windowed or not isinstance(parent, PrefixNode):
-                continue
-            if rank.get(parent.block, len(rank)) < rank.get(node.block, len(rank)):
-                raise IntegrityError(f"block {parent.block} would be evicted before block {node.block} that follows it")
 
-    def _evict(self, block: int) -> None:
-        node = self._nodes[block]
-        if node.children and not self.windowed:
-            raise IntegrityError(f"block {block} is evicted before the blocks that follow it")
-        for child in list(node.children.values()):
-            self.forget(child)
-        del self._nodes[block]
-        del node.parent.children[node.key]
-        node.attached = False
+    def _check_groups(self, node: PrefixNode) -> None:
+        for group, block in enumerate(node.blocks):
+            windowed = self._windows[group] is not None
+            if block is None:
+                if not windowed:
+                    raise IntegrityError("a node has given up a block that no window has passed")
+                continue
+            parent = node.parent.blocks[group] if isinstance(node.parent, PrefixNode) else None
+            if not windowed and self._pool.is_used(block) and parent is not None and not self._pool.is_used(parent):
+                raise IntegrityError(f"block {parent} could be evicted before block {block} that follows it")
+            if self._is_evictable(block, node) and (windowed or group == self._full[0]) and block not in self._queue:
+                raise IntegrityError(f"block {block} can be evicted and is not queued for it")
+
+    def _is_evictable(self, block: int, node: PrefixNode | None = None) -> bool:
+        node = node or self._nodes[block]
+        if self._windows[node.blocks.index(block)] is not None:
+            return not self._pool.is_used(block)
+        return not node.children and not any(self._pool.is_used(b) for b in node.blocks if b is not None)
+
+    def _queue_leaf(self, node: PrefixNode) -> None:
+        """Queue a node, as its first block without a window, if it can be evicted as a whole."""
+        if self._full:
+            block = node.blocks[self._full[0]]
+            if block is not None and self._is_evictable(block, node):
+                self._queue.push(block, node)
+
+    def _unlink(self, node: PrefixNode) -> None:
+        parent = node.parent
+        del parent.children[node.key]
+        if parent.children:
+            return
+        if isinstance(parent, PrefixNode):
+            self._queue_leaf(parent)
+        elif isinstance(parent, Root):
+            del self._roots[parent.namespace]
+
+    def _give_up(self, block: int | None) -> None:
+        if block is not None:
+            del self._nodes[block]
+            self._queue.discard(block)
+            self._pool.forget(block)
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock

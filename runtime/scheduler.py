@@ -218,7 +218,8 @@ class Scheduler:
             if self._in_flight is None and sequence is not self._running[-1]:
                 _require(lacking == 1, "a sequence is in prefill that is not the youngest")
             _require(sequence.num_computed <= sequence.num_blocks * self._pool.block_size, "tokens without a block")
-            _require(sequence.num_passed <= self._count_passed(sequence), "a block was given back that is still seen")
+            passed = self._count_passed(sequence.num_computed)
+            _require(sequence.num_passed <= passed, "a block was given back that is still seen")
             _require(not sequence.table[: sequence.num_passed].any(), "a block that was given back is in a table")
         for sequence in self._waiting:
             _require(sequence.state is SequenceState.WAITING, "a sequence waits that should not")
@@ -245,27 +246,27 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, reserve: int) -> bool:
         """Give a waiting sequence the blocks of all its tokens, registered ones as far as there are any."""
-        branch, shared = self._registry.find_prefix(sequence)
-        need = self._pool.blocks_for(sequence.num_tokens) - len(shared)
-        if self._pool.num_available - self._pool.count_unreferenced(shared) - need < reserve:
+        match = self._registry.find_prefix(sequence)
+        path = () if match is None else match.path
+        passed = self._count_passed(len(path) * self._pool.block_size)
+        shared = self._pool.count_unreferenced(b for node in path[passed:] if (b := node.blocks[0]) is not None)
+        need = self._pool.blocks_for(sequence.num_tokens) - len(path)
+        if self._pool.num_available - shared - need < reserve:
             return False
-        self._pool.acquire(shared)
-        sequence.add_blocks(shared + self._pool.allocate(need))
-        sequence.branch = branch
-        sequence.num_registered = len(shared)
-        sequence.num_computed = len(shared) * self._pool.block_size
+        if match is not None:
+            self._registry.take_over(sequence, match, passed)
+        sequence.add_blocks(self._pool.allocate(need))
         self.counts.prefix_hit_tokens += sequence.num_computed
-        self._give_back_passed(sequence)
         return True
 
-    def _count_passed(self, sequence: Sequence) -> int:
-        """Blocks from the front of a table that neither the next token to be computed nor any later one looks at."""
+    def _count_passed(self, num_computed: int) -> int:
+        """Blocks from the front of a table that neither the token at ``num_computed`` nor any later one looks at."""
         if self._window is None:
             return 0
-        return max(0, sequence.num_computed - self._window + 1) // self._pool.block_size
+        return max(0, num_computed - self._window + 1) // self._pool.block_size
 
     def _give_back_passed(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.pass_blocks(self._count_passed(sequence)))
+        self._pool.release(sequence.pass_blocks(self._count_passed(sequence.num_computed)))
 
     def _will_grow(self, sequence: Sequence) -> bool:
         return self._pool.blocks_for(sequence.max_cached_tokens) > sequence.num_blocks

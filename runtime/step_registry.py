@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.prefix_cache import Branch, PrefixCache, PrefixNode
+from kvpass.runtime.prefix_cache import Match, PrefixCache, PrefixNode
 from kvpass.runtime.sequence import Sequence
 
 
@@ -40,20 +40,30 @@ class StepRegistry:
     @property
     def pending_blocks(self) -> set[int]:
         """Blocks that are registered, and that the step in flight writes."""
-        return {node.block for node in self._pending}
+        return {block for node in self._pending for block in node.blocks if block is not None}
 
     @property
     def referenced_blocks(self) -> list[int]:
         """Blocks that sequences will come to own when the step has come to its end; owned on their behalf."""
         return [replacement.block for replacement in self._replacements]
 
-    def find_prefix(self, sequence: Sequence) -> tuple[Branch | None, list[int]]:
-        """The registered blocks with which ``sequence`` begins: where they end in the trie, and their numbers."""
+    def find_prefix(self, sequence: Sequence) -> Match | None:
+        """The registered blocks with which ``sequence`` begins."""
         if self._prefix_cache is None:
-            return None, []
+            return None
         # At least one token has to be computed, or there would be no logits.
         most = (sequence.num_tokens - 1) // self._pool.block_size
         return self._prefix_cache.match(sequence.tokens, most)
+
+    def take_over(self, sequence: Sequence, match: Match, passed: int) -> None:
+        """Make the blocks of ``match`` the first ones of ``sequence``, without the first ``passed`` ones."""
+        if self._prefix_cache is not None:
+            (blocks,) = self._prefix_cache.acquire(match, (passed,))
+            sequence.add_blocks(blocks)
+            sequence.pass_blocks(passed)
+            sequence.branch = match.branch
+            sequence.num_registered = len(match.path)
+            sequence.num_computed = len(match.path) * self._pool.block_size
 
     def register(self, sequence: Sequence, length: int) -> None:
         """Register the full blocks of the first ``length`` tokens of ``sequence``."""
@@ -65,13 +75,14 @@ class StepRegistry:
         tokens = sequence.tokens
         for index in range(sequence.num_registered, full):
             block = int(sequence.table[index])
-            node = self._prefix_cache.insert(branch, tokens[index * size : (index + 1) * size], block)
-            if node.block == block:
-                self._pending.append(node)
-            else:
-                # Owning the registered block as well keeps it, and with it the path to the root, in place.
-                self._pool.acquire([node.block])
-                self._replacements.append(Replacement(sequence, index, node.block))
+            node = self._prefix_cache.insert(branch, tokens[index * size : (index + 1) * size], [block])
+            for registered in node.blocks:
+                if registered == block:
+                    self._pending.append(node)
+                elif registered is not None:
+                    # Owning the registered block as well keeps it, and with it the path to the root, in place.
+                    self._pool.acquire([registered])
+                    self._replacements.append(Replacement(sequence, index, registered))
             branch = node
         sequence.branch = branch
         sequence.num_registered = full

@@ -39,7 +39,7 @@ class Machine:
 
     def __init__(self, num_blocks=16, block_size=4, sharing=True, max_batch_tokens=16, max_sequences=4, window=None):
         self.pool = BlockPool(num_blocks, block_size)
-        self.prefix = PrefixCache(self.pool, windowed=window is not None) if sharing else None
+        self.prefix = PrefixCache(self.pool, (window,)) if sharing else None
         self.scheduler = Scheduler(self.pool, self.prefix, max_batch_tokens, max_sequences, window)
         self.window = window
         self.max_batch_tokens = max_batch_tokens

@@ -44,24 +44,53 @@ def test_a_shared_block_is_free_only_after_its_last_owner():
     assert pool.num_free == 2
 
 
-def test_kept_blocks_are_evicted_least_recently_released_first_and_tails_before_heads():
+class Oldest:
+    """A keeper that gives up what was released first."""
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.order: list[int] = []
+        self.evicted: list[int] = []
+        pool.keeper = self
+
+    def released(self, block):
+        self.order.append(block)
+
+    def make_room(self):
+        block = next(b for b in self.order if not self.pool.is_used(b) and b in self.pool.kept_blocks())
+        self.order.remove(block)
+        self.evicted.append(block)
+        self.pool.forget(block)
+
+
+def test_the_keeper_hears_of_releases_last_block_first_and_is_asked_for_room():
     pool = BlockPool(num_blocks=4, block_size=16)
-    evicted: list[int] = []
-    pool.on_evict = evicted.append
+    keeper = Oldest(pool)
     first, second = pool.allocate(2), pool.allocate(2)
     for block in first + second:
         pool.keep(block)
     pool.release(first)
     pool.release(second)
+    assert keeper.order == [*reversed(first), *reversed(second)]
+    assert pool.num_cached == 4
     pool.acquire(first)
-    pool.release(first)
-    pool.allocate(3)
-    assert evicted == [*reversed(second), first[1]]
+    pool.allocate(2)
+    assert keeper.evicted == [*reversed(second)]
     pool.check_integrity()
+
+
+def test_a_keeper_that_gives_nothing_up_is_an_integrity_error():
+    pool = BlockPool(num_blocks=1, block_size=16)
+    (block,) = pool.allocate(1)
+    pool.keep(block)
+    pool.release([block])
+    with pytest.raises(IntegrityError, match="no content was given up"):
+        pool.allocate(1)
 
 
 def test_free_blocks_are_used_before_cached_ones():
     pool = BlockPool(num_blocks=3, block_size=16)
+    Oldest(pool)
     (kept,) = pool.allocate(1)
     pool.keep(kept)
     pool.release([kept])
@@ -92,7 +121,7 @@ def test_check_integrity_sees_references_that_nobody_holds():
         pool.check_integrity([])
 
 
-@pytest.mark.parametrize("break_it", ["_references", "_free", "num_used", "num_shared", "_kept", "_cached"])
+@pytest.mark.parametrize("break_it", ["_references", "_free", "num_used", "num_shared", "_kept", "num_cached"])
 def test_check_integrity_sees_broken_books(break_it):
     pool = BlockPool(num_blocks=3, block_size=16)
     block, _ = pool.allocate(2)
@@ -103,8 +132,6 @@ def test_check_integrity_sees_broken_books(break_it):
             pool._free.append(block)
         case "_kept":
             pool._kept[2] = 1
-        case "_cached":
-            pool._cached[block] = None
         case _:
             setattr(pool, break_it, 3)
     with pytest.raises(IntegrityError):
@@ -124,13 +151,18 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(self.SIZE, 4)
-        self.pool.on_evict = self.evicted
+        self.pool.keeper = self
         self.owners: list[list[int]] = []
         self.kept: set[int] = set()
 
-    def evicted(self, block: int) -> None:
-        assert block in self.kept and not any(block in blocks for blocks in self.owners)
+    def released(self, block):
+        assert block in self.kept
+
+    def make_room(self):
+        owned = {block for blocks in self.owners for block in blocks}
+        block = min(self.kept - owned)
         self.kept.remove(block)
+        self.pool.forget(block)
 
     @rule(count=st.integers(0, SIZE + 1))
     def allocate(self, count):
