@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kvpass.errors import CaptureError
 from kvpass.fx_passes.graph import CapturedGraph, aten, expression
+from kvpass.fx_passes.token_mixers import token_mixers
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
 LONGEST_TRIED = 4096  # longest sequence on which model and graph are compared
@@ -67,6 +68,14 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str = "")
     Raises:
         CaptureError: if torch.export fails, or if the graph holds for the example's batch size or length only.
     """
+    try:
+        return _capture(model, inputs, path_prefix)
+    except CaptureError as error:
+        error.args = (f"{error}{token_mixers(model, inputs)}",)
+        raise
+
+
+def _capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str) -> CapturedGraph:
     dims = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in inputs)
     start = time.perf_counter()
     try:

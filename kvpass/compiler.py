@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.insert_cache import insert_cache
 from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.plan_cache import plan_cache
+from kvpass.fx_passes.token_mixers import convolutions_over_tokens
 from kvpass.fx_passes.verify import format_bound, reference_graph, verify
 from kvpass.report import RewriteReport
 from kvpass.site_reports import site_reports, with_format_errors, with_verification
@@ -118,12 +120,22 @@ def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
     Raises:
         RefusedError: if it cannot be captured.
     """
+    example, prefix = example_for(model, device), f"{MODEL}.{MODEL}"
+    convolutions = convolutions_over_tokens(for_capture(model), example, prefix)
+    if convolutions:
+        raise _refused(convolutions)
     try:
         with torch.no_grad():
-            return capture(for_capture(model), example_for(model, device), path_prefix=f"{MODEL}.{MODEL}")
+            return capture(for_capture(model), example, path_prefix=prefix)
     except CaptureError as error:
         report = RewriteReport(refusals=(Refusal(str(error), pass_name="capture"),))
         raise RefusedError(f"kvpass could not capture the model. {error}", report) from error
+
+
+def _refused(refusals: Sequence[Refusal], seconds: dict[str, float] | None = None) -> RefusedError:
+    listed = "\n".join(f"- {refusal}" for refusal in refusals[:8])
+    message = f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}"
+    return RefusedError(message, RewriteReport(refusals=tuple(refusals), seconds=seconds or {}))
 
 
 def rewrite(
@@ -146,10 +158,7 @@ def rewrite(
     log = run_passes(captured, passes(config))
     seconds |= log.seconds
     if log.refusals:
-        report = RewriteReport(refusals=tuple(log.refusals), seconds=seconds)
-        listed = "\n".join(f"- {refusal}" for refusal in log.refusals[:8])
-        message = f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}"
-        raise RefusedError(message, report) from log.error
+        raise _refused(log.refusals, seconds) from log.error
     start = time.perf_counter()
     plan = plan_cache(captured, config, _vocabulary(captured))
     reference = reference_graph(captured, [site.node.name for site in plan.sites])

@@ -176,7 +176,7 @@ MUTANTS: dict[str, Mutant] = {
         "prove_token_axis:ProveTokenAxis.apply",
         "return PassResult(0, (refuse(captured, axes.node",
         "return PassResult(0, ()) or (0, (refuse(captured, axes.node",
-        "causal convolution",
+        "token shift",
     ),
     "slices of the sequence allowed": Mutant(
         "moving_rules:narrow", 'raise MixesTokens("takes a part of the sequence")', "pass", "every second key"

@@ -48,7 +48,7 @@ def test_report_of_a_refusal_prints() -> None:
 
 
 def test_several_faults_are_all_told() -> None:
-    model = REFUSED["causal convolution"].build(SEED)
+    model = REFUSED["cumulative mean"].build(SEED)
     model.layers[0] = REFUSED["mask one token ahead"].build(SEED).layers[0]
     with pytest.raises(kvpass.RefusedError) as caught:
         kvpass.compile(model, CONFIG)
