@@ -16,7 +16,7 @@ from kvpass.errors import (
 )
 from kvpass.fx_passes.bind import PagedModule
 from kvpass.report import RewriteReport, SiteReport
-from kvpass.types import CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs
+from kvpass.types import CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs, TokenLogprobs
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "Sampling",
     "SiteReport",
     "StepInputs",
+    "TokenLogprobs",
     "VerificationError",
     "compile",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,6 +114,12 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Choose among this many of the likeliest tokens; 0 for all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Choose among tokens this likely, relative to the likeliest.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes the choice reproducible.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divide the scores of tokens that have occurred; 1 is off.")
+    ] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken off the scores of new tokens that occur again.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that they occur.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
     dtype: Dtype = "auto",
     block_size: BlockSize = 32,
@@ -133,13 +140,25 @@ def generate(
     given: dict[str, Any] = {} if config_file is None else read_options(config_file)
     cache_size = {} if "num_blocks" in given else {"memory": memory}
     config = CacheConfig(**{"dtype": dtype, "block_size": block_size, **cache_size, **given})
-    check_sampling(Sampling(temperature, top_p, top_k, min_p, seed))
+    sampling = Sampling(
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        seed,
+        ignore_eos=ignore_eos,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
+    )
+    check_sampling(sampling)
     loaded = load_model(model, tokenizer)
     ids = encode_prompts(loaded, prompt)
-    sampling = Sampling(temperature, top_p, top_k, min_p, seed, loaded.stop_token_ids, ignore_eos)
-    engine = compile(loaded.model, config)
+    sampling = replace(sampling, stop_token_ids=loaded.stop_token_ids)
+    engine = compile(loaded.model, config, tokenizer=loaded.tokenizer)
     tokens = engine.stream(ids, max_new_tokens, sampling)
-    show_texts(output(), prompt, ids, loaded.tokenizer, tokens)
+    show_texts(output(), prompt, ids, loaded.tokenizer, tokens, sampling)
 
 
 @app.command()

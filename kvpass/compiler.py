@@ -27,6 +27,7 @@ from kvpass.fx_passes.plan_cache import plan_cache
 from kvpass.fx_passes.token_mixers import convolutions_over_tokens
 from kvpass.fx_passes.verify import format_bound, reference_graph, verify
 from kvpass.report import RewriteReport
+from kvpass.runtime.output_text import decode_of
 from kvpass.site_reports import site_reports, with_format_errors, with_verification
 from kvpass.types import Refusal
 
@@ -37,6 +38,7 @@ def compile(
     *,
     example_inputs: Any = None,
     verify: bool = True,
+    tokenizer: Any = None,
 ) -> Engine:
     """Rewrite a decoder to run with a paged, shared KV cache.
 
@@ -49,6 +51,8 @@ def compile(
             with position ids that it takes but does not demand. The token ids are also what fp8 caches are
             calibrated with: give some text then.
         verify: run original and rewritten model against each other before handing out the engine.
+        tokenizer: turns output into text where ``Sampling(stop=...)`` asks for it: an object with
+            ``decode(token_ids)``, as those of tokenizers and transformers, or such a function. Prompts stay token ids.
 
     Returns:
         the engine; ``engine.report`` says what was done.
@@ -61,12 +65,14 @@ def compile(
     config = config or CacheConfig()
     if not isinstance(config, CacheConfig):
         raise InputError(f"config is a {type(config).__name__}: pass kvpass.CacheConfig(...)")
+    if tokenizer is not None:
+        decode_of(tokenizer)
     device = check_model(model)
     adapter = LogitsModel(model, example_inputs is not None and check_example(example_inputs))
     adapter.eval()
     examples = None if example_inputs is None else example_ids(example_inputs).to(device)
     module, report = rewrite(adapter, config, device, verify, examples=examples)
-    return Engine(module, module.plan, config, report, end_of_sequence(model))
+    return Engine(module, module.plan, config, report, end_of_sequence(model), tokenizer)
 
 
 class Recompiler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,14 @@ from kvpass.types import Sampling
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 DEFAULT_MEMORY = "1GiB"
+_SAMPLING_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 def parse_bytes(text: str | int) -> int:
@@ -137,10 +146,9 @@ def _pair(choice: Any) -> tuple[str, str]:
 
 def check_sampling(sampling: Sampling) -> None:
     """Raise :class:`ConfigError` if an option of ``sampling`` cannot be used."""
-    for name in ("temperature", "top_p", "min_p"):
-        value = getattr(sampling, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{name}={value!r} is not a number")
+    for name in _SAMPLING_NUMBERS:
+        if not _is_number(getattr(sampling, name)):
+            raise ConfigError(f"{name}={getattr(sampling, name)!r} is not a number")
     if sampling.seed is not None and (isinstance(sampling.seed, bool) or not isinstance(sampling.seed, int)):
         raise ConfigError(f"seed={sampling.seed!r} is not a whole number")
     if not sampling.temperature >= 0 or sampling.temperature == float("inf"):
@@ -153,6 +161,50 @@ def check_sampling(sampling: Sampling) -> None:
         raise ConfigError(f"top_k={sampling.top_k!r} must be 0 (all tokens) or a whole number of at least 1")
     if any(isinstance(token, bool) or not isinstance(token, int) for token in sampling.stop_token_ids):
         raise ConfigError(f"stop_token_ids={sampling.stop_token_ids!r} must be token ids (whole numbers)")
+    _check_logit_options(sampling)
+    _check_outputs(sampling)
+
+
+def _check_logit_options(sampling: Sampling) -> None:
+    """Penalties, bias and the callback."""
+    if not 0 < sampling.repetition_penalty < math.inf:
+        raise ConfigError(
+            f"repetition_penalty={sampling.repetition_penalty!r} must be a positive number: 1 is off, more than 1 "
+            f"discourages repetition"
+        )
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not math.isfinite(getattr(sampling, name)):
+            raise ConfigError(f"{name}={getattr(sampling, name)!r} must be finite: 0 is off")
+    if not isinstance(sampling.logit_bias, Mapping):
+        raise ConfigError(f"logit_bias={sampling.logit_bias!r} must map token ids to what is added to their logits")
+    for token, bias in sampling.logit_bias.items():
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ConfigError(f"logit_bias names {token!r}, which is no token id (a whole number)")
+        if not _is_number(bias) or not bias < math.inf:
+            raise ConfigError(f"logit_bias adds {bias!r} to token {token}: permitted are finite numbers, and -inf")
+    if sampling.allowed_tokens is not None and not callable(sampling.allowed_tokens):
+        raise ConfigError(
+            f"allowed_tokens={sampling.allowed_tokens!r} must be a function from the tokens generated so far to those "
+            f"that may come next"
+        )
+
+
+def _check_outputs(sampling: Sampling) -> None:
+    """What is reported, and stop strings."""
+    if sampling.logprobs is not None and sampling.logprobs != 0 and not _is_count(sampling.logprobs):
+        raise ConfigError(
+            f"logprobs={sampling.logprobs!r} must be None, or how many likeliest tokens to report beside the chosen one"
+        )
+    stops = sampling.stop
+    if not isinstance(stops, tuple | list) or not all(isinstance(text, str) and text for text in stops):
+        raise ConfigError(f"stop={stops!r} must be a tuple of strings that are not empty, such as stop=('END',)")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is an int or float, other than a bool, NaN, or an int beyond all floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not math.isnan(value) if isinstance(value, float) else abs(value) < 2**1000
 
 
 def _is_count(value: object) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Ordered
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from kvpass.errors import IntegrityError, KvpassError
 from kvpass.runtime.batch import build_step_inputs
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.capacity import allocate_caches, bytes_per_block, count_blocks
+from kvpass.runtime.output_text import decode_of
 from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.requests import make_sequences
 from kvpass.runtime.sampling import sample
@@ -85,6 +86,7 @@ class Engine:
         config: CacheConfig,
         report: RewriteReport,
         eos_token_ids: tuple[int, ...] = (),
+        tokenizer: Any = None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -93,6 +95,7 @@ class Engine:
         num_blocks = count_blocks(plan, config)
         self.caches = allocate_caches(plan, num_blocks, module.device)
         self._eos_token_ids = eos_token_ids
+        self._decode = None if tokenizer is None else decode_of(tokenizer)
         self._pool = BlockPool(num_blocks, plan.block_size)
         # All caches are indexed by the same blocks: a block can be given back when every one of them has passed it.
         windows = [spec.window for spec in plan.caches]
@@ -115,8 +118,9 @@ class Engine:
     ) -> list[list[int]]:
         """Continue every prompt, and return the new tokens in the order of the prompts.
 
-        A prompt ends after one of its ``stop_token_ids``, after an end-of-sequence token of the model unless
-        ``ignore_eos`` is set (both are included), or after ``max_new_tokens``.
+        A prompt ends after one of its ``stop_token_ids`` or the tokens of a string of ``stop``, after an
+        end-of-sequence token of the model unless ``ignore_eos`` is set (all are included), or after
+        ``max_new_tokens``.
 
         Args:
             prompts: lists of token ids, of any number and any lengths; numpy arrays and tensors of one dimension
@@ -130,7 +134,7 @@ class Engine:
             InputError: if a prompt or ``max_new_tokens`` cannot be used, before anything is computed.
             ConfigError: if an option of ``sampling`` cannot be used.
             CapacityError: if the pool is too small for one of the requests even alone.
-            KvpassError: if the model gives logits with NaN or infinity.
+            KvpassError: if the model gives logits with NaN or infinity, or a function in ``sampling`` fails.
         """
         sequences = self._prepare(prompts, max_new_tokens, sampling)
         with closing(self._run(sequences)) as tokens:
@@ -194,7 +198,7 @@ class Engine:
     def _prepare(
         self, prompts: Ordered[Ordered[int]], max_new_tokens: int, sampling: Sampling | Ordered[Sampling]
     ) -> list[Sequence]:
-        sequences = make_sequences(prompts, max_new_tokens, sampling, self.plan, self._eos_token_ids)
+        sequences = make_sequences(prompts, max_new_tokens, sampling, self.plan, self._eos_token_ids, self._decode)
         for sequence in sequences:
             self._scheduler.check_fits(sequence)
         return sequences
@@ -251,6 +255,8 @@ class Engine:
 
     def _why_failed(self, request: _Request) -> str:
         where = f"prompts[{request.index}] after {request.delivered} new tokens"
+        if request.sequence.failure is not None:
+            return f"{where}: {request.sequence.failure}"
         last = request.sequence.output[-1:]
         if last and last[0] in self.plan.forbidden_tokens:
             return (

@@ -12,49 +12,43 @@ from rich.panel import Panel
 from rich.text import Text
 from tokenizers import Tokenizer
 
-CONTEXT = 8  # tokens before the newest that a decoder may look at: for blanks, and for characters of several tokens
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+from kvpass.runtime.output_text import OutputText
+from kvpass.types import Sampling
+
 REFRESHES_PER_SECOND = 10
 LINES_ON_SCREEN = 7  # of each text while it grows
 LABEL_WIDTH = 60
 
 
 class TextStream:
-    """Turns the new tokens of one prompt into text, piece by piece; the pieces joined are the whole.
+    """Turns the new tokens of one prompt into text, piece by piece, up to a stop string if there are any.
 
-    A token can be a part of a character, and its text can depend on the tokens before it. So the newest tokens are
-    decoded together with some older ones, and what has not been given out yet is given once it ends in a character.
     Without a tokenizer the text of a token is its number.
     """
 
-    def __init__(self, prompt: Sequence[int], tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = tokenizer
-        self._tokens = list(prompt[-CONTEXT:])
-        self._first = 0
-        self._given = len(self._tokens)
+    def __init__(
+        self, prompt: Sequence[int], tokenizer: Tokenizer | None, stop: Sequence[str] = (), include_stop: bool = False
+    ) -> None:
+        self._text = None if tokenizer is None else OutputText(prompt, tokenizer.decode, stop, include_stop)
+        self._given = 0
         self._numbers = 0
 
     def add(self, token: int) -> str:
         """The text that is certain once ``token`` is there; may be empty."""
-        if self._tokenizer is None:
+        if self._text is None:
             self._numbers += 1
             return str(token) if self._numbers == 1 else f" {token}"
-        self._tokens.append(token)
-        text = self._new_text()
-        if not text or text.endswith(UNFINISHED):
-            return ""
-        self._first, self._given = self._given, len(self._tokens)
-        return text
+        self._text.add([token])
+        return self._new(self._text.certain)
 
     def finish(self) -> str:
         """What is left when no more tokens come."""
-        return "" if self._tokenizer is None else self._new_text()
+        return "" if self._text is None else self._new(self._text.finish())
 
-    def _new_text(self) -> str:
-        assert self._tokenizer is not None
-        before: str = self._tokenizer.decode(self._tokens[self._first : self._given])
-        both: str = self._tokenizer.decode(self._tokens[self._first :])
-        return both[len(before) :]
+    def _new(self, text: str) -> str:
+        new = text[self._given :]
+        self._given = len(text)
+        return new
 
 
 class TextsView:
@@ -117,12 +111,13 @@ def show_texts(
     ids: Sequence[Sequence[int]],
     tokenizer: Tokenizer | None,
     tokens: Iterable[tuple[int, int]],
+    sampling: Sampling,
 ) -> None:
-    """Print the texts that ``tokens``, pairs of a prompt's index and a new token of it, turn into.
+    """Print the texts that ``tokens``, pairs of a prompt's index and a new token of it, turn into, by ``sampling``.
 
     The text of a single prompt is written as it comes, with nothing around it.
     """
-    streams = [TextStream(prompt, tokenizer) for prompt in ids]
+    streams = [TextStream(prompt, tokenizer, sampling.stop, sampling.include_stop) for prompt in ids]
     if len(prompts) == 1:
         for _, token in tokens:
             console.print(Text(streams[0].add(token)), end="", soft_wrap=True)

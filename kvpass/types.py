@@ -19,8 +19,9 @@ V     vocabulary size
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,9 +175,31 @@ class StepInputs:
 FinishReason = Literal["length", "stop", "error"]
 
 
+# The tokens generated so far -> the ids that may come next, or a mask, bool ``[V]`` (a tensor or a numpy array).
+AllowedTokens = Callable[[list[int]], Iterable[int] | Any]
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely a chosen token was, and which tokens were likeliest, before any option of the sampling.
+
+    Attributes:
+        token: the chosen token.
+        logprob: natural logarithm of its probability in the model's own distribution, the softmax of its raw logits.
+        top: the likeliest tokens with theirs, the likeliest first; the chosen one is among them only if it is one.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen, and when to stop.
+
+    In this order: the penalties change the logits, ``logit_bias`` is added, ``allowed_tokens`` rules tokens out; the
+    most likely of what is left is taken, or with a ``temperature`` one is drawn from what ``top_k``, then ``top_p``,
+    then ``min_p`` leave.
 
     Attributes:
         temperature: 0 picks the most likely token (greedy).
@@ -186,6 +209,21 @@ class Sampling:
         seed: makes the choice reproducible, whatever else is in the batch; None draws a fresh seed.
         stop_token_ids: generation ends after one of these; it is the last token returned.
         ignore_eos: go on past the model's own end-of-sequence token.
+        repetition_penalty: logits of tokens that occur in prompt or output are divided by this if positive, and
+            multiplied if negative (Keskar et al., CTRL, arXiv 1909.05858, with the sign as transformers has it); 1 is
+            off, more than 1 discourages.
+        presence_penalty: subtracted from the logits of tokens that occur in the output, however often.
+        frequency_penalty: subtracted from the logits of tokens once for each time that they occur in the output.
+        logit_bias: added to the logits of the tokens named; ``-inf`` rules a token out.
+        allowed_tokens: called before each choice with the tokens generated so far; gives the ids that may come next,
+            or a mask ``[V]`` of bools. For grammars. It must not call the engine. An error in it ends this request
+            alone.
+        logprobs: report the log-probability of each chosen token, and of this many likeliest ones; None reports none.
+            They are those of the model's own distribution, before penalties, bias, temperature and all else.
+        stop: generation ends as soon as the text of the output holds one of these strings, over however many tokens
+            it is spread. Needs the engine's tokenizer. The tokens that make up the string are returned; the text is
+            cut before it.
+        include_stop: the text keeps the stop string at its end.
     """
 
     temperature: float = 0.0
@@ -195,6 +233,14 @@ class Sampling:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = field(default=())
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    allowed_tokens: AllowedTokens | None = None
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
 
 
 def dtype_name(dtype: torch.dtype) -> str:

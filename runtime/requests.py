@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpass.config import check_sampling
 from kvpass.errors import ConfigError, InputError
+from kvpass.runtime.output_text import Decode, OutputText
 from kvpass.runtime.sequence import Sequence
 from kvpass.types import CachePlan, Sampling
 
@@ -22,6 +23,7 @@ def make_sequences(
     sampling: Sampling | Ordered[Sampling],
     plan: CachePlan,
     eos_token_ids: tuple[int, ...],
+    decode: Decode | None = None,
 ) -> list[Sequence]:
     """One new sequence per prompt, in order.
 
@@ -47,7 +49,9 @@ def make_sequences(
             )
         seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
         stop_ids = options.stop_token_ids if options.ignore_eos else (*options.stop_token_ids, *eos_token_ids)
-        sequences.append(Sequence(tokens, new, options, seed, stop_ids, plan.forbidden_tokens))
+        _check_for_model(options, plan.vocab_size, decode)
+        text = OutputText(tokens, decode, options.stop, options.include_stop) if options.stop and decode else None
+        sequences.append(Sequence(tokens, new, options, seed, stop_ids, plan.forbidden_tokens, text))
     return sequences
 
 
@@ -121,6 +125,18 @@ def _samplings(sampling: Sampling | Ordered[Sampling], count: int) -> list[Sampl
     for options in sampling:
         _check_options(options)
     return list(sampling)
+
+
+def _check_for_model(options: Sampling, vocab_size: int, decode: Decode | None) -> None:
+    """Check what a sampling asks of the model's vocabulary and of the engine's tokenizer."""
+    for token in options.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"logit_bias names {token}, which is no token id of this model: 0 to {vocab_size - 1}")
+    if options.stop and decode is None:
+        raise ConfigError(
+            f"stop={options.stop!r} are strings, and the engine has no tokenizer to read its tokens with: give one, "
+            f"kvpass.compile(model, tokenizer=...), or stop at tokens with stop_token_ids"
+        )
 
 
 def _check_options(options: Sampling) -> None:

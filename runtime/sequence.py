@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpass.runtime.output_text import OutputText
 from kvpass.runtime.prefix_cache import Branch, TokenArray
-from kvpass.types import FinishReason, Sampling
+from kvpass.types import FinishReason, Sampling, TokenLogprobs
 
 _FIRST_CAPACITY = 16
 
@@ -49,6 +50,9 @@ class Sequence:
             entries are 0.
         branch: place in the prefix trie up to which the blocks are registered; None without prefix sharing.
         num_registered: blocks from the front of the table that are on the path to ``branch``.
+        text: the output as text; None unless the request has stop strings.
+        logprobs: of each generated token, where the request asks for them.
+        failure: why it finished in error, where that is known and not in its tokens or logits.
     """
 
     __slots__ = (
@@ -56,8 +60,10 @@ class Sequence:
         "_tokens",
         "arrival",
         "branch",
+        "failure",
         "finish_reason",
         "forbidden_ids",
+        "logprobs",
         "max_new_tokens",
         "num_blocks",
         "num_computed",
@@ -70,6 +76,7 @@ class Sequence:
         "seed",
         "state",
         "stop_ids",
+        "text",
     )
 
     def __init__(
@@ -80,6 +87,7 @@ class Sequence:
         seed: int,
         stop_ids: Collection[int] = (),
         forbidden_ids: Collection[int] = (),
+        text: OutputText | None = None,
     ) -> None:
         self.prompt_length = len(prompt)
         self.max_new_tokens = max_new_tokens
@@ -97,6 +105,9 @@ class Sequence:
         self.num_passed = 0
         self.branch: Branch | None = None
         self.num_registered = 0
+        self.text = text
+        self.logprobs: list[TokenLogprobs] = []
+        self.failure: str | None = None
         # Both grow by doubling: what a request asks for at most is no measure of what it will need.
         self._tokens: TokenArray = np.array(prompt, dtype=np.int32)
         self._table: NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -166,12 +177,27 @@ class Sequence:
         self._tokens[self.num_tokens] = token
         self.num_tokens += 1
         self.num_draft = 0
+        if self._is_stopped_by_text():
+            return
         if token in self.stop_ids:
             self.finish("stop")
         elif self.num_output >= self.max_new_tokens:
             self.finish("length")
         elif token in self.forbidden_ids:
             self.finish("error")
+
+    def _is_stopped_by_text(self) -> bool:
+        """Whether the newest tokens complete a stop string, or cannot be decoded; the sequence is finished then."""
+        if self.text is None:
+            return False
+        try:
+            # By count and not by token: an exception may have come between a token and its text.
+            if self.text.add(self.output_from(self.text.num_tokens)):
+                self.finish("stop")
+        except Exception as error:  # the caller's tokenizer: whatever is wrong with it ends this request alone
+            self.failure = f"its tokens could not be decoded to look for stop strings: {type(error).__name__}: {error}"
+            self.finish("error")
+        return self.state is SequenceState.FINISHED
 
     def finish(self, reason: FinishReason | None) -> None:
         """End the sequence; its blocks are the scheduler's to give back."""

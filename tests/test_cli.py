@@ -96,10 +96,10 @@ def run_compiled(run, monkeypatch):
     """The same, with each model compiled at most once in all tests."""
     compile = kvpass.compile
 
-    def compile_once(model, config):
+    def compile_once(model, config, tokenizer=None):
         key = (type(model), sum(p.numel() for p in model.parameters()), config)
         if key not in ENGINES:
-            ENGINES[key] = compile(model, config)
+            ENGINES[key] = compile(model, config, tokenizer=tokenizer)
         return ENGINES[key]
 
     monkeypatch.setattr(kvpass, "compile", compile_once)
@@ -147,6 +147,14 @@ def test_generate_with_text_prints_text(run_compiled):
     assert "[1] import os\n" in result.stdout and "[2] def f(x):\n" in result.stdout
     again = run_compiled(*arguments, "--temperature", 1, "--top-k", 20, "--top-p", 0.9, "--min-p", 0.01)
     assert again.stdout == result.stdout
+
+
+def test_generate_ends_before_a_stop_string(run_compiled):
+    arguments = ("generate", "--model", "decoder", "-p", "def f(x):\n", "-n", 8)
+    whole = run_compiled(*arguments).stdout
+    stop = whole[3:6]
+    result = run_compiled(*arguments, "--stop", "no such text", "--stop", stop)
+    assert (result.exit_code, result.stdout) == (0, whole[: whole.index(stop)] + "\n")
 
 
 def test_generate_with_a_transformers_folder(run_compiled, folder):
