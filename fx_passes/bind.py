@@ -15,7 +15,7 @@ class PagedModule(nn.Module):
     """The rewritten model: one flattened step of T tokens, prefill and decode in any mix.
 
     It keeps no state but the model's own parameters: keys and values live in tensors that the caller owns and hands
-    in at every step. Allocate them with :func:`kvpass.kernels.formats.allocate_cache`, one pair for each spec of
+    in at every step. Allocate them with :func:`kvpass.kernels.formats.allocate_caches`, one pair for each spec of
     ``plan.caches``, and own the blocks as you like; :class:`kvpass.Engine` is one such owner.
 
     Attributes:

@@ -48,7 +48,9 @@ def calibrate(exact: PagedGraph, plan: CachePlan, sequences: Sequence[Tensor]) -
     observed = with_sites(exact.module, exact.module.graph, [node.name for node in rows.values()])
     largest = {name: torch.zeros(()) for name in rows}
     for ids in sequences:
-        _, *written = observed(*module.arguments(_whole_step(ids), _caches(exact.plan, len(ids), module.device)))
+        _, *written = observed(
+            *module.arguments(_whole_step(ids, exact.plan), _caches(exact.plan, len(ids), module.device))
+        )
         for name, row in zip(rows, written, strict=True):
             largest[name] = torch.maximum(largest[name].to(row.device), row.abs().amax((0, 2)).float())
     chosen = {}
@@ -79,11 +81,13 @@ def _written_rows(exact: PagedGraph) -> dict[str, Node]:
     return found
 
 
-def _whole_step(ids: Tensor) -> StepInputs:
-    """One sequence from its first token, in blocks that lie in order."""
+def _whole_step(ids: Tensor, plan: CachePlan) -> StepInputs:
+    """One sequence from its first token, in blocks that lie in order; caches of one group share nothing with others."""
     where, length = torch.arange(len(ids), device=ids.device), torch.tensor([len(ids)], device=ids.device)
     start = torch.tensor([0, len(ids)], device=ids.device)
-    return StepInputs(ids, where, where, where[None], length, start, length - 1)
+    groups = len(plan.group_windows)
+    slots, tables = where.expand(groups, -1), where.expand(groups, 1, -1)
+    return StepInputs(ids, where, slots, tables, length, start, length - 1)
 
 
 def _caches(plan: CachePlan, length: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:

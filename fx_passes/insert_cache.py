@@ -56,15 +56,16 @@ def insert_cache(captured: CapturedGraph, plan: GraphPlan) -> PagedGraph:
     device = captured.input_ids.meta["val"].device
     live = live_nodes(captured)
     step = _add_inputs(captured, plan, device)
+    groups = _select_groups(captured, plan, step)
     _replace_positions(captured, plan, live, step["positions"])
     written: set[int] = set()
     results: list[Node] = []
     for site in plan.sites:
         with captured.graph.inserting_before(site.node):
             if site.cache not in written:
-                _write(captured, plan, plan.stored[site.cache], site, step)
+                _write(captured, plan, plan.stored[site.cache], site, groups[site.cache])
                 written.add(site.cache)
-            replacement = _attend(captured, plan, site, step)
+            replacement = _attend(captured, plan, site, groups[site.cache])
         results.append(replacement)
         site.node.replace_all_uses_with(replacement)
         captured.graph.erase_node(site.node)
@@ -93,6 +94,7 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
     nodes: dict[str, Node] = {}
     last = captured.position_ids or captured.input_ids
     batch, length = captured.input_ids.meta["val"].shape
+    groups = len(plan.cache_plan.group_windows)
 
     def add(name: str, shape: list[Any], dtype: torch.dtype) -> None:
         nonlocal last
@@ -104,8 +106,8 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
 
     shapes: dict[str, list[Any]] = {
         "positions": [length],
-        "slot_mapping": [batch * length],  # one for each row of keys
-        "block_tables": [2, 2],
+        "slot_mapping": [groups, batch * length],  # one for each row of keys
+        "block_tables": [groups, 2, 2],
         "seq_lens": [2],
         "query_start": [3],
         "logits_index": [2],
@@ -117,6 +119,22 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
         for part, dim, form in (("key", spec.key_dim, spec.key_format), ("value", spec.value_dim, spec.value_format)):
             add(f"{part}_cache_{i}", [2, spec.num_kv_heads, block, dim], find_format(form).dtype)
     return nodes
+
+
+def _select_groups(captured: CapturedGraph, plan: GraphPlan, step: dict[str, Node]) -> list[dict[str, Node]]:
+    """The step's inputs as each cache needs them: slots and block tables of its group, selected once per group."""
+    selected: dict[int, dict[str, Node]] = {}
+    with captured.graph.inserting_before(
+        next(n for n in captured.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    ):
+        for spec in plan.cache_plan.caches:
+            if spec.group not in selected:
+                chosen = {
+                    name: emit(captured, aten.select.int, step[name], 0, spec.group)
+                    for name in ("slot_mapping", "block_tables")
+                }
+                selected[spec.group] = {**step, **chosen}
+    return [selected[spec.group] for spec in plan.cache_plan.caches]
 
 
 def _replace_positions(captured: CapturedGraph, plan: GraphPlan, live: set[Node], positions: Node) -> None:

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from kvpass.fx_passes.bind import PagedModule
 from kvpass.fx_passes.graph import CapturedGraph
 from kvpass.fx_passes.insert_cache import PagedGraph
-from kvpass.kernels.formats import allocate_cache, find_format
+from kvpass.kernels.formats import allocate_caches, find_format
 from kvpass.types import CachePlan, StepInputs
 
 # Largest difference of logits over their largest magnitude, and the share of rows that has to keep to it: in low
@@ -165,15 +165,17 @@ class _Run:
     def _allocate(self, generator: torch.Generator) -> None:
         block = self.plan.block_size
         counts = [-(-len(s) // block) for s in self.sequences]
-        free = torch.randperm(sum(counts) + 2, generator=generator).tolist()
-        self.tables = [[free.pop() for _ in range(n)] for n in counts]
-        self.tables[1][: self.shared // block] = self.tables[0][: self.shared // block]
-        self.caches = []
-        for spec in self.plan.caches:
-            pair = allocate_cache(spec, sum(counts) + 2, block, self.device)
-            for tensor in pair:
-                tensor.view(torch.uint8).fill_(255)  # NaN in every float format, and as a scale
-            self.caches.append(pair)
+        groups, width = len(self.plan.group_windows), max(counts)
+        total = groups * sum(counts) + 2
+        free = torch.randperm(total, generator=generator).tolist()
+        # Blocks [G, 3, W]: those of one group are foreign to all others.
+        self.tables = torch.tensor(
+            [[[free.pop() if i < n else 0 for i in range(width)] for n in counts] for _ in range(groups)]
+        )
+        self.tables[:, 1, : self.shared // block] = self.tables[:, 0, : self.shared // block]
+        self.caches = allocate_caches(self.plan.caches, total, block, self.device)
+        for tensor in (tensor for pair in self.caches for tensor in pair):
+            tensor.view(torch.uint8).fill_(255)  # NaN in every float format, and as a scale
 
     def position_ids(self, reference: GraphModule) -> tuple[Tensor, ...]:
         """Position ids of the first sequence, where the captured graph takes them."""
@@ -215,22 +217,19 @@ class _Run:
 
     def _arguments(self, work: dict[int, tuple[int, int]]) -> list[Tensor]:
         block = self.plan.block_size
-        width = max(len(t) for t in self.tables)
-        tokens, positions, slots, tables, lengths, starts = [], [], [], [], [], [0]
+        tokens, positions, slots, lengths, starts = [], [], [], [], [0]
         for index, (start, end) in work.items():
-            table = torch.tensor(self.tables[index])
             where = torch.arange(start, end)
             tokens.append(self.sequences[index][start:end])
             positions.append(where)
-            slots.append(table[where // block] * block + where % block)
-            tables.append(torch.nn.functional.pad(table, (0, width - len(table))))
+            slots.append(self.tables[:, index, where // block] * block + where % block)
             lengths.append(end)
             starts.append(starts[-1] + end - start)
         step = StepInputs(
             torch.cat(tokens),
             torch.cat(positions).to(self.device),
-            torch.cat(slots).to(self.device),
-            torch.stack(tables).to(self.device),
+            torch.cat(slots, 1).to(self.device),
+            self.tables[:, list(work)].to(self.device),
             torch.tensor(lengths, device=self.device),
             torch.tensor(starts, device=self.device),
             torch.arange(starts[-1], device=self.device),

@@ -16,6 +16,7 @@ scaled formats
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -229,9 +230,57 @@ def unpack_slabs(slabs: Tensor, form: CacheFormat) -> Tensor:
 
 def cache_bytes_per_token(spec: CacheSpec) -> int:
     """Exact bytes that one token takes in the cache ``spec``, keys and values together, scales included."""
+    return sum(_bytes_of_keys_and_values(spec))
+
+
+def shared_tensors(caches: Sequence[CacheSpec]) -> tuple[int, ...]:
+    """For each cache the pair of tensors that it lives in, counted from 0.
+
+    A block belongs to one group at a time, so a cache may share its tensors with one cache of each other group: the
+    n-th of a group with the n-th of another among those whose tokens take the same bytes, keys and values each.
+    """
+    places: dict[tuple[tuple[int, int], int], int] = {}
+    found: list[int] = []
+    counts: dict[tuple[int, tuple[int, int]], int] = {}
+    for spec in caches:
+        size = _bytes_of_keys_and_values(spec)
+        place = counts.get((spec.group, size), 0)
+        counts[spec.group, size] = place + 1
+        found.append(places.setdefault((size, place), len(places)))
+    return tuple(found)
+
+
+def allocate_caches(
+    caches: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device | str
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The two tensors of each cache, as :func:`allocate_cache` gives them; groups share memory."""
+    owners: dict[int, tuple[CacheSpec, tuple[Tensor, Tensor]]] = {}
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for spec, place in zip(caches, shared_tensors(caches), strict=True):
+        if place not in owners:
+            owners[place] = spec, allocate_cache(spec, num_blocks, block_size, device)
+        owner, (keys, values) = owners[place]
+        if _layout(owner) != _layout(spec):
+            keys = _seen_as(keys, spec.key_format, spec.num_kv_heads, spec.key_dim)
+            values = _seen_as(values, spec.value_format, spec.num_kv_heads, spec.value_dim)
+        pairs.append((keys, values))
+    return tuple(pairs)
+
+
+def _bytes_of_keys_and_values(spec: CacheSpec) -> tuple[int, int]:
     keys = find_format(spec.key_format).bytes_per_token(spec.num_kv_heads, spec.key_dim)
-    values = find_format(spec.value_format).bytes_per_token(spec.num_kv_heads, spec.value_dim)
-    return keys + values
+    return keys, find_format(spec.value_format).bytes_per_token(spec.num_kv_heads, spec.value_dim)
+
+
+def _layout(spec: CacheSpec) -> tuple[object, ...]:
+    return spec.num_kv_heads, spec.key_dim, spec.value_dim, spec.key_format, spec.value_format
+
+
+def _seen_as(cache: Tensor, name: str, heads: int, dim: int) -> Tensor:
+    """The memory of ``cache`` as a cache of another format and shape, whose tokens take as many bytes."""
+    form = find_format(name)
+    shape = (cache.shape[0], heads, cache.shape[2], form.stored_width(dim))
+    return cache.flatten().view(torch.uint8).view(form.dtype).view(shape)
 
 
 def allocate_cache(

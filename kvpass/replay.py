@@ -43,10 +43,11 @@ class Replay:
 
     def __init__(self, engine: Engine, sequences: int, length: int) -> None:
         self.module, self.block_size = engine.module, engine.plan.block_size
-        blocks = -(-length // self.block_size)
+        blocks, groups = -(-length // self.block_size), len(engine.plan.group_windows)
         # Neighbours in the pool belong to different sequences, as they do in an engine.
-        self.tables = torch.arange(sequences * blocks).view(blocks, sequences).t().contiguous().to(self.module.device)
-        self.caches = allocate_caches(engine.plan, sequences * blocks, self.module.device)
+        numbers = torch.arange(groups * blocks * sequences).view(groups, blocks, sequences)
+        self.tables = numbers.transpose(1, 2).contiguous().to(self.module.device)
+        self.caches = allocate_caches(engine.plan, numbers.numel(), self.module.device)
 
     def step(self, tokens: Tensor, start: int, wanted: Tensor) -> Tensor:
         """Read the next chunk of every sequence.
@@ -64,12 +65,13 @@ class Replay:
         positions = torch.arange(start, start + chunk, device=device)
         rows = wanted.flatten().nonzero().flatten().to(device)
         last = torch.tensor([count * chunk - 1], device=device)  # a step has to ask for something
+        slots = self.tables[:, :, positions // size] * size + positions % size
         with torch.inference_mode():
             logits: Tensor = self.module(
                 StepInputs(
                     token_ids=tokens.flatten().to(device),
                     positions=positions.repeat(count),
-                    slot_mapping=(self.tables[:, positions // size] * size + positions % size).flatten(),
+                    slot_mapping=slots.flatten(1),
                     block_tables=self.tables,
                     seq_lens=torch.full((count,), start + chunk, device=device),
                     query_start=torch.arange(0, count * chunk + 1, chunk, device=device),

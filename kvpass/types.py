@@ -4,6 +4,7 @@ Shape alphabet, used in every docstring of the project:
 
 ====  =====================================================
 T     tokens of one step, flattened over sequences
+G     groups of caches, each with block tables of its own
 N     sequences of one step
 R     rows of logits asked for in one step
 B     blocks of the pool
@@ -113,6 +114,7 @@ class CacheSpec:
         window: newest tokens, the query's own included, that any of the sites that read it may look at (the largest
             window or chunk); None when one of them sees everything.
         sites: names of the attention sites that read it.
+        group: whose block tables say where tokens are; caches of one group give back their blocks together.
     """
 
     name: str
@@ -123,6 +125,7 @@ class CacheSpec:
     value_format: str
     window: int | None = None
     sites: tuple[str, ...] = ()
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,17 @@ class CachePlan:
     max_length_reason: str = ""
     forbidden_tokens: tuple[int, ...] = ()
 
+    @property
+    def group_windows(self) -> tuple[int | None, ...]:
+        """For each group the newest tokens, the query's own included, that are looked at in any of its caches.
+
+        None where one of them sees everything. There is at least one group.
+        """
+        groups: list[list[int | None]] = [[] for _ in range(1 + max((spec.group for spec in self.caches), default=0))]
+        for spec in self.caches:
+            groups[spec.group].append(spec.window)
+        return tuple(None if None in found else max((w for w in found if w), default=None) for found in groups)
+
 
 @dataclass(frozen=True, eq=False)
 class StepInputs:
@@ -156,8 +170,10 @@ class StepInputs:
     Attributes:
         token_ids: ``[T]``.
         positions: ``[T]``, position of each token in its sequence, from 0.
-        slot_mapping: ``[T]``, where the token's keys and values are written: ``block * P + offset``.
-        block_tables: ``[N, W]``, blocks of each sequence in order; entries past the sequence's end are ignored.
+        slot_mapping: ``[G, T]``, where the token's keys and values are written in the caches of each group:
+            ``block * P + offset``.
+        block_tables: ``[G, N, W]``, blocks of each sequence in order, in each group; entries past the sequence's end,
+            and those that no query sees through the windows of the group, are ignored.
         seq_lens: ``[N]``, tokens of each sequence once this step is written, those of earlier steps included.
         query_start: ``[N + 1]``, first row of each sequence's tokens in ``token_ids``; the last entry is T.
         logits_index: ``[R]``, rows of ``token_ids`` whose logits are wanted.

@@ -34,8 +34,8 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
     return StepInputs(
         token_ids=move(tokens.astype(np.int64)),
         positions=move(positions),
-        slot_mapping=move(slots),
-        block_tables=move(tables),
+        slot_mapping=move(slots[None]),
+        block_tables=move(tables[None]),
         seq_lens=move(ends),
         query_start=move(query_start),
         logits_index=move(_rows_with_logits(query_start[1:], ends - known)),

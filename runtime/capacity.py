@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvpass.config import CacheConfig
 from kvpass.errors import ConfigError
-from kvpass.kernels.formats import allocate_cache, cache_bytes_per_token
+from kvpass.kernels import formats
+from kvpass.kernels.formats import cache_bytes_per_token, shared_tensors
 from kvpass.types import CachePlan
 
 # A model that remembers nothing of past tokens has blocks that cost no memory; they still count its tokens.
@@ -15,8 +16,9 @@ BLOCKS_WITHOUT_MEMORY = 1 << 16
 
 
 def bytes_per_block(plan: CachePlan) -> int:
-    """Bytes of one block in all caches of the plan together."""
-    return plan.block_size * sum(cache_bytes_per_token(spec) for spec in plan.caches)
+    """Bytes of one block in all tensors of the caches together; groups of caches share tensors."""
+    sizes = dict(zip(shared_tensors(plan.caches), map(cache_bytes_per_token, plan.caches), strict=True))
+    return plan.block_size * sum(sizes.values())
 
 
 def count_blocks(plan: CachePlan, config: CacheConfig) -> int:
@@ -41,13 +43,15 @@ def count_blocks(plan: CachePlan, config: CacheConfig) -> int:
 def allocate_caches(plan: CachePlan, num_blocks: int, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], ...]:
     """Key and value tensors ``[B, Hkv, P, D]`` and ``[B, Hkv, P, Dv]`` of each cache, in the order of the plan.
 
+    Caches of different groups may share their memory, since a block belongs to one group at a time.
+
     Raises:
         ConfigError: if the device has too little memory.
     """
     try:
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            return tuple(allocate_cache(spec, num_blocks, plan.block_size, device) for spec in plan.caches)
+            return formats.allocate_caches(plan.caches, num_blocks, plan.block_size, device)
     except (MemoryError, RuntimeError) as error:
         size = num_blocks * bytes_per_block(plan)
         raise ConfigError(

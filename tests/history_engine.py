@@ -34,9 +34,10 @@ class HistoryModule:
         self.steps += 1
         ((keys, values),) = caches
         size = keys.shape[2]
+        (written,), (tables,) = step.slot_mapping.numpy(), step.block_tables.numpy()
         flat_keys, flat_values = keys.view(-1).numpy(), values.view(-1).numpy()
-        flat_keys[step.slot_mapping.numpy()] = step.token_ids.numpy()
-        flat_values[step.slot_mapping.numpy()] = step.positions.numpy()
+        flat_keys[written] = step.token_ids.numpy()
+        flat_values[written] = step.positions.numpy()
         self.before_step(step)
         sequences = torch.searchsorted(step.query_start, step.logits_index, right=True) - 1
         rows = []
@@ -44,7 +45,7 @@ class HistoryModule:
             length = int(step.positions[row]) + 1
             assert length <= int(step.seq_lens[sequence])
             positions = np.arange(length)
-            slots = step.block_tables[sequence].numpy()[positions // size] * size + positions % size
+            slots = tables[sequence][positions // size] * size + positions % size
             assert np.array_equal(flat_values[slots], positions)
             rows.append(logits_of(flat_keys[slots]))
             if self.poison == flat_keys[slots[0]]:

@@ -46,7 +46,13 @@ def rewrite(model: nn.Module, config: CacheConfig) -> Rewritten:
             where = torch.arange(start, end)
             counts = torch.tensor([0, end - start])
             step = StepInputs(
-                ids[start:end], where, where, torch.arange(3)[None], torch.tensor([end]), counts, where - start
+                ids[start:end],
+                where,
+                where[None],
+                torch.arange(3)[None, None],
+                torch.tensor([end]),
+                counts,
+                where - start,
             )
             parts.append(paged.observed(*module.arguments(step, caches))[1:])
     got = [torch.cat(site, 2) for site in zip(*parts, strict=True)]

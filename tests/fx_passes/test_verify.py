@@ -251,8 +251,8 @@ def step(length: int, rows: Tensor, device: str = "cpu") -> StepInputs:
     return StepInputs(
         token_ids=every * 5 % VOCAB,
         positions=every,
-        slot_mapping=every,
-        block_tables=torch.arange(-(-length // 4)).unsqueeze(0),
+        slot_mapping=every[None],
+        block_tables=torch.arange(-(-length // 4))[None, None],
         seq_lens=torch.tensor([length]),
         query_start=torch.tensor([0, length]),
         logits_index=rows,

@@ -25,7 +25,8 @@ def paged_logits(engine: Engine, prompts: list[list[int]], cuts: Sequence[Sequen
     size = plan.block_size
     tables = _scattered_tables([-(-len(prompt) // size) for prompt in prompts])
     num_blocks = int(tables.max()) + 1
-    caches = [allocate_cache(spec, num_blocks, size, device) for spec in plan.caches]
+    caches = [allocate_cache(spec, num_blocks, size, device) for spec in plan.caches]  # nothing shared between groups
+    groups = len(plan.group_windows)
     for tensor in (tensor for pair in caches for tensor in pair):
         tensor.fill_(POISON)
     rows: list[list[Tensor]] = [[] for _ in prompts]
@@ -41,8 +42,8 @@ def paged_logits(engine: Engine, prompts: list[list[int]], cuts: Sequence[Sequen
         inputs = StepInputs(
             token_ids=torch.tensor([prompts[number][i] for number, span in spans.items() for i in span]),
             positions=positions,
-            slot_mapping=tables[owners, positions // size] * size + positions % size,
-            block_tables=tables[taken],
+            slot_mapping=(tables[owners, positions // size] * size + positions % size).expand(groups, -1),
+            block_tables=tables[taken].expand(groups, -1, -1),
             seq_lens=torch.tensor([done[number] for number in taken]),
             query_start=starts,
             logits_index=torch.arange(len(positions)),

@@ -22,8 +22,8 @@ def test_prefill_chunk_and_decode_are_flattened_in_one_step():
     inputs = build_step_inputs(step, block_size=4)
     assert inputs.token_ids.tolist() == [14, 20, 21, 33, 34, 35]
     assert inputs.positions.tolist() == [4, 0, 1, 3, 4, 5]
-    assert inputs.slot_mapping.tolist() == [2 * 4, 5 * 4, 5 * 4 + 1, 1 * 4 + 3, 8 * 4, 8 * 4 + 1]
-    assert inputs.block_tables.tolist() == [[7, 2], [5, 0], [1, 8]]
+    assert inputs.slot_mapping.tolist() == [[2 * 4, 5 * 4, 5 * 4 + 1, 1 * 4 + 3, 8 * 4, 8 * 4 + 1]]
+    assert inputs.block_tables.tolist() == [[[7, 2], [5, 0], [1, 8]]]
     assert inputs.seq_lens.tolist() == [5, 2, 6]
     assert inputs.query_start.tolist() == [0, 1, 3, 6]
     assert inputs.logits_index.tolist() == [0, 2]
@@ -42,6 +42,6 @@ def test_proposed_tokens_follow_the_newest_one_and_each_has_its_row_of_logits():
     ranges = (TokenRange(drafting, 2, 5), TokenRange(chunk, 0, 2), TokenRange(plain, 0, 1))
     inputs = build_step_inputs(Step(ranges, (drafting, plain), (2, 0)), block_size=4)
     assert inputs.token_ids.tolist() == [12, 50, 51, 1, 2, 20]
-    assert inputs.slot_mapping.tolist() == [7 * 4 + 2, 7 * 4 + 3, 2 * 4, 1 * 4, 1 * 4 + 1, 5 * 4]
+    assert inputs.slot_mapping.tolist() == [[7 * 4 + 2, 7 * 4 + 3, 2 * 4, 1 * 4, 1 * 4 + 1, 5 * 4]]
     assert inputs.seq_lens.tolist() == [5, 2, 1]
     assert inputs.logits_index.tolist() == [0, 1, 2, 5]
