@@ -25,7 +25,6 @@ from kvpass.fx_passes.softmax_rules import (
     by_division,
     by_exponential,
     by_reciprocal,
-    by_sigmoid_of_sum,
     divided_after_values,
     in_base_two,
     log_of_sum,
@@ -201,7 +200,7 @@ def _div(captured: CapturedGraph, node: Node) -> Node | None:
 
 
 def _mul(captured: CapturedGraph, node: Node) -> Node | None:
-    return _identity_with(1)(captured, node) or by_reciprocal(captured, node) or by_sigmoid_of_sum(captured, node)
+    return _identity_with(1)(captured, node) or by_reciprocal(captured, node)
 
 
 def _transposed_twice(captured: CapturedGraph, node: Node) -> Node | None:

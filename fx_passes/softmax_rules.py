@@ -212,22 +212,6 @@ def _softmax_with_sink(captured: CapturedGraph, node: Node, logits: Node, dim: i
     return emit(captured, aten.slice.Tensor, weights, d, 1, FULL, like=node)
 
 
-def by_sigmoid_of_sum(captured: CapturedGraph, node: Node) -> Node | None:
-    """``softmax(x) * sigmoid(logsumexp(x) - sink)`` is a softmax with one more logit, whose weight is dropped."""
-    for top, gate in (node.args[:2], node.args[1::-1]):
-        inner = gate.args[0] if is_call(gate, aten.sigmoid) and isinstance(gate, Node) else None
-        if not (is_call(top, aten.softmax) and isinstance(top, Node) and is_call(inner, aten.sub)):
-            continue
-        assert isinstance(inner, Node)
-        total, sink = inner.args[0], inner.args[1]
-        dim = _logsumexp_dim(total, top.args[0])
-        if dim is None or dim != _dim_of(top) or arguments(inner)["alpha"] != 1:
-            continue
-        assert isinstance(top.args[0], Node)
-        return _softmax_with_sink(captured, node, top.args[0], dim, sink)
-    return None
-
-
 def _dim_of(softmax: Node) -> int:
     return int(arguments(softmax)["dim"]) % len(shape_of(softmax))
 
