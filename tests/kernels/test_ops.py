@@ -120,17 +120,6 @@ def test_dead_code_elimination_keeps_the_write() -> None:
     assert unused not in graph.nodes
 
 
-def test_a_compiled_module_writes_and_reads_its_cache() -> None:
-    module = TinyAttention()
-    compiled = torch.compile(module, backend="aot_eager", dynamic=True, fullgraph=True)
-    for lengths in ([9, 5, 6], [3, 17]):
-        arguments = tiny_step(lengths)
-        expected = copy.deepcopy(arguments)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*arguments), module(*expected))
-        torch.testing.assert_close(arguments[1:3], expected[1:3], equal_nan=True)
-
-
 @pytest.mark.parametrize("leaf", [False, True])
 def test_nothing_is_recorded_for_gradients(leaf: bool, random_step: Callable[..., Any]) -> None:
     step = random_step([9, 6], [1, 4], block_size=4)
