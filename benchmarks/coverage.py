@@ -57,6 +57,7 @@ DRAWS: tuple[tuple[int, float, Row], ...] = (
     *((seed, 0.25, {}) for seed in (6, 7, 8)),
     *((seed, 0.4, {}) for seed in (6, 7, 8)),
     *((seed, 0.25, {"tie_word_embeddings": False, "logit_scale": 1.0}) for seed in (6, 7, 8, 9)),
+    *((seed, 0.15, {}) for seed in (9, 6, 7, 8)),
 )
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = kvpass.CacheConfig(block_size=16, num_blocks=64)
