@@ -15,6 +15,7 @@ from kvpass.errors import (
     VerificationError,
 )
 from kvpass.fx_passes.bind import PagedModule
+from kvpass.handle import Handle
 from kvpass.report import RewriteReport, SiteReport
 from kvpass.types import CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs, TokenLogprobs
 
@@ -28,6 +29,7 @@ __all__ = [
     "CaptureError",
     "ConfigError",
     "Engine",
+    "Handle",
     "InputError",
     "IntegrityError",
     "KvpassError",

@@ -1,71 +1,41 @@
 """The engine: token ids in, new token ids out, over one compiled module and one block pool.
 
-All calls on one engine, interleaved or from several threads, put their requests into one scheduler. Whoever waits for
-a token drives the next step, and a step advances everybody's requests; a lock is held for the step and never while a
-caller's code runs.
+All calls on one engine, interleaved, from several threads or from asyncio tasks, put their requests into one scheduler.
+Whoever waits for a token computes the next step, and a step advances everybody's requests; or a thread does, see
+:meth:`Engine.serving`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Ordered
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager, closing
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor
 
 from kvpass.config import CacheConfig
-from kvpass.errors import IntegrityError, KvpassError
-from kvpass.runtime.batch import build_step_inputs
+from kvpass.driving import Driver
+from kvpass.errors import InputError
+from kvpass.handle import Handle
+from kvpass.request import News, Request
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.capacity import allocate_caches, bytes_per_block, count_blocks
 from kvpass.runtime.output_text import decode_of
 from kvpass.runtime.prefix_cache import PrefixCache
-from kvpass.runtime.requests import make_sequences
-from kvpass.runtime.sampling import sample
+from kvpass.runtime.requests import make_samples, make_sequences
 from kvpass.runtime.scheduler import Scheduler
-from kvpass.runtime.sequence import Sequence, SequenceState
+from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.stats import EngineStats
-from kvpass.types import CachePlan, Sampling, StepInputs
+from kvpass.step_loop import StepLoop, StepModule
+from kvpass.types import CachePlan, Sampling
 
 if TYPE_CHECKING:
     from kvpass.report import RewriteReport
 
 GREEDY = Sampling()
-
-
-class StepModule(Protocol):
-    """What the engine needs of a paged module."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the step's tensors and the caches have to be."""
-
-    def __call__(self, step: StepInputs, caches: Ordered[tuple[Tensor, Tensor]], /) -> Tensor:
-        """Write the caches of the step's tokens and return logits ``[R, V]``."""
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of generate or stream: what has arrived for it, and how many of its requests have not ended."""
-
-    pending: int
-    arrived: deque[tuple[int, int]] = field(default_factory=deque)
-    failure: str | None = None
-
-
-@dataclass(eq=False)
-class _Request:
-    """One prompt of a call, and how many of its new tokens were put into ``call.arrived``."""
-
-    sequence: Sequence
-    index: int
-    call: _Call
-    delivered: int = 0
 
 
 class Engine:
@@ -76,7 +46,6 @@ class Engine:
         plan: what the module's caches are.
         config: how the cache is stored and how much of it there is.
         report: what the rewrite did, and how it was proven.
-        caches: key and value tensors of each cache, in the order of the plan.
     """
 
     def __init__(
@@ -93,7 +62,7 @@ class Engine:
         self.config = config
         self.report = report
         num_blocks = count_blocks(plan, config)
-        self.caches = allocate_caches(plan, num_blocks, module.device)
+        caches = allocate_caches(plan, num_blocks, module.device)
         self._eos_token_ids = eos_token_ids
         self._decode = None if tokenizer is None else decode_of(tokenizer)
         self._pool = BlockPool(num_blocks, plan.block_size)
@@ -102,12 +71,14 @@ class Engine:
         window = max((w for w in windows if w is not None), default=None) if None not in windows else None
         prefix_cache = PrefixCache(self._pool, (window,)) if config.prefix_sharing else None
         self._scheduler = Scheduler(self._pool, prefix_cache, config.max_batch_tokens, config.max_sequences, window)
-        # Held by whoever touches the scheduler. Not reentrant: see _cancel.
-        self._lock = Lock()
-        # The requests that have not ended, each in the scheduler or about to be cancelled.
-        self._requests: dict[Sequence, _Request] = {}
-        # Requests that nobody waits for any more, until the lock is free to drop them.
-        self._cancelled: deque[list[Sequence]] = deque()
+        self._loop = StepLoop(module, plan, caches, self._scheduler)
+        self._driver = Driver(self._loop)
+        self._closed = False
+
+    @property
+    def caches(self) -> Ordered[tuple[Tensor, Tensor]]:
+        """Key and value tensors of each cache, in the order of the plan; none once the engine was closed."""
+        return self._loop.caches
 
     def generate(
         self,
@@ -136,12 +107,14 @@ class Engine:
             CapacityError: if the pool is too small for one of the requests even alone.
             KvpassError: if the model gives logits with NaN or infinity, or a function in ``sampling`` fails.
         """
-        sequences = self._prepare(prompts, max_new_tokens, sampling)
-        with closing(self._run(sequences)) as tokens:
+        if on_token is not None and not callable(on_token):
+            raise InputError(f"on_token={on_token!r} cannot be called: give a function of an index and a token")
+        requests = self._prepare(prompts, max_new_tokens, sampling)
+        with closing(self._run(requests)) as tokens:
             for index, token in tokens:
                 if on_token is not None:
                     on_token(index, token)
-        return [sequence.output for sequence in sequences]
+        return [request.sequence.output for request in requests]
 
     def stream(
         self,
@@ -158,9 +131,50 @@ class Engine:
         """
         return self._run(self._prepare(prompts, max_new_tokens, sampling))
 
+    def submit(
+        self,
+        prompt: Ordered[int],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        *,
+        n: int = 1,
+    ) -> Handle:
+        """Queue one prompt, and return at once; requests may come in while others run, from any thread or task.
+
+        Args:
+            prompt: token ids.
+            max_new_tokens: most new tokens.
+            sampling: how tokens are chosen.
+            n: how many samples to continue the prompt with; see :attr:`kvpass.Handle.samples`. The first has the seed
+                of ``sampling``, the others seeds that follow from it.
+
+        Raises:
+            InputError: if an argument cannot be used, or the engine was closed.
+            ConfigError: if an option of ``sampling`` cannot be used.
+            CapacityError: if the pool is too small for the request even alone.
+        """
+        sequences = make_samples(prompt, max_new_tokens, sampling, n, self.plan, self._eos_token_ids, self._decode)
+        self._check(sequences)
+        requests = [Request(sequence, 0, News(pending=1)) for sequence in sequences]
+        handles = [Handle(request, self._loop, self._driver) for request in requests[1:]]
+        first = Handle(requests[0], self._loop, self._driver, tuple(handles))
+        self._loop.submit(requests)
+        return first
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Have a thread compute while the ``with`` block runs, so that requests advance though nobody waits for them.
+
+        Those who wait meanwhile only wait. If a step fails there, the requests that took part in it fail with
+        :class:`kvpass.KvpassError`, the cause chained. What is under way when the block is left goes on when somebody
+        waits for it. Blocks may be nested and entered from several threads; one thread serves.
+        """
+        if self._closed:
+            raise InputError("the engine was closed: compile the model again")
+        return self._driver.serving()
+
     def stats(self) -> EngineStats:
         """Figures of now and so far."""
-        with self._exclusive():
+        with self._loop.exclusive():
             pool, counts = self._pool, self._scheduler.counts
             block_bytes = bytes_per_block(self.plan)
             return EngineStats(
@@ -183,7 +197,7 @@ class Engine:
 
     def clear_prefix_cache(self) -> None:
         """Forget all prefixes kept for reuse. Requests under way go on undisturbed."""
-        with self._exclusive():
+        with self._loop.exclusive():
             self._scheduler.clear_prefix_cache()
 
     def check_integrity(self) -> None:
@@ -192,118 +206,56 @@ class Engine:
         Raises:
             IntegrityError: naming the invariant that does not hold.
         """
-        with self._exclusive():
+        with self._loop.exclusive():
             self._scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Cancel all requests, end the thread that serves, and give the caches' memory back. Can be done twice.
+
+        Iterating over a handle, or waiting for its result, then ends with the tokens that had come. The engine takes
+        no more requests.
+        """
+        self._closed = True
+        self._driver.stop()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _prepare(
         self, prompts: Ordered[Ordered[int]], max_new_tokens: int, sampling: Sampling | Ordered[Sampling]
-    ) -> list[Sequence]:
+    ) -> list[Request]:
+        """The requests of one call, checked, in the order of its prompts."""
         sequences = make_sequences(prompts, max_new_tokens, sampling, self.plan, self._eos_token_ids, self._decode)
+        self._check(sequences)
+        news = News(pending=len(sequences), arrived=deque())
+        return [Request(sequence, index, news) for index, sequence in enumerate(sequences)]
+
+    def _check(self, sequences: list[Sequence]) -> None:
+        if self._closed:
+            raise InputError("the engine was closed: compile the model again")
         for sequence in sequences:
             self._scheduler.check_fits(sequence)
-        return sequences
 
-    def _run(self, sequences: list[Sequence]) -> Generator[tuple[int, int], None, None]:
-        """Submit ``sequences`` and drive steps until all of them have ended."""
-        call = _Call(pending=len(sequences))
+    def _run(self, requests: list[Request]) -> Generator[tuple[int, int], None, None]:
+        """Submit the requests of one call, and yield their tokens until all of them have ended."""
+        news = requests[0].news
+        arrived = news.arrived
+        assert arrived is not None
         try:
-            with self._exclusive():
-                for index, sequence in enumerate(sequences):
-                    self._requests[sequence] = _Request(sequence, index, call)
-                    self._scheduler.add(sequence)
+            self._loop.submit(requests)
             while True:
-                while call.arrived:
-                    yield call.arrived.popleft()
-                if call.failure is not None:
-                    raise KvpassError(call.failure)
-                with self._exclusive():
-                    # Another call's step may have brought something while this one waited for the lock.
-                    if not call.arrived and call.failure is None:
-                        if call.pending == 0:
-                            return
-                        self._step()
+                self._driver.wait(news, lambda: bool(arrived) or news.failure is not None or news.pending == 0)
+                while arrived:
+                    yield arrived.popleft()
+                if news.failure is not None:
+                    raise news.failure
+                if news.pending == 0 and not arrived:
+                    return
         finally:
-            self._cancel(sequences)
-
-    def _step(self) -> None:
-        """Compute one step for whoever is in the scheduler."""
-        step = self._scheduler.schedule()
-        if not step.ranges:
-            raise IntegrityError("requests are under way and none of them can be scheduled")
-        with torch.inference_mode():
-            if step.copies:
-                source, target = torch.tensor(step.copies, device=self.module.device).t().contiguous()
-                torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
-            inputs = build_step_inputs(step, self.plan.block_size, self.module.device)
-            tokens = sample(self.module(inputs, self.caches), step.sampled)
-        self._scheduler.commit(step, [None if token is None else [token] for token in tokens])
-        for sequence in step.sampled:
-            self._deliver(self._requests[sequence])
-
-    def _deliver(self, request: _Request) -> None:
-        """Hand new tokens, and the end if it has come, to the call; what was delivered before is not repeated."""
-        sequence, call = request.sequence, request.call
-        new = sequence.output_from(request.delivered)
-        for token in new:
-            call.arrived.append((request.index, token))
-        request.delivered += len(new)
-        if sequence.state is SequenceState.FINISHED:
-            del self._requests[sequence]
-            call.pending -= 1
-            if sequence.finish_reason == "error":
-                call.failure = self._why_failed(request)
-
-    def _why_failed(self, request: _Request) -> str:
-        where = f"prompts[{request.index}] after {request.delivered} new tokens"
-        if request.sequence.failure is not None:
-            return f"{where}: {request.sequence.failure}"
-        last = request.sequence.output[-1:]
-        if last and last[0] in self.plan.forbidden_tokens:
-            return (
-                f"the model gave token {last[0]}, the padding token, for {where}: what follows it is not proven; end "
-                f"there with Sampling(stop_token_ids=({last[0]},))"
-            )
-        return (
-            f"the model gave logits with NaN or infinity for {where}, so no token could be chosen: run the original "
-            f"model on it; if that is finite, the cache dtype may overflow, and bfloat16 or float32 reach further than "
-            f"float16"
-        )
-
-    def _cancel(self, sequences: list[Sequence]) -> None:
-        """Drop the sequences that have not ended, now or as soon as the lock is free.
-
-        The garbage collector may close a stream at any point, in a thread that holds the lock already; so this must
-        not wait for it.
-        """
-        left = [sequence for sequence in sequences if sequence.state is not SequenceState.FINISHED]
-        if left:
-            self._cancelled.append(left)
-            if self._lock.acquire(blocking=False):
-                try:
-                    self._settle()
-                finally:
-                    self._lock.release()
-
-    def _settle(self, failed: bool = False) -> None:
-        """Put things in order: undo a step that failed, and drop what was cancelled. The lock is held."""
-        if self._scheduler.recover() or failed:
-            # An interrupt may have come between a step's end and the delivery of its tokens.
-            for request in list(self._requests.values()):
-                self._deliver(request)
-        while self._cancelled:
-            for sequence in self._cancelled[0]:
-                self._requests.pop(sequence, None)
-            self._scheduler.cancel(self._cancelled[0])
-            self._cancelled.popleft()
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Hold the lock; on the way in and on the way out, by exception too, things are in order."""
-        with self._lock:
-            self._settle()
-            try:
-                yield
-            except BaseException:
-                self._settle(failed=True)
-                raise
-            self._settle()
+            self._loop.cancel(requests)

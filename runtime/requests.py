@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence as Ordered
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,7 @@ from kvpass.runtime.sequence import Sequence
 from kvpass.types import CachePlan, Sampling
 
 SEED_BITS = 64
+SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 def make_sequences(
@@ -53,6 +55,42 @@ def make_sequences(
         text = OutputText(tokens, decode, options.stop, options.include_stop) if options.stop and decode else None
         sequences.append(Sequence(tokens, new, options, seed, stop_ids, plan.forbidden_tokens, text))
     return sequences
+
+
+def make_samples(
+    prompt: Ordered[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    count: int,
+    plan: CachePlan,
+    eos_token_ids: tuple[int, ...],
+    decode: Decode | None = None,
+) -> list[Sequence]:
+    """``count`` new sequences of one prompt: the first with the seed of ``sampling``, the others with seeds after it.
+
+    Raises:
+        InputError: if prompt, ``max_new_tokens`` or ``count`` cannot be used.
+        ConfigError: if ``sampling`` cannot be used.
+    """
+    if not isinstance(prompt, list | tuple | np.ndarray | Tensor | str | bytes):
+        raise InputError(f"prompt is a {type(prompt).__name__}: give a list of token ids")
+    if isinstance(prompt, list | tuple) and any(isinstance(part, list | tuple) for part in prompt):
+        raise InputError("prompt is a list of lists: submit takes one prompt, a list of token ids; call it for each")
+    if not isinstance(sampling, Sampling):
+        raise ConfigError(f"sampling={sampling!r} is no kvpass.Sampling: submit takes one prompt and one of these")
+    samples = _whole_number(count)
+    if samples is None or samples < 1:
+        raise InputError(f"n={count!r} is not a whole number of at least 1")
+    (first,) = make_sequences([prompt], max_new_tokens, sampling, plan, eos_token_ids, decode)
+    options = [replace(sampling, seed=_seed_of_sample(first.seed, index)) for index in range(1, samples)]
+    if not options:
+        return [first]
+    return [first, *make_sequences([prompt] * len(options), max_new_tokens, options, plan, eos_token_ids, decode)]
+
+
+def _seed_of_sample(seed: int, index: int) -> int:
+    """Far from the seed, so that requests with neighbouring seeds have no samples in common."""
+    return (seed + index * SEED_STRIDE) % (1 << SEED_BITS)
 
 
 def _check_prompts(prompts: object) -> None:

@@ -92,4 +92,4 @@ def check_idle(engine):
     stats = engine.stats()
     assert (stats.blocks_used, stats.running, stats.waiting) == (0, 0, 0)
     assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
-    assert not engine._requests and not engine._cancelled
+    assert not (engine._loop.requests or engine._loop._submitted or engine._loop._cancelled)

@@ -1,0 +1,126 @@
+"""What :meth:`kvpass.Engine.submit` gives back: the tokens of one request, as they come."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import Any
+
+from kvpass.driving import Driver
+from kvpass.errors import InputError
+from kvpass.request import Request
+from kvpass.step_loop import StepLoop
+
+
+class Handle:
+    """One request under way.
+
+    Iterate over it for its tokens as they come, with ``for`` or ``async for``, as often as you like and in as many
+    threads and tasks: each iteration begins with the first token. Call :meth:`result` or ``await`` it for all tokens at
+    once. Whoever waits computes, unless a thread serves: see :meth:`kvpass.Engine.serving`. A handle that nobody
+    refers to any more is cancelled.
+
+    A request that failed raises its error from all of these, after the tokens that came before. If a step raises that
+    the waiting thread computes itself, for example for lack of memory, the step is undone and the exception comes out
+    here; the request is still under way, and waiting again computes the step again.
+    """
+
+    def __init__(self, request: Request, loop: StepLoop, driver: Driver, others: tuple[Handle, ...] = ()) -> None:
+        self._request = request
+        self._loop = loop
+        self._driver = driver
+        self._others = others
+
+    @property
+    def samples(self) -> tuple[Handle, ...]:
+        """One handle for each of the ``n`` samples that were asked for; this one is the first."""
+        return (self, *self._others)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens that have come so far."""
+        return self._tokens_from(0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, so that nothing more will come."""
+        return self._request.ended
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``"length"``, ``"stop"``, ``"error"`` or ``"cancelled"``; None while the request is under way."""
+        if not self._request.ended:
+            return None
+        if self._request.failure is not None:
+            return "error"
+        return self._request.sequence.finish_reason or "cancelled"
+
+    def result(self, timeout: float | None = None) -> list[int]:
+        """Wait for the end and return all new tokens; of a cancelled request, those that had come.
+
+        Args:
+            timeout: seconds to wait at most; the request goes on when they are over.
+
+        Raises:
+            TimeoutError: if it has not ended by then.
+            KvpassError: if the request failed.
+        """
+        if timeout is not None and (
+            isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0
+        ):
+            raise InputError(f"timeout={timeout!r} is no number of seconds: give one, or None to wait for the end")
+        self._driver.wait(self._request.news, lambda: self._request.ended, timeout)
+        return self._outcome()
+
+    def cancel(self) -> None:
+        """Drop the request with all its samples, as far as they have not ended, and give their blocks back.
+
+        Never waits: if a step is being computed, it takes effect right after it.
+        """
+        self._loop.cancel([sample._request for sample in self.samples])
+
+    def __iter__(self) -> Iterator[int]:
+        position = 0
+        while True:
+            self._driver.wait(self._request.news, self._passed(position))
+            new = self._tokens_from(position)
+            yield from new
+            position += len(new)
+            if not new and self._request.ended:
+                self._outcome()
+                return
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        position = 0
+        while True:
+            await self._driver.wait_async(self._request.news, self._passed(position))
+            new = self._tokens_from(position)
+            for token in new:
+                yield token
+            position += len(new)
+            if not new and self._request.ended:
+                self._outcome()
+                return
+
+    def __await__(self) -> Generator[Any, None, list[int]]:
+        return self._result_async().__await__()
+
+    def __del__(self) -> None:
+        if not self._request.ended:
+            self._loop.cancel([self._request])
+
+    async def _result_async(self) -> list[int]:
+        await self._driver.wait_async(self._request.news, lambda: self._request.ended)
+        return self._outcome()
+
+    def _passed(self, position: int) -> Callable[[], bool]:
+        """Whether there are more than ``position`` tokens, or never will be."""
+        return lambda: self._request.delivered > position or self._request.ended
+
+    def _tokens_from(self, position: int) -> list[int]:
+        delivered = self._request.delivered
+        return self._request.sequence.output_from(position)[: max(0, delivered - position)]
+
+    def _outcome(self) -> list[int]:
+        if self._request.failure is not None:
+            raise self._request.failure
+        return self.tokens

@@ -1,0 +1,234 @@
+"""The step loop: who is under way, and the steps that are computed for all of them.
+
+One lock guards the scheduler and is held for a step, never while a caller's code runs; except for what a step itself
+asks of the caller, such as which tokens a grammar allows. New requests and cancelled ones are left in queues that need
+no lock, and are taken in by whoever holds it next: so neither an event loop nor the garbage collector waits for a step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
+from threading import Lock, get_ident
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpass.errors import InputError, IntegrityError, KvpassError
+from kvpass.request import Request
+from kvpass.runtime.batch import build_step_inputs
+from kvpass.runtime.sampling import sample
+from kvpass.runtime.scheduler import Scheduler
+from kvpass.runtime.sequence import Sequence, SequenceState
+from kvpass.types import CachePlan, StepInputs
+
+
+class StepModule(Protocol):
+    """What the engine needs of a paged module."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step's tensors and the caches have to be."""
+
+    def __call__(self, step: StepInputs, caches: Ordered[tuple[Tensor, Tensor]], /) -> Tensor:
+        """Write the caches of the step's tokens and return logits ``[R, V]``."""
+
+
+class StepLoop:
+    """Requests in, steps for all of them, tokens delivered.
+
+    Attributes:
+        caches: key and value tensors of each cache, in the order of the plan.
+        requests: those that have not ended, each in the scheduler or about to be cancelled.
+        on_submit: called, with no lock held, when there is something new to do.
+    """
+
+    def __init__(
+        self, module: StepModule, plan: CachePlan, caches: Ordered[tuple[Tensor, Tensor]], scheduler: Scheduler
+    ) -> None:
+        self._module = module
+        self._plan = plan
+        self.caches: Ordered[tuple[Tensor, Tensor]] = caches
+        self._scheduler = scheduler
+        self.requests: dict[Sequence, Request] = {}
+        self.on_submit: Callable[[], object] = lambda: None
+        self._closed = False
+        # Held by whoever touches the scheduler. Not reentrant: see cancel.
+        self._lock = Lock()
+        # Held by whoever waits for the lock for another reason than to compute a step. Those who compute pass through
+        # it before each step: else one that computes step after step would hardly let anybody else in.
+        self._turnstile = Lock()
+        self._holder: int | None = None
+        # Both until the lock is free, in the order in which they came.
+        self._submitted: deque[Request] = deque()
+        self._cancelled: deque[list[Request]] = deque()
+        # Sequences of the step that is being computed.
+        self._computed: tuple[Sequence, ...] = ()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would bring somebody further."""
+        return bool(self.requests or self._submitted)
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests whose sequences were checked to fit. Never waits."""
+        self._submitted.extend(requests)
+        self._settle_if_free()
+        self.on_submit()
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """Drop the requests that have not ended, now or as soon as the lock is free.
+
+        The garbage collector may close a stream at any point, in a thread that holds the lock already; so this must
+        not wait for it.
+        """
+        left = [request for request in requests if not request.ended]
+        if left:
+            self._cancelled.append(left)
+            self._settle_if_free()
+            self.on_submit()
+
+    def close(self) -> None:
+        """Cancel everything, now and whatever is submitted later, and let go of the caches."""
+        self._closed = True
+        with self.exclusive():
+            self.caches = ()
+
+    def step(self) -> None:
+        """Compute one step for whoever is in the scheduler. The lock is held."""
+        step = self._scheduler.schedule()
+        if not step.ranges:
+            raise IntegrityError("requests are under way and none of them can be scheduled")
+        self._computed = tuple(sequence for sequence, _, _ in step.ranges)
+        with torch.inference_mode():
+            if step.copies:
+                source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
+                torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
+            inputs = build_step_inputs(step, self._plan.block_size, self._module.device)
+            tokens = sample(self._module(inputs, self.caches), step.sampled)
+        self._scheduler.commit(step, [None if token is None else [token] for token in tokens])
+        self._computed = ()
+        for sequence in step.sampled:
+            self._deliver(self.requests[sequence])
+
+    def step_for_nobody(self) -> None:
+        """As :meth:`step`, where no caller waits whom an exception could reach: it ends the requests of the step."""
+        try:
+            self._computed = ()
+            self.step()
+        except BaseException as error:
+            concerned = [self.requests[s] for s in self._computed or self.requests if s in self.requests]
+            self._settle(failed=True)
+            self._drop(concerned, _step_failed(error))
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock; on the way in and on the way out, by exception too, things are in order.
+
+        Raises:
+            InputError: if this thread holds it already.
+        """
+        self._check_holder()
+        with self._turnstile, self._settled():
+            yield
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """As :meth:`exclusive`, for a step: lets those who wait for another reason go first."""
+        self._check_holder()
+        with self._turnstile:
+            pass
+        with self._settled():
+            yield
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        with self._lock:
+            self._holder = get_ident()
+            try:
+                self._settle()
+                try:
+                    yield
+                except BaseException:
+                    self._settle(failed=True)
+                    raise
+                self._settle()
+            finally:
+                self._holder = None
+
+    def _check_holder(self) -> None:
+        if self._holder == get_ident():
+            raise InputError(
+                "the engine was called from within one of its own steps: a function that it calls there must not wait "
+                "for it"
+            )
+
+    def _settle_if_free(self) -> None:
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self, failed: bool = False) -> None:
+        """Put things in order: undo a step that failed, take in what is new, drop what was cancelled."""
+        if self._scheduler.recover() or failed:
+            # An interrupt may have come between a step's end and the delivery of its tokens.
+            for request in list(self.requests.values()):
+                self._deliver(request)
+        while self._submitted:
+            request = self._submitted[0]
+            self.requests[request.sequence] = request
+            if request.sequence.state is SequenceState.NEW:
+                self._scheduler.add(request.sequence)
+            self._submitted.popleft()
+        if self._closed:
+            self._drop(list(self.requests.values()))
+        while self._cancelled:
+            self._drop(self._cancelled[0])
+            self._cancelled.popleft()
+
+    def _drop(self, requests: Ordered[Request], failure: Exception | None = None) -> None:
+        """End requests before their time."""
+        self._scheduler.cancel([request.sequence for request in requests])
+        for request in requests:
+            self.requests.pop(request.sequence, None)
+            request.end(failure)
+
+    def _deliver(self, request: Request) -> None:
+        """Make new tokens known, and the end if it has come; what was delivered before is not repeated."""
+        sequence, news = request.sequence, request.news
+        new = sequence.output_from(request.delivered)
+        if news.arrived is not None:
+            news.arrived.extend((request.index, token) for token in new)
+        request.delivered += len(new)
+        if sequence.state is SequenceState.FINISHED:
+            self.requests.pop(sequence, None)
+            request.end(KvpassError(self._why_failed(request)) if sequence.finish_reason == "error" else None)
+        else:
+            news.wake()
+
+    def _why_failed(self, request: Request) -> str:
+        where = f"prompts[{request.index}] after {request.delivered} new tokens"
+        if request.sequence.failure is not None:
+            return f"{where}: {request.sequence.failure}"
+        last = request.sequence.output[-1:]
+        if last and last[0] in self._plan.forbidden_tokens:
+            return (
+                f"the model gave token {last[0]}, the padding token, for {where}: what follows it is not proven; end "
+                f"there with Sampling(stop_token_ids=({last[0]},))"
+            )
+        return (
+            f"the model gave logits with NaN or infinity for {where}, so no token could be chosen: run the original "
+            f"model on it; if that is finite, the cache dtype may overflow, and bfloat16 or float32 reach further than "
+            f"float16"
+        )
+
+
+def _step_failed(error: BaseException) -> KvpassError:
+    failure = KvpassError(f"a step that this request took part in failed: {error!r}; its cause is chained")
+    failure.__cause__ = error
+    return failure
