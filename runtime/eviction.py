@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 # Entries of the heap that nobody will ever see are swept out once they are more than the others by this many.
@@ -37,7 +36,6 @@ class EvictionPolicy(Protocol):
         """Take note that the block of this rank was evicted, the smallest of all."""
 
 
-@dataclass
 class LeastRecentlyUsed:
     """What was released longest ago goes first."""
 
@@ -47,6 +45,53 @@ class LeastRecentlyUsed:
 
     def evicted(self, rank: float) -> None:
         """As :meth:`EvictionPolicy.evicted`."""
+
+
+class FirstInFirstOut(LeastRecentlyUsed):
+    """What was registered first goes first, however often it is used."""
+
+    def rank(self, usage: Usage) -> float:
+        """As :meth:`EvictionPolicy.rank`."""
+        return usage.created
+
+
+class LeastFrequentlyUsed(LeastRecentlyUsed):
+    """What was taken over least often goes first; among equals, what became evictable first."""
+
+    def rank(self, usage: Usage) -> float:
+        """As :meth:`EvictionPolicy.rank`."""
+        return usage.hits
+
+
+class CostAware:
+    """What saves least goes first: hits times the cost of computing the block again, beside how long ago it was used.
+
+    Greedy-Dual-Size-Frequency (Cherkasova, 1998, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency
+    caching policy") with blocks of one size. A rank is the value of a block plus the rank of what was evicted last when
+    it was used last, so that what was once popular does not stay for ever.
+    """
+
+    # Blocks of history after which the attention of a block costs as much again as all else in it.
+    BLOCKS_UNTIL_ATTENTION_DOUBLES = 256
+
+    def __init__(self) -> None:
+        self._last_rank = 0.0
+
+    def rank(self, usage: Usage) -> float:
+        """As :meth:`EvictionPolicy.rank`."""
+        return self._last_rank + (1 + usage.hits) * (1 + usage.depth / self.BLOCKS_UNTIL_ATTENTION_DOUBLES)
+
+    def evicted(self, rank: float) -> None:
+        """As :meth:`EvictionPolicy.evicted`."""
+        self._last_rank = rank
+
+
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
+    "lru": LeastRecentlyUsed,
+    "lfu": LeastFrequentlyUsed,
+    "fifo": FirstInFirstOut,
+    "cost": CostAware,
+}
 
 
 class EvictionQueue:
