@@ -69,7 +69,7 @@ def replay(requests: int, seed: int, num_blocks: int, policy: str) -> dict[str, 
     hits = asked = 0
     for tokens, _ in draw_trace(requests, seed):
         full = len(tokens) // BLOCK_SIZE
-        match = cache.match(tokens, full)
+        match = cache.match(tokens, len(tokens))
         (blocks,) = cache.acquire(match)
         branch = match.branch
         hits += len(blocks)

@@ -43,14 +43,20 @@ class BlockPool:
         keeper: who had the content of cached blocks kept; any of them can be given up.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, scrub: bool = False) -> None:
+        """Start with free blocks; with ``scrub`` those that become free are noted for :meth:`take_scrubs`."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        # Blocks that became free and were not wiped since; None if nobody asks for them.
+        self._unwiped: set[int] | None = set() if scrub else None
+        self._first_fresh = 0
         self.keeper: Keeper | None = None
         self.reset()
 
     def reset(self) -> None:
         """Make every block free, whoever owned it."""
+        if self._unwiped is not None:
+            self._unwiped.update(range(self._first_fresh))
         # References held to each block. Used blocks are those above 0.
         self._references = [0] * self.num_blocks
         # 1 where the content is registered for reuse. Never set for a block of the free list.
@@ -140,7 +146,7 @@ class BlockPool:
                     if self.keeper is not None:
                         self.keeper.released(block)
                 else:
-                    self._free.append(block)
+                    self._make_free(block)
 
     def keep(self, block: int) -> None:
         """Keep the content of a used block for reuse once its last owner has released it."""
@@ -155,7 +161,14 @@ class BlockPool:
         self._kept[block] = 0
         if self._references[block] == 0:
             self.num_cached -= 1
-            self._free.append(block)
+            self._make_free(block)
+
+    def take_scrubs(self) -> list[int]:
+        """Blocks that became free since this was called last, to be wiped before anything is written to them."""
+        blocks = sorted(self._unwiped or ())
+        if self._unwiped is not None:
+            self._unwiped.clear()
+        return blocks
 
     def kept_blocks(self) -> set[int]:
         """Blocks whose content is registered for reuse, with an owner or without."""
@@ -192,6 +205,11 @@ class BlockPool:
             counts = Counter(block for blocks in owned for block in blocks)
             wrong = [block for block, count in enumerate(references) if count != counts[block]]
             _require(not wrong, f"the references of blocks {wrong[:8]} are not those that the owners hold")
+
+    def _make_free(self, block: int) -> None:
+        self._free.append(block)
+        if self._unwiped is not None:
+            self._unwiped.add(block)
 
     def _take(self) -> int:
         if self._free:

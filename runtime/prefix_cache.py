@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.eviction import EvictionPolicy, EvictionQueue, LeastRecentlyUsed
+from kvpass.runtime.head_index import HeadIndex
+from kvpass.runtime.pins import Pin, Pins
 
 # Token ids as the runtime keeps them. The tree compares their bytes, so there must be one dtype.
 TokenArray = NDArray[np.int32]
@@ -87,10 +89,13 @@ class Match:
     Attributes:
         branch: where it ends in the tree.
         path: the nodes that lead there, in the order of the tokens.
+        partial: a node behind ``branch`` that begins with more of the tokens, and how many; its blocks have to be
+            copied to be of use. None if there is no such node.
     """
 
     branch: Branch
     path: tuple[PrefixNode, ...]
+    partial: tuple[PrefixNode, int] | None = None
 
 
 class PrefixCache:
@@ -99,6 +104,9 @@ class PrefixCache:
     Whoever owns a block of a group without a window owns those of all ancestors too. So what is evicted is always a
     leaf, and no node is ever cut off from its root. Blocks of window groups are evicted one by one, and a node that has
     none left and leads nowhere goes with the last of them.
+
+    Attributes:
+        pins: the prefixes that are held whatever else wants their blocks.
     """
 
     def __init__(
@@ -116,6 +124,8 @@ class PrefixCache:
         self._reach = {g: pool.blocks_for(window - 1) for g, window in enumerate(windows) if window is not None}
         self._full = tuple(g for g, window in enumerate(windows) if window is None)
         self._queue = EvictionQueue(policy or LeastRecentlyUsed())
+        self._heads = HeadIndex(np.dtype(np.int32).itemsize)
+        self.pins = Pins(pool)
         self._clock = 0
         self._roots: dict[Hashable, Root] = {}
         # The attached node of each registered block: exactly the blocks whose content the pool keeps.
@@ -130,19 +140,19 @@ class PrefixCache:
         """Where the prefixes of ``namespace`` begin."""
         return self._roots.get(namespace) or Root(namespace)
 
-    def match(self, tokens: TokenArray, max_blocks: int, namespace: Hashable = "") -> Match:
+    def match(self, tokens: TokenArray, max_tokens: int, namespace: Hashable = "") -> Match:
         """The longest registered prefix of ``tokens`` after which every group holds what the next token looks at.
 
-        Nothing is acquired. At most ``max_blocks`` full blocks are looked up.
+        Nothing is acquired. At most ``max_tokens`` tokens are matched.
         """
         size = self._pool.block_size
         step = size * tokens.itemsize
-        raw = tokens.tobytes()
+        raw = tokens[:max_tokens].tobytes()
         branch: Branch = self.root(namespace)
         path: list[PrefixNode] = []
         usable, present = 0, dict.fromkeys(self._reach, 0)
-        for start in range(0, min(max_blocks, len(tokens) // size) * step, step):
-            node = branch.children.get(raw[start : start + step])
+        for end in range(step, len(raw) + 1, step):
+            node = branch.children.get(raw[end - step : end])
             if node is None:
                 break
             path.append(node)
@@ -152,7 +162,8 @@ class PrefixCache:
             if all(count >= min(len(path), self._reach[group]) for group, count in present.items()):
                 usable = len(path)
         path = path[:usable]
-        return Match(path[-1] if path else self.root(namespace), tuple(path))
+        branch = path[-1] if path else self.root(namespace)
+        return Match(branch, tuple(path), self._heads.find(branch, raw[usable * step : (usable + 1) * step]))
 
     def acquire(self, match: Match, passed: Sequence[int] = (0,)) -> list[list[int]]:
         """Take over a match: one reference to each of its blocks, without the first ``passed[g]`` ones of group g.
@@ -187,6 +198,7 @@ class PrefixCache:
         if node is None:
             node = PrefixNode(parent, key, (None,) * len(blocks), self._tick())
             parent.children[key] = node
+            self._heads.add(node)
         for group, block in enumerate(blocks):
             if node.blocks[group] is None:
                 if block in self._nodes:
@@ -195,6 +207,14 @@ class PrefixCache:
                 self._nodes[block] = node
                 node.blocks = (*node.blocks[:group], block, *node.blocks[group + 1 :])
         return node
+
+    def pin(self, tokens: TokenArray, ttl: float | None, namespace: Hashable = "") -> Pin:
+        """Hold the longest registered prefix of ``tokens`` in full blocks for ``ttl`` seconds; for ever if None."""
+        match = self.match(tokens, len(tokens), namespace)
+        length = len(match.path)
+        passed = [max(0, length - self._reach.get(group, length)) for group in range(len(self._windows))]
+        tables = [table[count:] for table, count in zip(self.acquire(match, passed), passed, strict=True)]
+        return self.pins.hold(namespace, length * self._pool.block_size, ttl, tables)
 
     def forget(self, node: PrefixNode) -> None:
         """Forget a node and all that follows it; owners keep their blocks, which nobody finds any more."""
@@ -206,17 +226,20 @@ class PrefixCache:
             stack.extend(lost.children.values())
             lost.children = {}
             lost.attached = False
+            self._heads.discard(lost)
             for block in lost.blocks:
                 self._give_up(block)
         self._unlink(node)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, and end all pins."""
+        self.pins.clear()
         for namespace in list(self._roots):
             self.drop(namespace)
 
     def drop(self, namespace: Hashable) -> None:
-        """Forget everything of one namespace."""
+        """Forget everything of one namespace, and end its pins."""
+        self.pins.drop(namespace)
         for node in list(self.root(namespace).children.values()):
             self.forget(node)
 
@@ -225,6 +248,8 @@ class PrefixCache:
         self._roots = {}
         self._nodes = {}
         self._queue.clear()
+        self._heads.clear()
+        self.pins.reset()
 
     def released(self, block: int) -> None:
         """As :meth:`kvpass.runtime.block_pool.Keeper.released`."""
@@ -267,6 +292,8 @@ class PrefixCache:
         stack: list[Branch] = list(self._roots.values())
         while stack:
             branch = stack.pop()
+            if not self._heads.check_integrity(branch):
+                raise IntegrityError("the index of the children of a node is not what its children are")
             for key, node in branch.children.items():
                 if node.parent is not branch or node.key != key or not node.attached or node.depth != branch.depth + 1:
                     raise IntegrityError(f"the tree is broken at the blocks {node.blocks}")
@@ -310,6 +337,7 @@ class PrefixCache:
     def _unlink(self, node: PrefixNode) -> None:
         parent = node.parent
         del parent.children[node.key]
+        self._heads.remove(node)
         if parent.children:
             return
         if isinstance(parent, PrefixNode):

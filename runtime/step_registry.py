@@ -52,8 +52,7 @@ class StepRegistry:
         if self._prefix_cache is None:
             return None
         # At least one token has to be computed, or there would be no logits.
-        most = (sequence.num_tokens - 1) // self._pool.block_size
-        return self._prefix_cache.match(sequence.tokens, most)
+        return self._prefix_cache.match(sequence.tokens, sequence.num_tokens - 1)
 
     def take_over(self, sequence: Sequence, match: Match, passed: int) -> None:
         """Make the blocks of ``match`` the first ones of ``sequence``, without the first ``passed`` ones."""

@@ -143,6 +143,28 @@ def test_a_large_pool_costs_nothing_before_it_is_used():
     assert pool._free == [] and pool.num_free == 1 << 20
 
 
+def test_blocks_that_became_free_are_named_once_for_wiping():
+    pool = BlockPool(num_blocks=5, block_size=16, scrub=True)
+    keeper = Oldest(pool)
+    assert pool.take_scrubs() == []
+    first, second, third = pool.allocate(3)
+    pool.keep(second)
+    pool.keep(third)
+    pool.release([first, second])
+    assert pool.take_scrubs() == [first]  # the second one's content is kept
+    assert pool.take_scrubs() == []
+    pool.allocate(4)
+    assert keeper.evicted == [second] and pool.take_scrubs() == [second]  # given out again, and still to be wiped
+    pool.forget(third)
+    pool.release([third])
+    assert pool.take_scrubs() == [third]
+    pool.reset()
+    assert pool.take_scrubs() == [0, 1, 2, 3, 4]
+    plain = BlockPool(num_blocks=1, block_size=16)
+    plain.release(plain.allocate(1))
+    assert plain.take_scrubs() == []
+
+
 class PoolMachine(RuleBasedStateMachine):
     """The pool against a plain model: a multiset of references and a set of kept blocks."""
 

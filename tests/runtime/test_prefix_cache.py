@@ -30,8 +30,8 @@ class Trie:
     def node(self, *tokens):
         return self.cache.match(ids(*tokens), 99).branch
 
-    def match(self, *tokens, max_blocks=99, namespace=""):
-        return [node.blocks[0] for node in self.cache.match(ids(*tokens), max_blocks, namespace).path]
+    def match(self, *tokens, max_tokens=99, namespace=""):
+        return [node.blocks[0] for node in self.cache.match(ids(*tokens), max_tokens, namespace).path]
 
     def check(self, *owned):
         self.pool.check_integrity(owned)
@@ -46,7 +46,7 @@ def test_the_longest_registered_prefix_is_found():
     assert trie.match(1, 2, 3) == blocks[:1]
     assert trie.match(3, 4) == []
     assert trie.match(1) == trie.match() == []
-    assert trie.match(1, 2, 3, 4, max_blocks=1) == blocks[:1]
+    assert trie.match(1, 2, 3, 4, max_tokens=3) == blocks[:1]
     trie.check(blocks)
 
 
@@ -190,7 +190,7 @@ def test_a_window_needs_the_newest_blocks_of_a_prefix_alone():
     assert trie.pool.allocate(1) == [first]
     assert trie.match(1, 2, 3, 4, 5, 6) == [None, second, third]
     assert trie.match(1, 2) == [] and trie.match(1, 2, 3, 4) == [None, second]
-    match = trie.cache.match(ids(1, 2, 3, 4, 5, 6), 3)
+    match = trie.cache.match(ids(1, 2, 3, 4, 5, 6), 6)
     assert trie.cache.acquire(match, (2,)) == [[0, 0, third]]
     with pytest.raises(IntegrityError, match="lacks blocks of group 0"):
         trie.cache.acquire(match)
@@ -278,7 +278,7 @@ def test_namespaces_never_cross_and_are_dropped_one_by_one():
     assert not set(ours) & set(theirs)
     assert trie.match(1, 2, 3, 4) == []
     assert trie.match(1, 2, 3, 4, namespace="us") == ours
-    branch = trie.cache.match(ids(1, 2, 3, 4), 2, "us").branch
+    branch = trie.cache.match(ids(1, 2, 3, 4), 4, "us").branch
     trie.cache.drop("us")
     trie.cache.drop("nobody")
     assert not branch.attached
@@ -298,3 +298,119 @@ def test_a_sequence_that_stands_at_a_root_registers_there_even_if_others_came_an
     assert trie.match(3, 4, namespace="us") == blocks
     assert trie.match(5, 6, namespace="us") == other
     trie.check(blocks, other)
+
+
+PARTIAL = 8
+
+
+class Forest:
+    """A prefix cache with blocks of 8 tokens and roots that hold many children."""
+
+    def __init__(self, num_blocks=64):
+        self.pool = BlockPool(num_blocks, PARTIAL)
+        self.cache = PrefixCache(self.pool)
+
+    def register(self, *tokens):
+        return self.cache.insert(self.cache.root(), ids(*tokens), self.pool.allocate(1))
+
+    def partial(self, *tokens, max_tokens=99):
+        return self.cache.match(ids(*tokens), max_tokens).partial
+
+
+@pytest.mark.parametrize("others", [0, 40])
+def test_a_match_may_end_inside_a_block(others):
+    forest = Forest()
+    node = forest.register(1, 2, 3, 4, 5, 6, 7, 8)
+    for token in range(others):
+        forest.register(9, token, 3, 4, 5, 6, 7, 8)
+    better = forest.register(1, 2, 3, 4, 5, 0, 0, 0)
+    forest.cache.check_integrity()
+    assert forest.partial(1, 2, 3, 4, 5, 6, 0, 0, 0) == (node, 6)
+    assert forest.partial(1, 2, 3, 4, 5, 0, 0) == (better, 7)
+    assert forest.partial(1, 2, 3, 4) in ((node, 4), (better, 4))
+    assert forest.partial(1, 2, 3, 4, 5, 6, 7, 8, max_tokens=7) == (node, 7)
+    assert forest.partial(1, 2, 3, 0, 5, 6, 7, 8) is None  # fewer tokens than are worth a copy
+    assert forest.partial(1, 2, 3) is None
+    assert forest.partial(1, 2, 3, 4, 5, 6, 7, 8) is None  # all of it matches; nothing is left to look for
+    forest.cache.forget(node)
+    forest.cache.check_integrity()
+    assert forest.partial(1, 2, 3, 4, 5, 6, 0, 0, 0) == (better, 5)
+
+
+def test_a_partial_match_does_not_cross_namespaces():
+    forest = Forest()
+    forest.register(1, 2, 3, 4, 5, 6, 7, 8)
+    assert forest.cache.match(ids(1, 2, 3, 4, 5, 6, 0, 0), 99, "other").partial is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_partial_matches_equal_those_of_a_search_through_all_children(seed):
+    random = np.random.default_rng(seed)
+    forest = Forest(num_blocks=40)
+    nodes = []
+    for _ in range(500):
+        tokens = random.integers(0, 2, size=PARTIAL)
+        if len(nodes) < 40 and not any(node.key == ids(*tokens).tobytes() for node in nodes):
+            nodes.append(forest.register(*tokens))
+        if random.random() < 0.45:
+            node = nodes.pop(random.integers(len(nodes)))
+            (block,) = node.blocks
+            forest.cache.forget(node)
+            forest.pool.release([block])
+        forest.cache.check_integrity()
+        asked = ids(*random.integers(0, 2, size=random.integers(1, PARTIAL)))
+        keys = [np.frombuffer(node.key, np.int32)[: len(asked)] for node in nodes]
+        common = [int((key != asked).argmax()) if (key != asked).any() else len(asked) for key in keys]
+        best = max(common, default=0)
+        found = forest.partial(*asked)
+        assert (found is None) == (best < 4)
+        if found is not None:
+            assert found[1] == best == common[nodes.index(found[0])]
+
+
+def test_pinned_prefixes_stay_until_their_time_is_over():
+    trie = Trie(num_blocks=4)
+    now = [0.0]
+    trie.cache.pins.clock = lambda: now[0]
+    blocks = trie.register(1, 2, 3, 4)
+    trie.pool.release(blocks)
+    pin = trie.cache.pin(ids(1, 2, 3, 4, 5), ttl=10)
+    assert (pin.num_tokens, pin.tables, trie.cache.pins.blocks) == (4, (tuple(blocks),), set(blocks))
+    trie.check(blocks)
+    assert trie.pool.num_available == 2
+    trie.pool.release(trie.pool.allocate(2))
+    now[0] = 9.9
+    trie.cache.pins.expire()
+    assert trie.match(1, 2, 3, 4) == blocks and len(trie.cache.pins) == 1
+    now[0] = 10.0
+    trie.cache.pins.expire()
+    assert not trie.cache.pins.release(pin)
+    assert trie.pool.num_available == 4 and trie.match(1, 2, 3, 4) == blocks
+    trie.check()
+
+
+def test_pins_end_with_their_namespace_or_by_hand():
+    trie = Trie()
+    for namespace in ("us", "them"):
+        trie.pool.release(trie.register(1, 2, 3, 4, namespace=namespace))
+    ours, _ = (trie.cache.pin(ids(1, 2, 3, 4), None, namespace) for namespace in ("us", "them"))
+    nothing = trie.cache.pin(ids(9, 9), None, "us")
+    assert nothing.num_tokens == 0 and len(trie.cache.pins) == 2
+    trie.cache.drop("them")
+    assert trie.match(1, 2, 3, 4, namespace="them") == [] and len(trie.cache.pins) == 1
+    trie.check(*ours.tables)
+    assert trie.cache.pins.release(ours) and not trie.cache.pins.release(ours)
+    trie.cache.pin(ids(1, 2), None, "us")
+    trie.cache.clear()
+    trie.check()
+    assert trie.pool.num_free == trie.pool.num_blocks
+
+
+def test_a_pin_holds_what_a_window_looks_at_and_no_more():
+    trie = Trie(num_blocks=4, window=4)  # two blocks
+    blocks = trie.register(1, 2, 3, 4, 5, 6)
+    trie.pool.release(blocks)
+    pin = trie.cache.pin(ids(1, 2, 3, 4, 5, 6), None)
+    assert pin.tables == (tuple(blocks[1:]),)
+    trie.pool.allocate(2)
+    assert trie.match(1, 2, 3, 4, 5, 6) == [None, *blocks[1:]]
