@@ -85,7 +85,7 @@ def test_earlier_tokens_are_read_from_the_cache(engine, samples):
     every = torch.ones(3, 4, dtype=torch.bool)
     assert reader.step(samples.input_ids[:, :4], 0, every).isfinite().all()
     for keys, values in reader.caches:
-        keys[reader.tables[1, 0]] = values[reader.tables[1, 0]] = math.nan
+        keys[reader.tables[0, 1, 0]] = values[reader.tables[0, 1, 0]] = math.nan
     logits = reader.step(samples.input_ids[:, 4:8], 4, every).view(3, 4, -1)
     assert logits[1].isnan().all() and logits[[0, 2]].isfinite().all()
 
