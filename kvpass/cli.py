@@ -1,4 +1,4 @@
-"""The ``kvpass`` command: ``demo``, ``generate``, ``inspect``, ``eval`` and ``tune``.
+"""The ``kvpass`` command: ``demo``, ``generate``, ``inspect``, ``eval``, ``tune`` and ``plan``.
 
 Results go to standard output, everything else to standard error. The exit code is 0, 1 for a model that was refused,
 or 2 for something that cannot be used; the latter two say why in one line each, and never with a traceback.
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from kvpass.cli_plan import plan
 from kvpass.config import CACHE_DTYPES
 from kvpass.errors import KvpassError, RefusedError
 from kvpass.terminal import error_line, line, output, stages
@@ -76,6 +77,9 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens of a window; none sees 
 Chunk = Annotated[int, typer.Option(min=1, help="Tokens of a text that are read in one step; 1 is decoding.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per block, a power of two.")]
+
+
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)
