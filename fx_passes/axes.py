@@ -129,9 +129,14 @@ def merge_dims(dims: list[Dim]) -> Dim:
 
 
 def _yields_to(weak: Dim, strong: Dim) -> bool:
-    """A dim of a tensor that is the same everywhere takes any meaning of its size; plain may be named heads."""
+    """A dim of a tensor that is the same everywhere takes any meaning of its size; plain may be named heads.
+
+    Beside scores, what belongs to each token belongs to the query or key that it lines up with.
+    """
     if kinds_in(weak) == {Kind.ANY}:
         return True
+    if len(weak) == len(strong) == 1 and weak[0].kind is Kind.TOKEN and strong[0].kind in (Kind.LEFT, Kind.RIGHT):
+        return bool(weak[0].size == strong[0].size)
     unnamed = simplified([Factor(Kind.PLAIN, f.size) if f.kind is Kind.HEAD else f for f in strong])
     same_heads = [(f.kind, f.size) for f in weak] == [(f.kind, f.size) for f in strong]
     return unnamed == weak or (same_heads and Kind.HEAD in kinds_in(strong))

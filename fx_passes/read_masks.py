@@ -105,7 +105,10 @@ def _bias_function(evaluator: ShapeEvaluator, bias: Node) -> Callable[[int, int]
         if list(value.shape) != expected:
             raise ValueError(f"the mask has shape {list(value.shape)} instead of {expected}")
         if torch.isnan(value).any():
-            raise NotProvenError("scores are multiplied with a mask, which hides nothing from a softmax")
+            raise NotProvenError(
+                "the bias is NaN somewhere: either the model's own is, or scores are multiplied with a mask, which "
+                "hides nothing from a softmax"
+            )
         return value
 
     return evaluate

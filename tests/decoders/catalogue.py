@@ -3,6 +3,8 @@
 Those of `DECODERS` must come out of kvpass with the same greedy tokens; those of `UNUSUAL` with the same, or refused.
 """
 
+from functools import partial
+
 from tests.decoders import (
     blocks,
     experts,
@@ -90,6 +92,11 @@ DECODERS: dict[str, Builder] = {
     "sinks as gates": decoder(lambda: Decoder(in_turn(scores.SinkGate, lambda: scores.SinkGate("the log of a sum")))),
     "differential": decoder_around(scores.Differential),
     "temperature per head": decoder_around(scores.PerHeadTemperature),
+    "temperatures of data": decoder(
+        lambda: Decoder(
+            in_turn(*(partial(scores.DataTemperature, of) for of in ("query", "key", "weights"))), num_layers=3
+        )
+    ),
     # softmaxes and products by other means
     "softmax plus one": decoder_around(unusual_attention.OffByOneSoftmax),
     "softmaxes subtracted before the values": decoder_around(unusual_attention.Differential),

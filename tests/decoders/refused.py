@@ -4,11 +4,12 @@
 module at fault; empty where the capture itself pins the length or finds state, and nobody can name a module.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 
-from tests.decoders import padding, rotary
+from tests.decoders import padding, rotary, scores
 from tests.decoders import unsound_attention as attention
 from tests.decoders import unsound_mixing as mixing
 from tests.decoders.skeleton import Builder, Decoder, decoder, decoder_around, in_turn
@@ -55,6 +56,13 @@ REFUSED: dict[str, Expected] = {
     "softmax over queries": Expected(decoder_around(attention.SoftmaxOverQueries), r"softmax|quer", FIRST),
     "scale by length": Expected(decoder_around(attention.ScaleByLength), LENGTH + r"|scale", FIRST),
     "queries scaled by log length": Expected(decoder_around(attention.LogLengthScale), LENGTH + r"|scale", ""),
+    "temperature of data after the mask": Expected(
+        decoder_around(partial(scores.DataTemperature, "query after the mask")), r"after their mask", FIRST
+    ),
+    "bias of a key by data": Expected(decoder_around(partial(scores.DataTemperature, "bias")), r"data", FIRST),
+    "weights of a key by data": Expected(
+        decoder_around(partial(scores.DataTemperature, "weights of a key")), r"another tensor over keys", FIRST
+    ),
     "talking heads": Expected(decoder_around(attention.TalkingHeads), r"head|score|softmax|attention", FIRST),
     "keys flipped in time": Expected(decoder_around(attention.FlippedKeys), r"flip|order|" + TIME, FIRST),
     "keys of the token before": Expected(decoder_around(attention.ShiftedKeys), r"pad|slice|shift|" + TIME, FIRST),

@@ -110,3 +110,33 @@ class PerHeadTemperature(nn.Module):
         scores = (q @ k.transpose(-1, -2)) * self.log_temperature.exp()[:, None, None]
         scores = scores.masked_fill(future(x.size(1), x.device), -torch.inf)
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class DataTemperature(nn.Module):
+    """A temperature from each token: for its scores as a query, for those it gets as a key, or for its weights."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of = of
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.temperature = nn.Linear(DIM, HEADS)
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part) for part in self.qkv(x).chunk(3, dim=-1))
+        temperature = F.softplus(self.temperature(x)).transpose(1, 2)
+        scores = q @ k.mT * HEAD_DIM**-0.5
+        if self.of == "query":
+            scores = scores * temperature.unsqueeze(-1)
+        elif self.of == "key":
+            scores = scores / temperature.unsqueeze(-2)
+        elif self.of == "query after the mask":
+            scores = scores.masked_fill(future(x.size(1), x.device), -torch.inf) * temperature.unsqueeze(-1)
+        elif self.of == "bias":
+            scores = scores + temperature.unsqueeze(-2)
+        weights = scores.masked_fill(future(x.size(1), x.device), -torch.inf).softmax(-1)
+        if self.of == "weights":
+            weights = weights * temperature.unsqueeze(-1)
+        elif self.of == "weights of a key":
+            weights = weights * temperature.unsqueeze(-2)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))

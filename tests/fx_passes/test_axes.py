@@ -101,6 +101,8 @@ def test_reshapes_that_cut_tokens_or_reorder_them_raise(axes: Axes, shape: tuple
         ([head(4, 2), n(4)], head(4, 2)),
         ([head(4, 1), head(4, 2)], head(4, 1)),
         ([n(8), (*head(4, 1), *n(2))], (*head(4, 1), *n(2))),
+        ([LEFT, TOKEN], LEFT),  # a number for each token, beside scores
+        ([TOKEN, RIGHT], RIGHT),
     ],
 )
 def test_merged_dims_take_the_stronger_meaning(dims: list[Dim], expected: Dim) -> None:
@@ -114,7 +116,8 @@ def test_merged_dims_take_the_stronger_meaning(dims: list[Dim], expected: Dim) -
         [TOKEN, n(4)],
         [TOKEN, plain(S)],
         [LEFT, RIGHT],
-        [LEFT, TOKEN],
+        [plain(4), LEFT],
+        [(*BATCH, *TOKEN), LEFT],
         [head(4, 1), n(2)],
         [(*BATCH, *TOKEN), (*TOKEN, *BATCH)],
         [picked(S, 1), picked(S, 2)],
