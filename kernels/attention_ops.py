@@ -9,7 +9,8 @@ step
 caches
     ``[B, Hkv, P, W]`` in a format of :mod:`kvpass.kernels.formats`, contiguous. A format's name may be left out for the
     float formats. Keys and values may differ in format. Slots past a sequence's end, and entries of its block table
-    past its end, may hold anything, NaN included.
+    past its end, may hold anything, NaN included. In k4v2 a negative entry is a wide block, see
+    :mod:`kvpass.kernels.settling`.
 features
     Row ``t`` of sequence n has position ``q = seq_lens[n] - (query_start[n + 1] - query_start[n]) + t -
     query_start[n]``. It sees keys ``k <= q`` with ``q - k < window``, ``k // chunk == q // chunk``, and a bias that is
@@ -26,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpass.kernels.cache_ops import check_sizes, check_whole
+from kvpass.kernels.cache_ops import check_parts, check_sizes, check_whole
 from kvpass.kernels.formats import format_of
 
 
@@ -211,7 +212,9 @@ def fake_latent_attention(
         ``[T, Hq, value_dim]`` in the query's dtype.
     """
     tokens, heads, width = query.shape
-    stored = format_of(cache, format).row_width(cache.shape[3])
+    form = format_of(cache, format)
+    stored = form.row_width(cache.shape[3])
+    torch._check(form.settles is None, lambda: f"a latent cache has one row for both: {form.name} is for one part")
     torch._check(stored == width, lambda: f"query has head dim {width}, latent cache {stored}")
     torch._check(cache.shape[1] == 1, lambda: f"a latent cache has one head, not {cache.shape[1]}")
     torch._check(1 <= value_dim <= width, lambda: f"value_dim={value_dim} must lie in 1 .. {width}")
@@ -268,6 +271,7 @@ def _check_paged(
 ) -> int:
     """The value width Dv of a paged attention whose operands fit each other."""
     width = query.shape[2]
+    check_parts(key_cache, value_cache, key_format, value_format)
     stored = format_of(key_cache, key_format).row_width(key_cache.shape[3])
     torch._check(stored == width, lambda: f"query has head dim {width}, key cache {stored}")
     _check_heads(query.shape[1], key_cache.shape[1], value_cache.shape[1])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpass.kernels.formats import format_of
+from kvpass.kernels.formats import CHANNEL_GROUP, format_of
 
 
 def fake_write_cache(
@@ -33,7 +33,10 @@ def fake_write_cache(
         slot_mapping: int64 ``[T]``, ``block * P + offset`` of each token, all different.
         key_format: name of the format of ``key_cache``.
         value_format: name of the format of ``value_cache``.
+
+    In k4v2 all slots are of wide blocks, and so negative.
     """
+    check_parts(key_cache, value_cache, key_format, value_format)
     for new, cache, name in ((key, key_cache, key_format), (value, value_cache, value_format)):
         shape = (cache.shape[1], format_of(cache, name).row_width(cache.shape[3]))
         torch._check(
@@ -120,6 +123,38 @@ def fake_copy_blocks(caches: Sequence[Tensor], source: Tensor, target: Tensor) -
     torch._check(
         source.shape == target.shape, lambda: f"{source.shape[0]} source blocks for {target.shape[0]} target blocks"
     )
+
+
+def fake_settle_blocks(caches: Sequence[Tensor], formats: Sequence[str], source: Tensor, target: Tensor) -> None:
+    """Copy whole blocks, as ``copy_blocks`` does, in caches of which some are in settling formats.
+
+    There a wide block that is copied to a narrow one is quantised; see :mod:`kvpass.kernels.settling`. All others have
+    their blocks for either kind: negative numbers count from their end.
+
+    Args:
+        caches: tensors ``[B, Hkv, P, W]``, contiguous; written.
+        formats: the name of the format of each.
+        source: int64 ``[M]``.
+        target: int64 ``[M]``, all different; no wide one of a narrow source.
+    """
+    check_whole(source=source, target=target)
+    check_sizes("there is a source for each target", source.shape[0], target.shape[0])
+    check_sizes("there is a format for each cache", len(formats), len(caches))
+
+
+def check_parts(key_cache: Tensor, value_cache: Tensor, key_format: str | None, value_format: str | None) -> None:
+    """Complain unless keys and values are both in settling formats, each in its own, or neither is."""
+    keys, values = format_of(key_cache, key_format).settles, format_of(value_cache, value_format).settles
+    torch._check(
+        (keys, values) in ((None, None), ("key", "value")),
+        lambda: (
+            f"formats {key_format} and {value_format}: k4 is for keys, v2 for values, and neither goes without the "
+            "other"
+        ),
+    )
+    if keys is not None:
+        size = key_cache.shape[2]
+        torch._check(size % CHANNEL_GROUP == 0, lambda: f"k4v2 needs blocks of 16, 32, 48.. tokens, not of {size}")
 
 
 def fake_gather_cache(

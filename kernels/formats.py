@@ -12,12 +12,16 @@ scaled formats
     ``absmax / 7``, 0 for a row of zeros, NaN for a row that is not finite; ``code = round(x / scale)``, half to even.
     int8 codes are two's complement. int4 codes are split-half nibbles ``code + 8``: byte j holds dim j in its low and
     dim ``j + D / 2`` in its high half, so that two half-length dots need no interleave.
+settling formats
+    ``k4`` for keys and ``v2`` for values, always together: blocks are written in bfloat16 and quantised as a whole once
+    they are full. See :mod:`kvpass.kernels.settling`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +31,9 @@ from kvpass.errors import ConfigError, InputError
 from kvpass.types import CacheSpec, dtype_name
 
 SCALE_BYTES = 4  # a float32 for each row of a scaled format
+SETTLED_SCALE_BYTES = 2  # a bfloat16 for each row of a settling format
+CHANNEL_GROUP = 16  # tokens of a block whose keys in k4 share the scales of their channels, a byte each
+WIDE_BYTES = 2  # of a number in a block that has not settled: a bfloat16
 CACHE_LINE = 64  # bytes
 
 
@@ -39,17 +46,24 @@ class CacheFormat:
         dtype: dtype of the tensor that holds the elements.
         bits: bits per element, without scales.
         largest: of a scaled format the largest code; of fp8 the largest number; None where neither is needed.
+        settles: "key" or "value" of a settling format, which stores those alone; None for all others.
     """
 
     name: str
     dtype: torch.dtype
     bits: int
     largest: float | None = None
+    settles: Literal["key", "value"] | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether a tensor holds codes and scales, as bytes, which its dtype does not tell from those of others."""
+        return self.dtype is torch.uint8
 
     @property
     def scaled(self) -> bool:
-        """Whether each row has a scale of its own, behind the codes of its slab."""
-        return self.dtype is torch.uint8
+        """Whether each row is complete by itself: codes, and a scale of its own behind the codes of its slab."""
+        return self.coded and self.settles is None
 
     def stored_width(self, dim: int) -> int:
         """Size W of the cache tensor's last dim for rows of ``dim`` numbers; rows of none take nothing.
@@ -57,22 +71,53 @@ class CacheFormat:
         Raises:
             ConfigError: if rows of that width cannot be stored.
         """
-        if not self.scaled or not dim:
+        if not self.coded or not dim:
             return dim
+        if self.settles is not None:
+            step = CHANNEL_GROUP if self.settles == "key" else 8 // self.bits
+            if dim % step:
+                raise ConfigError(f"cache format k4v2 needs head dims that are multiples of 16 (of keys) and of 4 (of "
+                                  f"values), not {dim}: choose another format")  # fmt: skip
+            channels = dim // CHANNEL_GROUP if self.settles == "key" else 0
+            return dim * self.bits // 8 + channels + SETTLED_SCALE_BYTES
         if dim * self.bits % 8:
             raise ConfigError(f"cache format {self.name} needs an even head dim, not {dim}: choose another format")
         return dim * self.bits // 8 + SCALE_BYTES
 
     def row_width(self, stored: int) -> int:
         """Numbers D in a row of stored width ``stored``; the inverse of :meth:`stored_width`."""
+        if self.settles is not None and stored:
+            bits = self.bits * CHANNEL_GROUP + (8 if self.settles == "key" else 0)  # of 16 numbers
+            return (stored - SETTLED_SCALE_BYTES) * 8 * CHANNEL_GROUP // bits
         return (stored - SCALE_BYTES) * 8 // self.bits if self.scaled and stored else stored
 
     def bytes_per_token(self, heads: int, dim: int) -> int:
-        """Exact bytes that one token takes, scales included: ``heads`` rows of ``dim`` numbers each."""
+        """Exact bytes that one token takes, scales included: ``heads`` rows of ``dim`` numbers each.
+
+        Of a settling format, once its block has settled; before it is :meth:`wide_bytes_per_token`.
+        """
         return heads * self.stored_width(dim) * self.dtype.itemsize
 
-    def allocate(self, num_blocks: int, heads: int, block_size: int, dim: int, device: torch.device | str) -> Tensor:
-        """Zeros of shape ``[B, heads, P, W]``. In main memory a block takes room only once it is written."""
+    def wide_bytes_per_token(self, heads: int, dim: int) -> int:
+        """The same in a wide block; of formats that do not settle all blocks are alike."""
+        return self.bytes_per_token(heads, dim) if self.settles is None else heads * dim * WIDE_BYTES
+
+    def allocate(
+        self,
+        num_blocks: int,
+        heads: int,
+        block_size: int,
+        dim: int,
+        device: torch.device | str,
+        wide_blocks: int = 0,
+    ) -> Tensor:
+        """Zeros of shape ``[B, heads, P, W]``. In main memory a block takes room only once it is written.
+
+        A settling format has room for ``num_blocks`` settled blocks and for ``wide_blocks`` more behind them, which
+        takes as many places as they need; any other has ``num_blocks + wide_blocks`` blocks.
+        """
+        size = max(1, self.bytes_per_token(heads, dim))
+        num_blocks += -(-wide_blocks * self.wide_bytes_per_token(heads, dim) // size) if dim else wide_blocks
         shape = (num_blocks, heads, block_size, self.stored_width(dim))
         if torch.device(device).type != "cpu" or not dim:
             return torch.zeros(shape, dtype=self.dtype, device=device)
@@ -93,9 +138,11 @@ FORMATS: dict[str, CacheFormat] = {
         CacheFormat("fp8_e5m2", torch.float8_e5m2, 8, 57344.0),
         CacheFormat("int8", torch.uint8, 8, 127.0),
         CacheFormat("int4", torch.uint8, 4, 7.0),
+        CacheFormat("k4", torch.uint8, 4, 7.0, "key"),
+        CacheFormat("v2", torch.uint8, 2, 1.5, "value"),
     )
 }
-_FLOATS = {row.dtype: row for row in FORMATS.values() if not row.scaled}
+_FLOATS = {row.dtype: row for row in FORMATS.values() if not row.coded}
 
 
 def find_format(name: str) -> CacheFormat:
@@ -116,9 +163,9 @@ def format_for_dtype(dtype: torch.dtype) -> str:
         ConfigError: if no format does, as for float64.
     """
     for row in FORMATS.values():
-        if row.dtype is dtype and not row.scaled:
+        if row.dtype is dtype and not row.coded:
             return row.name
-    kept = ", ".join(row.name for row in FORMATS.values() if not row.scaled)
+    kept = ", ".join(row.name for row in FORMATS.values() if not row.coded)
     raise ConfigError(f"no cache format keeps {dtype_name(dtype)} unchanged: choose one of {kept} as cache dtype")
 
 
@@ -134,8 +181,8 @@ def format_of(cache: Tensor, name: str | None) -> CacheFormat:
     """
     if name is None:
         if not cache.dtype.is_floating_point:
-            scaled = ", ".join(row.name for row in FORMATS.values() if row.scaled)
-            raise InputError(f"a {dtype_name(cache.dtype)} cache needs the name of its format: one of {scaled}")
+            coded = ", ".join(row.name for row in FORMATS.values() if row.coded)
+            raise InputError(f"a {dtype_name(cache.dtype)} cache needs the name of its format: one of {coded}")
         plain = CacheFormat(dtype_name(cache.dtype), cache.dtype, cache.dtype.itemsize * 8)
         return _FLOATS.get(cache.dtype, plain)
     row = find_format(name)
@@ -229,21 +276,31 @@ def unpack_slabs(slabs: Tensor, form: CacheFormat) -> Tensor:
 
 
 def cache_bytes_per_token(spec: CacheSpec) -> int:
-    """Exact bytes that one token takes in the cache ``spec``, keys and values together, scales included."""
+    """Exact bytes that one token takes in the cache ``spec``, keys and values together, scales included.
+
+    In a settling format, once its block has settled.
+    """
     return sum(_bytes_of_keys_and_values(spec))
+
+
+def wide_bytes_per_token(spec: CacheSpec) -> int:
+    """The same while the token's block is wide; of caches that do not settle all blocks are alike."""
+    keys = find_format(spec.key_format).wide_bytes_per_token(spec.num_kv_heads, spec.key_dim)
+    return keys + find_format(spec.value_format).wide_bytes_per_token(spec.num_kv_heads, spec.value_dim)
 
 
 def shared_tensors(caches: Sequence[CacheSpec]) -> tuple[int, ...]:
     """For each cache the pair of tensors that it lives in, counted from 0.
 
     A block belongs to one group at a time, so a cache may share its tensors with one cache of each other group: the
-    n-th of a group with the n-th of another among those whose tokens take the same bytes, keys and values each.
+    n-th of a group with the n-th of another among those whose tokens take the same bytes, keys and values each, in
+    wide blocks too.
     """
-    places: dict[tuple[tuple[int, int], int], int] = {}
+    places: dict[tuple[tuple[int, ...], int], int] = {}
     found: list[int] = []
-    counts: dict[tuple[int, tuple[int, int]], int] = {}
+    counts: dict[tuple[int, tuple[int, ...]], int] = {}
     for spec in caches:
-        size = _bytes_of_keys_and_values(spec)
+        size = (*_bytes_of_keys_and_values(spec), wide_bytes_per_token(spec))
         place = counts.get((spec.group, size), 0)
         counts[spec.group, size] = place + 1
         found.append(places.setdefault((size, place), len(places)))
@@ -251,14 +308,14 @@ def shared_tensors(caches: Sequence[CacheSpec]) -> tuple[int, ...]:
 
 
 def allocate_caches(
-    caches: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device | str
+    caches: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device | str, wide_blocks: int = 0
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     """The two tensors of each cache, as :func:`allocate_cache` gives them; groups share memory."""
     owners: dict[int, tuple[CacheSpec, tuple[Tensor, Tensor]]] = {}
     pairs: list[tuple[Tensor, Tensor]] = []
     for spec, place in zip(caches, shared_tensors(caches), strict=True):
         if place not in owners:
-            owners[place] = spec, allocate_cache(spec, num_blocks, block_size, device)
+            owners[place] = spec, allocate_cache(spec, num_blocks, block_size, device, wide_blocks)
         owner, (keys, values) = owners[place]
         if _layout(owner) != _layout(spec):
             keys = _seen_as(keys, spec.key_format, spec.num_kv_heads, spec.key_dim)
@@ -284,9 +341,16 @@ def _seen_as(cache: Tensor, name: str, heads: int, dim: int) -> Tensor:
 
 
 def allocate_cache(
-    spec: CacheSpec, num_blocks: int, block_size: int, device: torch.device | str
+    spec: CacheSpec, num_blocks: int, block_size: int, device: torch.device | str, wide_blocks: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The two tensors of one cache, zero-initialised.
+
+    Args:
+        spec: the cache.
+        num_blocks: blocks, of a settling format those for settled tokens.
+        block_size: tokens per block, P.
+        device: where.
+        wide_blocks: blocks more, which a settling format keeps in 16 bits.
 
     Returns:
         keys ``[B, Hkv, P, W]`` and values ``[B, Hkv, P, Wv]``, each in its format; W is D in the float formats.
@@ -294,6 +358,6 @@ def allocate_cache(
     keys = find_format(spec.key_format)
     values = find_format(spec.value_format)
     return (
-        keys.allocate(num_blocks, spec.num_kv_heads, block_size, spec.key_dim, device),
-        values.allocate(num_blocks, spec.num_kv_heads, block_size, spec.value_dim, device),
+        keys.allocate(num_blocks, spec.num_kv_heads, block_size, spec.key_dim, device, wide_blocks),
+        values.allocate(num_blocks, spec.num_kv_heads, block_size, spec.value_dim, device, wide_blocks),
     )

@@ -11,24 +11,36 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import InputError
+from kvpass.kernels.formats import FORMATS
+from kvpass.kernels.settling import wide_view
 
 
-def check_indices(op: str, arguments: dict[str, Any]) -> None:
+def check_indices(op: str, arguments: dict[str, Any], wide_blocks: int | None = None) -> None:
     """Check every index of a call of ``kvpass::op``.
+
+    Args:
+        op: its name.
+        arguments: by name.
+        wide_blocks: of caches that settle the wide blocks that fit, where the caller knows; None otherwise.
 
     Raises:
         InputError: naming the op, the argument, what was found and what is permitted.
     """
     cache = arguments.get("key_cache", arguments.get("cache"))
     if isinstance(cache, Tensor) and "slot_mapping" in arguments:
-        _check_slots(op, arguments["slot_mapping"], cache.shape[0] * cache.shape[2])
+        wide = count_wide_blocks(arguments)
+        first, stop = (-wide, 0) if wide is not None else (0, cache.shape[0])
+        _check_range(op, "slot_mapping", arguments["slot_mapping"], first * cache.shape[2], stop * cache.shape[2] - 1)
+        _check_different(op, "slot_mapping", arguments["slot_mapping"])
     if isinstance(cache, Tensor) and "block_tables" in arguments:
         tables, lens = arguments["block_tables"], arguments["seq_lens"]
         _check_range(op, "seq_lens", lens, 0, tables.shape[1] * cache.shape[2])
         used = torch.arange(tables.shape[1], device=tables.device) * cache.shape[2] < lens[:, None]
         if "query_start" in arguments:
             used &= _seen(op, arguments, cache.shape[2])
-        _check_range(op, "block_tables", tables[used], 0, cache.shape[0] - 1)
+        _check_range(
+            op, "block_tables", tables[used], -(wide_blocks or count_wide_blocks(arguments) or 0), cache.shape[0] - 1
+        )
     if "shared_lens" in arguments:
         _check_shared(op, arguments, arguments["key_cache"].shape[2])
     if op == "copy_blocks":
@@ -62,9 +74,15 @@ def _seen(op: str, arguments: dict[str, Any], size: int) -> Tensor:
     return (end > first[:, None]).logical_and((counts > 0)[:, None])
 
 
-def _check_slots(op: str, slots: Tensor, room: int) -> None:
-    _check_range(op, "slot_mapping", slots, 0, room - 1)
-    _check_different(op, "slot_mapping", slots)
+def count_wide_blocks(arguments: dict[str, Any]) -> int | None:
+    """Wide blocks that fit into the caches of a call, if it names settling formats; None otherwise."""
+    found = None
+    for cache, name in (("key_cache", "key_format"), ("value_cache", "value_format"), ("cache", "format")):
+        form = FORMATS.get(arguments.get(name) or "")
+        if form is not None and form.settles is not None:
+            count = len(wide_view(arguments[cache], form))
+            found = count if found is None else min(found, count)
+    return found
 
 
 def _check_shared(op: str, arguments: dict[str, Any], size: int) -> None:

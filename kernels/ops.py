@@ -27,6 +27,7 @@ from kvpass.kernels.cache_ops import (
     fake_copy_blocks,
     fake_gather_cache,
     fake_norm_rotary_write,
+    fake_settle_blocks,
     fake_write_cache,
 )
 
@@ -58,6 +59,7 @@ SCHEMAS: dict[str, str] = {
         f"({_CACHES}, {_STEP}, Tensor shared_start, Tensor shared_lens, float scale, {_FEATURES}, {_FORMATS}) -> Tensor"
     ),
     "copy_blocks": "(Tensor(a!)[] caches, Tensor source, Tensor target) -> ()",
+    "settle_blocks": "(Tensor(a!)[] caches, str[] formats, Tensor source, Tensor target) -> ()",
     "gather_cache": "(Tensor cache, Tensor block_tables, Tensor seq_lens, int width, str? format=None) -> Tensor",
     "norm_rotary_write": (
         f"(Tensor query, {_WRITE}, Tensor? query_weight, Tensor? key_weight, float eps, Tensor? cos, Tensor? sin,"
@@ -73,6 +75,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "latent_attention": fake_latent_attention,
     "cascade_attention": fake_cascade_attention,
     "copy_blocks": fake_copy_blocks,
+    "settle_blocks": fake_settle_blocks,
     "gather_cache": fake_gather_cache,
     "norm_rotary_write": fake_norm_rotary_write,
 }

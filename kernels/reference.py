@@ -8,7 +8,13 @@ slabs and chunks.
 
 from __future__ import annotations
 
-from kvpass.kernels.reference_cache import copy_blocks, gather_cache, norm_rotary_write, write_cache
+from kvpass.kernels.reference_cache import (
+    copy_blocks,
+    gather_cache,
+    norm_rotary_write,
+    settle_blocks,
+    write_cache,
+)
 from kvpass.kernels.reference_dense import dense_attention
 from kvpass.kernels.reference_paged import (
     cascade_attention,
@@ -30,6 +36,7 @@ __all__ = (
     "norm_rotary_write",
     "paged_attention",
     "paged_attention_stats",
+    "settle_blocks",
     "unsupported",
     "write_cache",
 )

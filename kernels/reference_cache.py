@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpass.kernels.formats import CacheFormat, format_of, quantise_rows, split_slabs, unpack_slabs
+from kvpass.kernels.formats import CacheFormat, find_format, format_of, quantise_rows, split_slabs, unpack_slabs
+from kvpass.kernels.settling import open_for_write, read_blocks, settle_cache
 from kvpass.kernels.step_memo import StepMemo
 
 WRITTEN_ROWS: StepMemo[Tensor] = StepMemo()
@@ -23,6 +24,9 @@ def write_cache(
     value_format: str | None = None,
 ) -> None:
     """``kvpass::write_cache``; see :mod:`kvpass.kernels.cache_ops`."""
+    if key_format == "k4":
+        key_cache, value_cache, slot_mapping = open_for_write(key_cache, value_cache, slot_mapping)
+        key_format = value_format = None
     _, heads, size, _ = key_cache.shape
 
     def find_rows() -> Tensor:
@@ -100,6 +104,16 @@ def copy_blocks(caches: Sequence[Tensor], source: Tensor, target: Tensor) -> Non
         blocks.index_copy_(0, target, blocks.index_select(0, source))
 
 
+def settle_blocks(caches: Sequence[Tensor], formats: Sequence[str], source: Tensor, target: Tensor) -> None:
+    """``kvpass::settle_blocks``; see :mod:`kvpass.kernels.cache_ops`."""
+    for cache, name in zip(caches, formats, strict=True):
+        form = find_format(name)
+        if form.settles is None:
+            copy_blocks([cache], source.remainder(cache.shape[0]), target.remainder(cache.shape[0]))
+        else:
+            settle_cache(cache, form, source, target)
+
+
 def gather_cache(
     cache: Tensor, block_tables: Tensor, seq_lens: Tensor, width: int, format: str | None = None
 ) -> Tensor:
@@ -112,7 +126,10 @@ def gather_cache(
     held = torch.where(ended.view(sequences, columns, size)[:, :, 0], 0, block_tables)
     if not cache.shape[0]:
         return cache.new_zeros(sequences, columns * size, cache.shape[1], width, dtype=torch.float32)
-    stored = cache.view(torch.uint8) if form.bits == 8 else cache
-    rows = unpack_slabs(stored.index_select(0, held.flatten()).view(cache.dtype), form)
+    if form.settles is not None:
+        rows = read_blocks(cache, form, held.flatten())
+    else:
+        stored = cache.view(torch.uint8) if form.bits == 8 else cache
+        rows = unpack_slabs(stored.index_select(0, held.flatten()).view(cache.dtype), form)
     rows = rows.view(sequences, columns, cache.shape[1], size, width).transpose(2, 3)
     return rows.flatten(1, 2).masked_fill(ended[:, :, None, None], 0.0)

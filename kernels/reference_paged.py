@@ -19,6 +19,7 @@ from kvpass.kernels.reference_scores import (
     prepare_bias,
     weigh,
 )
+from kvpass.kernels.settling import gather_slabs, wide_view
 from kvpass.kernels.step_layout import DecodeChunk, PrefillRun, Sight, StepLayout, Tiling, lay_out_step
 from kvpass.kernels.step_memo import StepMemo
 from kvpass.kernels.tree_layout import lay_out_tree
@@ -201,6 +202,7 @@ class SlabReader:
         row: numbers of a stored row.
         width: numbers of a row that are wanted, its first.
         dtype: into which elements are widened.
+        wide: of a settling format the wide slabs, bfloat16 ``[n * Hkv, P, D]``.
     """
 
     slabs: Tensor
@@ -210,6 +212,7 @@ class SlabReader:
     row: int
     width: int
     dtype: torch.dtype
+    wide: Tensor | None = None
 
     @staticmethod
     def of(cache: Tensor, name: str | None, query: Tensor, width: int | None = None) -> SlabReader:
@@ -218,10 +221,14 @@ class SlabReader:
         _, heads, size, stored = cache.shape
         row = form.row_width(stored)
         flat = (cache.view(torch.uint8) if form.bits == 8 else cache).view(-1, size * stored)
-        return SlabReader(flat, form, heads, size, row, row if width is None else width, compute_dtype(query))
+        wide = None if form.settles is None else wide_view(cache, form).flatten(0, 1)
+        return SlabReader(flat, form, heads, size, row, row if width is None else width, compute_dtype(query), wide)
 
     def gather(self, slabs: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
         """Elements ``[rows, K, D]``, a fresh tensor, and the scales ``[rows, 1, K]`` of a format that has them."""
+        if self.wide is not None:
+            numbers = gather_slabs(self.slabs.unflatten(1, (self.block_size, -1)), self.wide, self.form, slabs)
+            return numbers.to(self.dtype).view(rows, -1, self.row), None
         found = self.slabs.index_select(0, slabs)
         if not self.form.scaled:
             return found.view(self.form.dtype).to(self.dtype).view(rows, -1, self.row), None

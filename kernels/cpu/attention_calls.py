@@ -9,6 +9,7 @@ from kvpass.errors import InputError
 from kvpass.kernels.cpu import loader
 from kvpass.kernels.cpu.packing import (
     ATTENTION,
+    CODES,
     FLOATS,
     MEMORY,
     CacheFields,
@@ -105,7 +106,7 @@ def latent_attention(
     out = query.new_empty(query.shape[0], query.shape[1], value_dim)
     features = (scale, softcap, window, slopes, sinks, bias, chunk, None)
     step = (block_tables, seq_lens, query_start)
-    _attend("latent_attention", query, cache, keys, (*keys[:2], value_dim), step, features, out, latent=True)
+    _attend("latent_attention", query, cache, keys, (*keys[:2], value_dim, keys[3]), step, features, out, latent=True)
     return out
 
 
@@ -231,4 +232,7 @@ def _attend(
         0,
     )
     if loader.current().kvpass_attention(memory.address):
-        raise explain_attention(op, query, key_cache, step, features, shared)
+        wide = None
+        if keys[1] == CODES["k4"]:
+            wide = min((end - start) // (2 * kv_heads * size * dim) for start, _, dim, end in (keys, values))
+        raise explain_attention(op, query, key_cache, step, features, shared, wide)

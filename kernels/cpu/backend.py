@@ -13,7 +13,7 @@ from kvpass.kernels.cpu.attention_calls import (
     paged_attention,
     paged_attention_stats,
 )
-from kvpass.kernels.cpu.cache_calls import copy_blocks, gather_cache, norm_rotary_write, write_cache
+from kvpass.kernels.cpu.cache_calls import copy_blocks, gather_cache, norm_rotary_write, settle_blocks, write_cache
 from kvpass.kernels.cpu.packing import CODES_BY_DTYPE, FLOATS
 from kvpass.kernels.formats import FORMATS
 
@@ -26,6 +26,7 @@ __all__ = (
     "norm_rotary_write",
     "paged_attention",
     "paged_attention_stats",
+    "settle_blocks",
     "unsupported",
     "why_unavailable",
     "write_cache",
@@ -44,7 +45,7 @@ def why_unavailable() -> str:
 
 def unsupported(op: str, **arguments: Any) -> str | None:
     """Why the kernels cannot serve a call of ``op``, or None."""
-    if op == "copy_blocks":
+    if op in ("copy_blocks", "settle_blocks"):
         return None if all(cache.is_contiguous() for cache in arguments["caches"]) else "a cache is not contiguous"
     for name in ("query", "key", "value"):
         tensor = arguments.get(name)

@@ -9,8 +9,21 @@ from torch import Tensor
 
 from kvpass.errors import InputError
 from kvpass.kernels.cpu import loader
-from kvpass.kernels.cpu.packing import COPY, FLOATS, GATHER, MEMORY, WRITE, as_numbers, cache_fields, require_int64
-from kvpass.kernels.cpu.refusals import explain_copy, explain_gather, explain_write
+from kvpass.kernels.cpu.packing import (
+    COPY,
+    FLOATS,
+    GATHER,
+    MEMORY,
+    SETTLE,
+    WRITE,
+    as_numbers,
+    cache_fields,
+    require_int64,
+)
+from kvpass.kernels.cpu.refusals import explain_copy, explain_gather, explain_settle, explain_write
+from kvpass.kernels.formats import find_format
+from kvpass.kernels.index_checks import count_wide_blocks
+from kvpass.kernels.settling import open_for_write, wide_view
 
 # Of a write: count of query heads, their result, weights of keys and queries, eps, cos, sin, width, interleaved.
 NOTHING_BEFORE = (0, 0, 0, 0, 0.0, 0, 0, 0, 0)
@@ -75,12 +88,16 @@ def _write(
     before: tuple[float, ...],
 ) -> None:
     """Run ``kvpass_write`` for new keys and values, and queries where there is something to do before."""
-    (key_cache, _), (value_cache, _) = caches
+    (key_cache, key_format), (value_cache, _) = caches
+    shift = 0
+    if key_format == "k4":
+        key_cache, value_cache, slots = open_for_write(key_cache, value_cache, slots)
+        caches, shift = ((key_cache, None), (value_cache, None)), len(key_cache) * key_cache.shape[2]
     blocks, heads, size, _ = key_cache.shape
     fields = [cache_fields(cache, name) for cache, name in caches]
     key, value = new[:2]
     slots = slots if slots.is_contiguous() else slots.contiguous()
-    for part, cache, (_, _, dim) in ((key, key_cache, fields[0]), (value, value_cache, fields[1])):
+    for part, cache, (_, _, dim, _) in ((key, key_cache, fields[0]), (value, value_cache, fields[1])):
         if part.shape[1] != cache.shape[1] or part.shape[2] != dim or part.shape[0] != slots.shape[0]:
             raise InputError(
                 f"kvpass::{op}: cannot write {tuple(part.shape)} to {slots.shape[0]} slots of a cache of "
@@ -110,7 +127,7 @@ def _write(
     )
     status = loader.current().kvpass_write(memory.address)
     if status:
-        raise explain_write(op, status, slots, blocks * size)
+        raise explain_write(op, status, slots, blocks * size, shift)
 
 
 def _with_dense_rows(new: Tensor) -> Tensor:
@@ -137,8 +154,39 @@ def gather_cache(
     GATHER.pack_into(memory.buffer, 0, *fields, blocks, heads, size, *step, out.data_ptr(), threads, 0, 0)
     status = loader.current().kvpass_gather(memory.address)
     if status:
-        raise explain_gather(status, tables, lens, blocks, size)
+        wide = count_wide_blocks({"cache": cache, "format": format}) or 0
+        raise explain_gather(status, tables, lens, range(-wide, blocks), size)
     return out
+
+
+def settle_blocks(caches: Sequence[Tensor], formats: Sequence[str], source: Tensor, target: Tensor) -> None:
+    """``kvpass::settle_blocks``; see :mod:`kvpass.kernels.cache_ops`."""
+    require_int64("settle_blocks", source=source, target=target)
+    quantised, moved = (source < 0) & (target >= 0), source >= 0
+    if (moved & (target < 0)).any():
+        raise InputError("kvpass::settle_blocks: a settled block cannot be copied into a wide one")
+    for cache, name in zip(caches, formats, strict=True):
+        form = find_format(name)
+        if form.settles is None:
+            copy_blocks([cache], source.remainder(cache.shape[0]), target.remainder(cache.shape[0]))
+            continue
+        copy_blocks([cache], source[moved], target[moved])
+        _settle(cache, name, source[quantised], target[quantised])
+        wide, kept = wide_view(cache, form), target < 0
+        copy_blocks([wide], source[kept] + len(wide), target[kept] + len(wide))
+
+
+def _settle(cache: Tensor, name: str, source: Tensor, target: Tensor) -> None:
+    """Run ``kvpass_settle``: from wide blocks to settled ones."""
+    if not len(source):
+        return
+    blocks, heads, size, _ = cache.shape
+    wide, memory = len(wide_view(cache, find_format(name))), MEMORY
+    pointers = (source.data_ptr(), target.data_ptr(), len(source), torch.get_num_threads())
+    SETTLE.pack_into(memory.buffer, 0, *cache_fields(cache, name), blocks, wide, heads, size, *pointers, 0, 0)
+    status = loader.current().kvpass_settle(memory.address)
+    if status:
+        raise explain_settle(status, source, target, blocks, wide)
 
 
 def copy_blocks(caches: Sequence[Tensor], source: Tensor, target: Tensor) -> None:

@@ -9,7 +9,7 @@
 #define KVPASS_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-enum Format : int64_t { kFloat32, kBFloat16, kFloat16, kE4M3, kE5M2, kInt8, kInt4, kFormats };
+enum Format : int64_t { kFloat32, kBFloat16, kFloat16, kE4M3, kE5M2, kInt8, kInt4, kK4, kV2, kFormats };
 
 // Why a call was refused; the Python side makes the message.
 enum Status : int64_t {
@@ -29,6 +29,7 @@ struct CacheArgument {
     uint8_t* data;
     int64_t format;
     int64_t dim;
+    uint8_t* end;  // behind the last slab; where the wide blocks of a settling format are counted from
 };
 
 struct AttentionCall {
@@ -101,6 +102,16 @@ struct GatherCall {
     int64_t detail, value;
 };
 
+struct SettleCall {
+    CacheArgument cache;
+    int64_t blocks, wide_blocks, kv_heads, block_size;
+    const int64_t* source;  // [count], wide blocks
+    const int64_t* target;  // [count], settled ones
+    int64_t count;
+    int64_t threads;
+    int64_t detail, value;
+};
+
 struct CopyCall {
     uint8_t* data;
     int64_t block_bytes, blocks;
@@ -114,16 +125,23 @@ struct CopyCall {
 // The fields of a slab.
 struct Layout {
     int64_t row_bytes;    // elements of one token
-    int64_t scale_bytes;  // offset of the P scales in the slab; 0 if the format has none
+    int64_t scale_bytes;  // offset of the scales in the slab, P of them as floats; 0 if the format has none
     int64_t slab_bytes;
 };
 
+inline bool settles(int64_t format) { return format == kK4 || format == kV2; }
+
 inline Layout layout_of(const CacheArgument& cache, int64_t block_size) {
-    static const int64_t kBits[kFormats] = {32, 16, 16, 8, 8, 8, 4};
+    static const int64_t kBits[kFormats] = {32, 16, 16, 8, 8, 8, 4, 4, 2};
     Layout layout;
     layout.row_bytes = cache.dim * kBits[cache.format] / 8;
     bool scaled = cache.format == kInt8 || cache.format == kInt4;
     layout.scale_bytes = scaled ? layout.row_bytes * block_size : 0;
+    if (settles(cache.format)) {  // 16-bit scales, and for keys a byte for each channel of 16 tokens
+        layout.scale_bytes = block_size * (layout.row_bytes + (cache.format == kK4 ? cache.dim / 16 : 0));
+        layout.slab_bytes = layout.scale_bytes + 2 * block_size;
+        return layout;
+    }
     layout.slab_bytes = layout.row_bytes * block_size + (scaled ? 4 * block_size : 0);
     return layout;
 }

@@ -26,15 +26,32 @@ INLINE void gather_block(const GatherCall& call, const Layout& layout, int64_t b
     std::fill(out + count * token, out + call.block_size * token, 0.0f);
 }
 
+// The same for settling formats.
+INLINE void gather_settled(const GatherCall& call, const Layout& layout, int64_t block, int64_t count, float* row, float* out) {
+    int64_t dim = call.cache.dim, token = call.kv_heads * dim;
+    for (int64_t head = 0; count && head < call.kv_heads; head++) {
+        const uint8_t* slab = settled_slab(call.cache, layout.slab_bytes, block, call.kv_heads, head, call.block_size);
+        for (int64_t p = 0; p < count; p++) {
+            SettledRow found = settled_row(call.cache, layout.slab_bytes, slab, block < 0, call.block_size, p);
+            expand_settled(call.cache.format, found.codes, found.units, dim, row);
+            for (int64_t i = 0; i < dim; i++) out[p * token + head * dim + i] = row[i] * found.scale;
+        }
+    }
+    std::fill(out + count * token, out + call.block_size * token, 0.0f);
+}
+
 inline int64_t gather_cache(GatherCall& call) {
     int64_t size = call.block_size, width = call.table_width;
     auto held = [&](int64_t n, int64_t column) {  // tokens in this block of the sequence
         return std::clamp<int64_t>(call.lengths[n] - column * size, 0, size);
     };
+    int64_t lowest = 0;
+    if (settles(call.cache.format))
+        lowest = -((call.cache.end - call.cache.data) / (2 * call.kv_heads * size * call.cache.dim));
     for (int64_t n = 0; n < call.sequences; n++)
         for (int64_t column = 0; column < width && held(n, column); column++) {
             int64_t block = call.tables[n * width + column];
-            if (block < 0 || block >= call.blocks) {
+            if (block < lowest || block >= call.blocks) {
                 call.detail = n;
                 call.value = block;
                 return kBadBlock;
@@ -51,8 +68,10 @@ inline int64_t gather_cache(GatherCall& call) {
             return;
         }
         int64_t count = held(i / width, i % width);
+        float* out = call.out + i * size * call.kv_heads * call.cache.dim;
+        if (settles(call.cache.format))
+            return gather_settled(call, layout, count ? call.tables[i] : 0, count, row.data(), out);
         with_format(call.cache.format, [&](auto f) {
-            float* out = call.out + i * size * call.kv_heads * call.cache.dim;
             gather_block<f>(call, layout, count ? call.tables[i] : 0, count, row.data(), out);
         });
     });

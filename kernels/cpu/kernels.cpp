@@ -2,6 +2,7 @@
 
 #include "attention.h"
 #include "gather.h"
+#include "settle.h"
 #include "store.h"
 
 static Arena& own_arena() {
@@ -77,6 +78,14 @@ KVPASS_EXPORT int64_t kvpass_gather(GatherCall* call) {
     }
 }
 
+KVPASS_EXPORT int64_t kvpass_settle(SettleCall* call) {
+    try {
+        return settle_blocks(*call);
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
+}
+
 KVPASS_EXPORT int64_t kvpass_copy(CopyCall* call) {
     try {
         return copy_blocks(*call);
@@ -106,6 +115,6 @@ KVPASS_EXPORT int64_t kvpass_level() {
 // Sizes of the calls, which the Python side compares with what it packs.
 KVPASS_EXPORT int64_t kvpass_call_bytes(int64_t which) {
     static const int64_t kBytes[] = {sizeof(AttentionCall), sizeof(WriteCall), sizeof(CopyCall),
-                                     sizeof(GatherCall)};
+                                     sizeof(GatherCall), sizeof(SettleCall)};
     return kBytes[which];
 }

@@ -19,8 +19,8 @@ from kvpass.errors import ConfigError
 
 LEVELS = ("base", "avx2", "avx512", "avx512_vnni")  # each includes those before it; the C++ side counts alike
 FOLDER = Path(__file__).parent
-ENTRY_POINTS = ("kvpass_attention", "kvpass_write", "kvpass_copy", "kvpass_gather")
-CALL_FIELDS = (43, 35, 9, 14)  # eight bytes each, of the struct that each of them takes; see call.h
+ENTRY_POINTS = ("kvpass_attention", "kvpass_write", "kvpass_copy", "kvpass_gather", "kvpass_settle")
+CALL_FIELDS = (45, 37, 9, 15, 14)  # eight bytes each, of the struct that each of them takes; see call.h
 
 
 def object_path(level: str) -> Path:

@@ -19,14 +19,15 @@ from kvpass.kernels.formats import FORMATS, format_of
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of tensors; the numbers are those of call.h
 CODES = {name: code for code, name in enumerate(FORMATS)}
-CODES_BY_DTYPE = {row.dtype: CODES[name] for name, row in FORMATS.items() if not row.scaled}
+CODES_BY_DTYPE = {row.dtype: CODES[name] for name, row in FORMATS.items() if not row.coded}
 
-ATTENTION = struct.Struct("=21q2d20q")
-WRITE = struct.Struct("=27qd7q")
+ATTENTION = struct.Struct("=23q2d20q")
+WRITE = struct.Struct("=29qd7q")
 COPY = struct.Struct("=9q")
-GATHER = struct.Struct("=14q")
+GATHER = struct.Struct("=15q")
+SETTLE = struct.Struct("=14q")
 
-CacheFields = tuple[int, int, int]  # pointer, format, numbers in a row
+CacheFields = tuple[int, int, int, int]  # pointer, format, numbers in a row, pointer to the end
 
 
 class CallMemory(threading.local):
@@ -41,9 +42,9 @@ MEMORY = CallMemory()
 
 
 def cache_fields(cache: Tensor, name: str | None) -> CacheFields:
-    """Pointer, format and row width of a cache tensor."""
-    form = format_of(cache, name)
-    return cache.data_ptr(), CODES[form.name], form.row_width(cache.shape[3])
+    """Pointer, format, row width and end of a cache tensor."""
+    form, start = format_of(cache, name), cache.data_ptr()
+    return start, CODES[form.name], form.row_width(cache.shape[3]), start + cache.numel() * cache.element_size()
 
 
 def as_numbers(tensor: Tensor | None) -> Tensor | None:

@@ -62,7 +62,7 @@ public:
         switch (key_way_) {
             case Way::kDirect: return direct(chunk, columns, upcoming);
             case Way::kPackFloats: {
-                expand(call_.keys.format, chunk.keys, columns, dim, w_.width, upcoming);
+                expand(call_.keys.format, chunk.keys, chunk.key_units, columns, dim, w_.width, upcoming);
                 float* packed = reinterpret_cast<float*>(w_.packed_keys);
                 transpose_floats(w_.expanded, w_.width, columns, dim, packed);
                 multiply<FloatProduct>(
@@ -97,7 +97,8 @@ public:
         switch (value_way_) {
             case Way::kDirect: {
                 const uint8_t* rows[kChunk];
-                int64_t format = readable(call_.values.format, chunk.values, chunk.count, value_row_, rows);
+                int64_t format =
+                    readable(call_.values.format, chunk.values, chunk.value_units, chunk.count, value_row_, rows);
                 with_format(format, [&](auto f) {
                     if constexpr (f != kInt4)
                         with_rows(rows_, [&](int r, auto R) {
@@ -113,7 +114,7 @@ public:
                 // a latent's values are the keys that have just been expanded
                 int64_t width = call_.latent ? w_.width : w_.out_width;
                 if (!call_.latent || key_way_ != Way::kPackFloats)
-                    expand(call_.values.format, chunk.values, count, value_row_, width, upcoming);
+                    expand(call_.values.format, chunk.values, chunk.value_units, count, value_row_, width, upcoming);
                 else
                     upcoming.fetch(0, kChunk);
                 multiply<FloatProduct>(
@@ -147,14 +148,15 @@ public:
     }
 
 private:
-    // The rows as a format that can be loaded in order: int4 is expanded, all else is as it stands.
+    // The rows as a format that can be loaded in order: what is narrower than a byte is expanded, all else is as it stands.
     int64_t readable(
-        int64_t format, const uint8_t* const* from, int count, int64_t dim, const uint8_t** rows
+        int64_t format, const uint8_t* const* from, const uint8_t* const* units, int count, int64_t dim,
+        const uint8_t** rows
     ) {
         int64_t width = round_up(dim, 32);
         std::memcpy(rows, from, sizeof(*rows) * kChunk);
-        if (format != kInt4) return format;
-        for (int j = 0; j < count; j++) expand_row<kInt4>(from[j], dim, w_.expanded + j * width);
+        if (format != kInt4 && !settles(format)) return format;
+        expand(format, from, units, count, dim, width, Upcoming{});
         for (int j = 0; j < kChunk; j++)
             rows[j] = reinterpret_cast<uint8_t*>(w_.expanded + (j < count ? j : count - 1) * width);
         return kFloat32;
@@ -163,7 +165,7 @@ private:
     void direct(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
         const uint8_t* rows[kChunk];
         int64_t dim = call_.keys.dim;
-        int64_t format = readable(call_.keys.format, chunk.keys, chunk.count, dim, rows);
+        int64_t format = readable(call_.keys.format, chunk.keys, chunk.key_units, chunk.count, dim, rows);
         with_format(format, [&](auto f) {
             if constexpr (f != kInt4)
                 with_rows(rows_, [&](int r, auto R) {
@@ -176,8 +178,16 @@ private:
     }
 
     void expand(
-        int64_t format, const uint8_t* const* from, int count, int64_t dim, int64_t width, const Upcoming& upcoming
+        int64_t format, const uint8_t* const* from, const uint8_t* const* units, int count, int64_t dim, int64_t width,
+        const Upcoming& upcoming
     ) {
+        if (settles(format)) {
+            for (int j = 0; j < count; j++) {
+                upcoming.fetch(j, 1);
+                expand_settled(format, from[j], units[j], dim, w_.expanded + j * width);
+            }
+            return;
+        }
         with_format(format, [&](auto f) {
             for (int j = 0; j < count; j++) {
                 upcoming.fetch(j, 1);

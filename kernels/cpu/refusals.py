@@ -22,6 +22,7 @@ def explain_attention(
     step: tuple[Tensor, Tensor, Tensor],
     features: tuple[Any, ...],
     shared: tuple[Tensor, Tensor] | None,
+    wide_blocks: int | None = None,
 ) -> KvpassError | MemoryError:
     """The error for a call of an attention op that its kernel refused."""
     tables, lens, starts = step
@@ -41,7 +42,7 @@ def explain_attention(
         arguments |= {"query_start": starts, "window": window, "chunk": chunk, "tree_mask": tree}
         if shared is not None:
             arguments |= {"shared_start": shared[0], "shared_lens": shared[1]}
-        check_indices(op, arguments)
+        check_indices(op, arguments, wide_blocks)
     except InputError as error:
         return error
     if bias is not None:
@@ -53,12 +54,27 @@ def explain_attention(
     return MemoryError(f"kvpass::{op}: no memory for its work space")
 
 
-def explain_write(op: str, status: int, slots: Tensor, room: int) -> InputError | MemoryError:
-    """The error for a write that was refused; nothing has been written."""
+def explain_write(op: str, status: int, slots: Tensor, room: int, shift: int = 0) -> InputError | MemoryError:
+    """The error for a write that was refused; nothing has been written. ``shift`` was added to the caller's slots."""
     if status == OUT_OF_MEMORY:
         return MemoryError(f"kvpass::{op}: no memory for its work space")
     wrong = slots[(slots < 0) | (slots >= room)]
-    return InputError(f"kvpass::{op}: slot_mapping holds {int(wrong[0])}, permitted are 0 to {room - 1}")
+    return InputError(
+        f"kvpass::{op}: slot_mapping holds {int(wrong[0]) - shift}, permitted are {-shift} to {room - 1 - shift}"
+    )
+
+
+def explain_settle(status: int, source: Tensor, target: Tensor, blocks: int, wide: int) -> InputError | MemoryError:
+    """The error for blocks that could not be settled; none has been."""
+    if status == OUT_OF_MEMORY:
+        return MemoryError("kvpass::settle_blocks: no memory for its work space")
+    for name, found, first, last in (("source", source, -wide, -1), ("target", target, 0, blocks - 1)):
+        wrong = found[(found < first) | (found > last)]
+        if len(wrong):
+            return InputError(
+                f"kvpass::settle_blocks: {name} holds {int(wrong[0])}, permitted are {first} to {last} here"
+            )
+    return InputError("kvpass::settle_blocks: source and target were changed during the call")
 
 
 def explain_copy(status: int, source: Tensor, target: Tensor, blocks: int) -> InputError | MemoryError:
@@ -72,10 +88,12 @@ def explain_copy(status: int, source: Tensor, target: Tensor, blocks: int) -> In
     return InputError("kvpass::copy_blocks: source and target were changed during the call")
 
 
-def explain_gather(status: int, tables: Tensor, lens: Tensor, blocks: int, size: int) -> InputError | MemoryError:
+def explain_gather(status: int, tables: Tensor, lens: Tensor, blocks: range, size: int) -> InputError | MemoryError:
     """The error for a gather that was refused."""
     if status == OUT_OF_MEMORY:
         return MemoryError("kvpass::gather_cache: no memory for its work space")
     found = tables[torch.arange(tables.shape[1]) * size < lens[:, None]]
-    wrong = found[(found < 0) | (found >= blocks)]
-    return InputError(f"kvpass::gather_cache: block_tables holds {int(wrong[0])}, permitted are 0 to {blocks - 1}")
+    wrong = found[(found < blocks.start) | (found >= blocks.stop)]
+    return InputError(
+        f"kvpass::gather_cache: block_tables holds {int(wrong[0])}, permitted are {blocks.start} to {blocks.stop - 1}"
+    )

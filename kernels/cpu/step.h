@@ -73,10 +73,19 @@ private:
         return status;
     }
 
+    // The number of the first wide block of settling formats that lies in the caches; 0 for other formats.
+    int64_t lowest_block() const {
+        if (!settles(call_.keys.format)) return 0;
+        auto wide = [&](const CacheArgument& cache) {
+            return (cache.end - cache.data) / (2 * call_.kv_heads * call_.block_size * cache.dim);
+        };
+        return -std::min(wide(call_.keys), wide(call_.values));
+    }
+
     int64_t read_tokens() {
         const AttentionCall& c = call_;
         if (c.starts[0] != 0 || c.starts[c.sequences] != c.tokens) return refuse(kBadStarts, 0, c.starts[c.sequences]);
-        int64_t needed = 0;
+        int64_t needed = 0, lowest = lowest_block();
         for (int64_t n = 0; n < c.sequences; n++) {
             int64_t count = c.starts[n + 1] - c.starts[n], length = c.lengths[n];
             if (count < 0 || c.starts[n + 1] > c.tokens || count > length ||
@@ -111,7 +120,7 @@ private:
             if (!count) continue;
             for (int64_t w = oldest / c.block_size; w <= (length - 1) / c.block_size; w++) {
                 int64_t block = c.tables[n * c.table_stride + w];
-                if (block < 0 || block >= c.blocks) return refuse(kBadBlock, n, block);
+                if (block < lowest || block >= c.blocks) return refuse(kBadBlock, n, block);
             }
         }
         if (c.bias && needed > c.bias_length) return refuse(kShortBias, 0, needed);

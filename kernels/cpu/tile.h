@@ -6,6 +6,7 @@
 
 #include "gemm.h"
 #include "pack.h"
+#include "settled.h"
 #include "weigh.h"
 
 // Memory that a thread keeps between calls; each call lays it out anew.
@@ -45,6 +46,7 @@ enum class Way { kDirect, kDirectPairs, kPackFloats, kPackPairs, kPackBytes };
 constexpr int kMostDirectRows = 8;
 
 inline Way choose_way(int64_t format, int64_t query_format, int64_t dim, int64_t rows) {
+    if (settles(format)) return rows <= kMostDirectRows ? Way::kDirect : Way::kPackFloats;
 #if KVPASS_DOT
     if (format == kInt8 && dim % 16 == 0) return Way::kPackBytes;
     if (format == kInt4 && dim % 32 == 0) return Way::kPackBytes;
@@ -127,6 +129,10 @@ struct ChunkRows {
     int run_length[kChunk];
     const uint8_t* key_scales[kChunk];
     const uint8_t* value_scales[kChunk];
+    // of settling formats: the channels of each row, and the scales themselves, which are one run
+    const uint8_t* key_units[kChunk];
+    const uint8_t* value_units[kChunk];
+    float row_scales[2][kChunk];
 };
 
 class Locator {
@@ -135,6 +141,7 @@ public:
         : call_(call), key_(layout_of(call.keys, call.block_size)), value_(layout_of(call.values, call.block_size)) {
         if (call.latent) value_ = key_;
         scaled_ = key_.scale_bytes || value_.scale_bytes;
+        settled_ = settles(call.keys.format);
     }
 
     void locate(const Item& item, int64_t head, int64_t start, ChunkRows& rows) const {
@@ -142,6 +149,7 @@ public:
         rows.runs = 0;
         rows.count = static_cast<int>(std::clamp<int64_t>(item.end - start, 0, kChunk));
         const int64_t* table = call_.tables + item.sequence * call_.table_stride;
+        if (settled_) return locate_settled(table, head, rows);
         int64_t size = call_.block_size;
         for (int j = 0; j < rows.count;) {
             int64_t key = start + j, offset = key % size;
@@ -175,9 +183,33 @@ public:
     const Layout& value() const { return value_; }
 
 private:
+    void locate_settled(const int64_t* table, int64_t head, ChunkRows& rows) const {
+        int64_t size = call_.block_size;
+        const uint8_t* slabs[2] = {};
+        for (int j = 0; j < kChunk && rows.count; j++) {
+            int64_t key = rows.start + std::min(j, rows.count - 1), block = table[key / size], offset = key % size;
+            if (j == 0 || offset == 0) {
+                slabs[0] = settled_slab(call_.keys, key_.slab_bytes, block, call_.kv_heads, head, size);
+                slabs[1] = settled_slab(call_.values, value_.slab_bytes, block, call_.kv_heads, head, size);
+            }
+            SettledRow keys = settled_row(call_.keys, key_.slab_bytes, slabs[0], block < 0, size, offset);
+            SettledRow values = settled_row(call_.values, value_.slab_bytes, slabs[1], block < 0, size, offset);
+            rows.keys[j] = keys.codes;
+            rows.values[j] = values.codes;
+            rows.key_units[j] = keys.units;
+            rows.value_units[j] = values.units;
+            rows.row_scales[0][j] = keys.scale;
+            rows.row_scales[1][j] = values.scale;
+        }
+        rows.runs = rows.count ? 1 : 0;
+        rows.run_length[0] = rows.count;
+        rows.key_scales[0] = reinterpret_cast<const uint8_t*>(rows.row_scales[0]);
+        rows.value_scales[0] = reinterpret_cast<const uint8_t*>(rows.row_scales[1]);
+    }
+
     const AttentionCall& call_;
     Layout key_, value_;
-    bool scaled_;
+    bool scaled_, settled_;
 };
 
 INLINE void read_scales(const ChunkRows& rows, const uint8_t* const* from, float* scales) {

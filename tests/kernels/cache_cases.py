@@ -11,13 +11,18 @@ from torch import Tensor
 
 from kvpass.kernels import naive
 from kvpass.kernels.formats import FORMATS, unpack_slabs
+from kvpass.kernels.settling import read_blocks, wide_view
 from tests.kernels.random_cases import BEYOND, BOUNDS, DIMS, allowed_error, poison_slabs, written_slots
+from tests.kernels.settled_cases import allowed_errors, paired, settled_caches
+
+WIDE_BLOCKS, NARROW_BLOCKS = 5, 7  # of a cache that settles
 
 Kernel = Callable[..., Any]
 
 
 def check_write_cache(kernel: Kernel, seed: int, key_format: str, value_format: str) -> None:
     """The slots hold what was written within the formats' bounds, and no other byte has changed."""
+    key_format, value_format = paired(key_format, value_format)
     new, caches, slots = _draw_write(seed, key_format, value_format)
     before = [cache.clone() for cache in caches]
     kernel(*new, *caches, slots, key_format=key_format, value_format=value_format)
@@ -27,6 +32,7 @@ def check_write_cache(kernel: Kernel, seed: int, key_format: str, value_format: 
 
 def check_norm_rotary_write(kernel: Kernel, seed: int, key_format: str, value_format: str) -> None:
     """The same, of keys that were normed and rotated; and the query comes back so."""
+    key_format, value_format = paired(key_format, value_format)
     pick, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
     (key, value), caches, slots = _draw_write(seed, key_format, value_format)
     tokens, heads, width = key.shape
@@ -60,19 +66,27 @@ def check_gather_cache(kernel: Kernel, seed: int, name: str, _: str = "") -> Non
         tables[n, :used], order = order[:used], order[used:]
         k = torch.arange(length)
         written[tables[n, k // size], k % size] = True
+    if FORMATS[name].settles:
+        dim = -(-dim // 16) * 16
     numbers = torch.randn(len(written), heads, size, dim, generator=generator)
-    cache = poison_slabs(numbers, written, FORMATS[name])
-    got = kernel(cache, tables, torch.tensor(lengths), dim, format=name)
+    if FORMATS[name].settles:
+        caches, stored, ids = settled_caches((numbers, numbers), written, generator)
+        cache, held = (pair[name == "v2"] for pair in (caches, stored))
+        followed = torch.where(tables < BEYOND, ids[tables.clamp(max=len(ids) - 1)], BEYOND)
+    else:
+        cache, followed = poison_slabs(numbers, written, FORMATS[name]), tables
+        held = unpack_slabs(cache, FORMATS[name])
+    got = kernel(cache, followed, torch.tensor(lengths), dim, format=name)
     assert got.dtype is torch.float32
-    want = naive.gather_cache(unpack_slabs(cache, FORMATS[name]), tables, torch.tensor(lengths))
+    want = naive.gather_cache(held, tables, torch.tensor(lengths))
     torch.testing.assert_close(got.double(), want, rtol=2e-7, atol=0, msg=lambda t: f"seed {seed}\n{t}")
 
 
 def check_copy_blocks(kernel: Kernel, seed: int, key_format: str, value_format: str) -> None:
     """Blocks are copied byte by byte, exchanged ones too, and no other byte has changed."""
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    _, caches, _ = _draw_write(seed, key_format, value_format)
-    blocks = caches[0].shape[0]
+    _, caches, _ = _draw_write(seed, *paired(key_format, value_format))
+    blocks = min(cache.shape[0] for cache in caches)
     count = pick.randint(0, blocks)
     source = torch.randint(blocks, (count,), generator=generator)
     target = torch.randperm(blocks, generator=generator)[:count]
@@ -85,11 +99,47 @@ def check_copy_blocks(kernel: Kernel, seed: int, key_format: str, value_format: 
         assert torch.equal(cache.view(torch.uint8), want.view(torch.uint8)), f"seed {seed}"
 
 
+def check_settle_blocks(kernel: Kernel, seed: int, key_format: str, value_format: str) -> None:
+    """Wide blocks settle within the bounds, others are copied byte by byte, and no other byte has changed."""
+    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    (key, value), caches, _ = _draw_write(seed, "k4", "v2")
+    size, heads = caches[0].shape[2], key.shape[1]
+    plain = torch.randint(256, (WIDE_BLOCKS + NARROW_BLOCKS, heads, size, 7), generator=generator, dtype=torch.uint8)
+    caches, formats = [plain, *caches], ["int8", "k4", "v2"]
+    for cache, name, dim in zip(caches[1:], formats[1:], (key.shape[2], value.shape[2]), strict=True):
+        rows = torch.randn(WIDE_BLOCKS, heads, size, dim, generator=generator) * 2.0 ** pick.randint(-20, 20)
+        rows[:, :, :, pick.randrange(dim)] *= 20
+        rows[:, :, pick.randrange(size)] *= pick.choice((0.0, 1e-3, 20.0))
+        wide_view(cache, FORMATS[name])[-WIDE_BLOCKS:] = rows.bfloat16()
+    source, target = -1 - torch.randperm(WIDE_BLOCKS, generator=generator), -1 - torch.arange(WIDE_BLOCKS)
+    settled = torch.arange(WIDE_BLOCKS) < pick.randint(1, WIDE_BLOCKS)
+    target = torch.where(settled, torch.randperm(NARROW_BLOCKS, generator=generator)[:WIDE_BLOCKS], target)
+    wanted = [cache.clone() for cache in caches]
+    wanted[0][target] = wanted[0][source]
+    for want, cache, name in zip(wanted[1:], caches[1:], formats[1:], strict=True):
+        form = FORMATS[name]
+        wide_view(want, form)[target[~settled]] = wide_view(cache, form)[source[~settled]]
+    rows = [
+        wide_view(cache, FORMATS[name])[source[settled]] for cache, name in zip(caches[1:], formats[1:], strict=True)
+    ]
+    kernel(caches, formats, source, target)
+    for want, cache, name, old in zip(wanted[1:], caches[1:], formats[1:], rows, strict=True):
+        numbers = read_blocks(cache, FORMATS[name], target[settled]).double()
+        error, allowed = (numbers - old.double()).abs(), allowed_errors(old, name)
+        assert (error <= allowed).all(), f"seed {seed}: {name} is off by {float((error - allowed).max()):.2e} too much"
+        mean = error.square().mean(-1).sqrt() <= old.double().abs().amax(-1) * (0.26 if name == "v2" else 1)
+        assert mean.all(), f"seed {seed}: {name} is off on average"
+        want[target[settled]] = cache[target[settled]]
+    for want, cache in zip(wanted, caches, strict=True):
+        assert torch.equal(want, cache), f"seed {seed}: other bytes have changed"
+
+
 CHECKS: dict[str, Callable[[Kernel, int, str, str], None]] = {
     "write_cache": check_write_cache,
     "norm_rotary_write": check_norm_rotary_write,
     "gather_cache": check_gather_cache,
     "copy_blocks": check_copy_blocks,
+    "settle_blocks": check_settle_blocks,
 }
 
 
@@ -99,20 +149,29 @@ def _draw_write(seed: int, key_format: str, value_format: str) -> tuple[list[Ten
     size, heads, tokens = pick.choice((16, 32, 64)), pick.choice((1, 2, 8)), pick.choice((1, 5, 40))
     blocks = -(-tokens // size) + 2
     slots, dtype = torch.randperm(blocks * size, generator=generator)[:tokens], pick.choice(list(BOUNDS))
+    if key_format == "k4":  # written in wide blocks
+        slots -= blocks * size
     new, caches = [], []
     for name in (key_format, value_format):
         dim, form = pick.choice(DIMS), FORMATS[name]
+        if form.settles:
+            dim = -(-dim // 16) * 16
         rows = torch.randn(heads, tokens, dim, generator=generator).to(dtype).transpose(0, 1)
         rows[pick.randrange(tokens)] *= pick.choice((0.0, 1e-3, 20.0))
         new.append(rows)
         width = form.stored_width(dim) * form.dtype.itemsize
-        noise = torch.randint(256, (blocks, heads, size, width), generator=generator, dtype=torch.uint8)
+        total = len(form.allocate(NARROW_BLOCKS, heads, size, dim, "meta", max(blocks, WIDE_BLOCKS)))
+        shape = (total if form.settles else blocks, heads, size, width)
+        noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         caches.append(noise.view(form.dtype))
     return new, caches, slots
 
 
 def _check_written(rows: Tensor, cache: Tensor, old: Tensor, slots: Tensor, name: str, slack: Tensor) -> None:
     form, size = FORMATS[name], cache.shape[2]
+    if form.settles:  # as a cache of bfloat16
+        cache, old = wide_view(cache, form), wide_view(old, form)
+        slots, name, form = slots + len(cache) * size, "bfloat16", FORMATS["bfloat16"]
     numbers = unpack_slabs(cache, form)[slots // size, :, slots % size].double()
     error, allowed = (numbers - rows.double()).abs(), allowed_error(rows, name) + slack
     if form.largest is not None and not form.scaled:

@@ -16,10 +16,10 @@ from collections import Counter
 import torch
 
 from kvpass.kernels import ops
-from kvpass.kernels.formats import FORMATS
 from tests.kernels.cache_cases import CHECKS
 from tests.kernels.format_bounds import check_within_formats
 from tests.kernels.random_cases import ATTENTIONS, attention_case
+from tests.kernels.settled_cases import NAMES
 
 
 def run_case(seed: int, op: str, formats: tuple[str, str], slack: float | None) -> None:
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the others count up")
     parser.add_argument("--op", choices=(*ATTENTIONS, *CHECKS), help="only this op")
-    parser.add_argument("--format", choices=tuple(FORMATS), help="only this format")
+    parser.add_argument("--format", choices=NAMES, help="only this format; k4 for k4v2")
     parser.add_argument("--slack", type=float, default=1.0, help="factor of the bounds of attention, for kernels that "
                         "quantise queries or weights as well")  # fmt: skip
     parser.add_argument("--within-formats", action="store_true", help="allow attention what the formats' own rounding "
@@ -52,7 +52,7 @@ def main() -> int:
     for seed in range(chosen.seed, chosen.seed + chosen.cases):
         pick = random.Random(~seed)
         op = chosen.op or pick.choice([name for name in ops.SCHEMAS if name in ATTENTIONS or name in CHECKS])
-        formats = tuple(chosen.format or pick.choice(list(FORMATS)) for _ in range(2))
+        formats = tuple(chosen.format or pick.choice(NAMES) for _ in range(2))
         try:
             run_case(seed, op, (formats[0], formats[1]), slack)
         except AssertionError as error:

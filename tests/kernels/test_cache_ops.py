@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from kvpass.kernels import reference
-from kvpass.kernels.formats import FORMATS
 from tests.kernels.cache_cases import CHECKS
+from tests.kernels.settled_cases import NAMES
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", CHECKS)
 def test_the_reference_fills_and_moves_caches_as_it_says(op: str, name: str) -> None:
     for seed in range(8):
-        other = random.Random(seed).choice(list(FORMATS))
+        other = random.Random(seed).choice(NAMES)
         CHECKS[op](getattr(reference, op), seed, name, other)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", CHECKS)
 def test_a_kernel_that_does_too_little_or_too_much_is_noticed(op: str, name: str) -> None:
     def too_little(*args: object, **kwargs: object) -> torch.Tensor:
@@ -28,7 +28,8 @@ def test_a_kernel_that_does_too_little_or_too_much_is_noticed(op: str, name: str
 
     def too_much(*args: torch.Tensor, **kwargs: object) -> object:
         result = getattr(reference, op)(*args, **kwargs)
-        caches = args[0] if op == "copy_blocks" else [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 4]
+        blocks = op in ("copy_blocks", "settle_blocks")
+        caches = args[0] if blocks else [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 4]
         for cache in caches:
             cache.view(torch.uint8)[-1, 0, -1, -1] ^= 1
             cache.view(torch.uint8)[0, 0, 0, 0] ^= 1

