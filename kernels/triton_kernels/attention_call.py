@@ -14,6 +14,7 @@ from kvpass.kernels.triton_kernels.attention import attention_kernel, merge_kern
 from kvpass.kernels.triton_kernels.launch import Launch, Target
 from kvpass.kernels.triton_kernels.mass import join_kernel, mass_kernel
 from kvpass.kernels.triton_kernels.schedule import most_tiles, positions_kernel, schedule_kernel, schedule_size
+from kvpass.kernels.triton_kernels.settled import settled_attention_kernel, settled_mass_kernel
 from kvpass.kernels.triton_kernels.stored import Stored, dot_dtype, dot_precision
 from kvpass.kernels.triton_kernels.tuning import Tile, choose_rows, choose_tile
 
@@ -112,7 +113,9 @@ class AttentionCall:
             bits = 32  # the dots take as much room as if that were stored
         extra = (self.features.softcap, self.features.slopes, self.features.bias, self.features.tree_mask)
         rich = any(feature is not None for feature in extra)
-        return choose_tile(target, rows, max(self.keys.width, self.value_dim), bits, self.block_size, rich)
+        tile = choose_tile(target, rows, max(self.keys.width, self.value_dim), bits, self.block_size, rich)
+        # one kind of blocks in a tile
+        return tile if self.keys.form.settles is None else tile._replace(keys=min(tile.keys, self.block_size))
 
 
 def find_positions(call: AttentionCall) -> tuple[Tensor, Launch]:
@@ -183,11 +186,12 @@ def lay_out_attention(
         "TREE": call.features.tree_mask is not None,
         "BLOCK": min(1024, max(32, triton.next_power_of_2(max(tiles, entries)))),
     }
+    settled = call.keys.form.settles is not None
     attention = {
         **common,
         **sums,
         **features,
-        **describe_caches(call, target),
+        **(describe_settled(call, target) if settled else describe_caches(call, target)),
         "query": call.query,
         "block_tables": call.block_tables,
         "seq_lens": call.seq_lens,
@@ -203,7 +207,9 @@ def lay_out_attention(
     merge = {**common, **sums, "ROWS": rows, "WIDTH": width}
     return [
         Launch(schedule_kernel, (1,), plan, stages=1),
-        Launch(attention_kernel, (programs,), attention, tile.warps, tile.stages),
+        Launch(
+            settled_attention_kernel if settled else attention_kernel, (programs,), attention, tile.warps, tile.stages
+        ),
         Launch(merge_kernel, (tiles * call.heads, triton.cdiv(tile.rows, rows)), merge, stages=1),
     ]
 
@@ -240,16 +246,34 @@ def describe_caches(call: AttentionCall, target: Target) -> dict[str, Any]:
     }
 
 
+def describe_settled(call: AttentionCall, target: Target) -> dict[str, Any]:
+    """The caches as the kernels of settling formats take them."""
+    described = {"P": call.block_size, "D": call.keys.width, "PRECISION": dot_precision(target)}
+    for part, stored in (("key", call.keys), ("value", call.values)):
+        assert stored.scales is not None, "a settling format has scales"
+        described |= {
+            f"{part}_codes": stored.tensor,
+            f"{part}_halves": stored.scales,
+            f"{part}_end": stored.scales.numel(),
+            f"{part.upper()}_SLAB": stored.slab,
+            f"{part.upper()}_COLUMNS": stored.piece_a,
+        }
+    return described
+
+
 def lay_out_mass(
     call: AttentionCall, lse: Tensor, mass: Tensor, target: Target, positions: Tensor | None = None
 ) -> Launch:
     """The launch that fills ``mass``, float32 ``[N, Hkv, W * P]``, from the call's log-sum-exp ``[T, Hq]``."""
     tile = call.choose_tile(target)
-    taken = (
+    taken: tuple[str, ...] = (
         "key_cache", "key_scales", "P", "D", "KEY_FORMAT", "KEY_ROW", "KEY_SLAB", "KEY_A", "KEY_B", "DOT", "NORMED",
         "PRECISION",
     )  # fmt: skip
-    caches = describe_caches(call, target)
+    settled = call.keys.form.settles is not None
+    if settled:
+        taken = ("key_codes", "key_halves", "key_end", "P", "D", "KEY_SLAB", "KEY_COLUMNS", "PRECISION")
+    caches = describe_settled(call, target) if settled else describe_caches(call, target)
     arguments = {
         **{name: caches[name] for name in taken},
         **call.features.arguments(),
@@ -271,7 +295,7 @@ def lay_out_mass(
     }
     slots = call.block_tables.shape[1] * call.block_size
     grid = (call.seq_lens.shape[0], call.heads, triton.cdiv(slots, tile.keys))
-    return Launch(mass_kernel, grid, arguments, tile.warps, 1)
+    return Launch(settled_mass_kernel if settled else mass_kernel, grid, arguments, tile.warps, 1)
 
 
 def lay_out_cascade(call: AttentionCall, out: Tensor, target: Target) -> list[Launch]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpass.kernels.settling import open_for_write
 from kvpass.kernels.triton_kernels.attention_call import (
     AttentionCall,
     Features,
@@ -27,7 +28,7 @@ from kvpass.kernels.triton_kernels.cache_calls import (
 )
 from kvpass.kernels.triton_kernels.launch import INTERPRETED, find_target
 from kvpass.kernels.triton_kernels.limits import check_arguments, explain_refusal
-from kvpass.kernels.triton_kernels.stored import see_cache, see_for_write
+from kvpass.kernels.triton_kernels.stored import Stored, see_cache, see_for_write
 
 
 def available() -> bool:
@@ -56,9 +57,8 @@ def write_cache(
 ) -> None:
     """``kvpass::write_cache`` in one launch."""
     check_arguments("write_cache", locals())
-    keys = see_for_write(key_cache, key_format)
-    values = see_for_write(value_cache, value_format)
-    lay_out_write(_in_rows(key), _in_rows(value), keys, values, slot_mapping.contiguous()).run()
+    keys, values, slots = _see_pair_for_write((key_cache, key_format), (value_cache, value_format), slot_mapping)
+    lay_out_write(_in_rows(key), _in_rows(value), keys, values, slots).run()
 
 
 def norm_rotary_write(
@@ -79,13 +79,12 @@ def norm_rotary_write(
 ) -> Tensor:
     """``kvpass::norm_rotary_write`` in one launch."""
     check_arguments("norm_rotary_write", locals())
-    keys = see_for_write(key_cache, key_format)
-    values = see_for_write(value_cache, value_format)
+    keys, values, slots = _see_pair_for_write((key_cache, key_format), (value_cache, value_format), slot_mapping)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     rotation = Rotation(
         _in_rows(query), out, _packed(query_weight), _packed(key_weight), eps, _packed(cos), _packed(sin), interleaved
     )
-    lay_out_write(_in_rows(key), _in_rows(value), keys, values, slot_mapping.contiguous(), rotation).run()
+    lay_out_write(_in_rows(key), _in_rows(value), keys, values, slots, rotation).run()
     return out
 
 
@@ -231,6 +230,16 @@ def copy_blocks(caches: list[Tensor], source: Tensor, target: Tensor) -> None:
     for cache in caches:
         for launch in lay_out_copy(cache, source.contiguous(), target.contiguous()):
             launch.run()
+
+
+def _see_pair_for_write(
+    keys: tuple[Tensor, str | None], values: tuple[Tensor, str | None], slot_mapping: Tensor
+) -> tuple[Stored, Stored, Tensor]:
+    """Both caches and the slots as the kernels take them: of settling formats the wide blocks."""
+    if keys[1] == "k4":
+        key_cache, value_cache, slot_mapping = open_for_write(keys[0], values[0], slot_mapping)
+        keys, values = (key_cache, None), (value_cache, None)
+    return see_for_write(*keys), see_for_write(*values), slot_mapping.contiguous()
 
 
 def _features(

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from kvpass.kernels.triton_kernels.launch import Launch
+from kvpass.kernels.triton_kernels.settled import settled_gather_kernel
 from kvpass.kernels.triton_kernels.stored import Stored
 from kvpass.kernels.triton_kernels.write import copy_kernel, gather_kernel, write_kernel
 
@@ -96,6 +97,25 @@ def _describe_rotation(rotation: Rotation | None) -> dict[str, Any]:
 
 def lay_out_gather(stored: Stored, block_tables: Tensor, seq_lens: Tensor, out: Tensor) -> Launch:
     """The launch that fills ``out``, float32 ``[N, W * P, Hkv, D]``."""
+    grid = (block_tables.shape[0] * block_tables.shape[1], out.shape[2])
+    if stored.form.settles is not None:
+        assert stored.scales is not None, "a settling format has scales"
+        arguments = {
+            "out": out,
+            "codes": stored.tensor,
+            "halves": stored.scales,
+            "end": stored.scales.numel(),
+            "block_tables": block_tables,
+            "seq_lens": seq_lens,
+            "table_width": block_tables.shape[1],
+            "heads": out.shape[2],
+            "D": stored.width,
+            "P": stored.block_size,
+            "SLAB": stored.slab,
+            "PARTS": 8 // stored.form.bits,
+            "COLUMNS": stored.piece_a,
+        }
+        return Launch(settled_gather_kernel, grid, arguments, stages=1)
     arguments = {
         "out": out,
         "cache": stored.tensor,
@@ -111,7 +131,7 @@ def lay_out_gather(stored: Stored, block_tables: Tensor, seq_lens: Tensor, out: 
         "SLAB": stored.slab,
         "A": triton.next_power_of_2(stored.row),
     }
-    return Launch(gather_kernel, (block_tables.shape[0] * block_tables.shape[1], out.shape[2]), arguments, stages=1)
+    return Launch(gather_kernel, grid, arguments, stages=1)
 
 
 def lay_out_copy(cache: Tensor, source: Tensor, target: Tensor) -> list[Launch]:

@@ -54,7 +54,7 @@ def _explain_width(arguments: Mapping[str, Any]) -> str | None:
         if name in arguments:
             form = format_of(arguments[name], arguments.get(FORMAT_OF[name]))
             widest = max(widest, form.row_width(arguments[name].shape[3]))
-            plain |= form.bits > 8 and form.dtype is not query.dtype
+            plain |= form.settles is not None or (form.bits > 8 and form.dtype is not query.dtype)
     if plain and widest > WIDEST_FLOAT32:
         return f"heads are wider than {WIDEST_FLOAT32} in float32, or in two float dtypes at once"
     return None

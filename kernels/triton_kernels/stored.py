@@ -24,12 +24,12 @@ class Stored:
         form: the format.
         spelling: how kernels read it; a format, "float", or fp8 as bytes.
         tensor: the elements.
-        scales: the same memory as float32, or None for formats without scales.
+        scales: the same memory as float32, or None for formats without scales; of settling formats as bfloat16.
         block_size: tokens per block, P.
         width: numbers of a row, D.
         row: elements of a row, in the tensor's dtype.
         slab: elements of a slab, scales included.
-        piece_a: width of the first piece of a row.
+        piece_a: width of the first piece of a row; of settling formats that of each of its parts.
         piece_b: width of the second, 0 if there is none.
     """
 
@@ -63,6 +63,11 @@ def see_cache(cache: Tensor, name: str | None, target: Target) -> Stored:
     """
     form = format_of(cache, name)
     width, size = form.row_width(cache.shape[3]), cache.shape[2]
+    if form.settles is not None:
+        slab, parts = size * cache.shape[3], 8 // form.bits
+        piece = max(16, 1 << (width // parts - 1).bit_length())
+        halves = cache.view(-1).view(torch.bfloat16)
+        return Stored(form, form.name, cache, halves, size, width, width // parts, slab, piece, 0)
     if not form.scaled:
         spelling = "float"
         if form.name in FP8 and not target.native_fp8:
@@ -96,6 +101,8 @@ def dot_dtype(query: torch.dtype, form: CacheFormat, target: Target) -> Any:
 
     That is float16 for elements of 8 bits and less, into which they are brought in the fewest instructions.
     """
+    if form.settles is not None:
+        return tl.float32
     if form.bits <= 8:
         return tl.float32 if query is torch.float32 else tl.float16
     kind = query if form.dtype is query else torch.float32
