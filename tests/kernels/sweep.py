@@ -65,7 +65,8 @@ def main() -> int:
             return 1
         done[op] += 1
     refused = done.pop("refused", 0)
-    print(f"{sum(done.values())} cases right, {refused} refused, in {time.perf_counter() - start:.0f} s: {dict(sorted(done.items()))}")
+    took, counts = time.perf_counter() - start, dict(sorted(done.items()))
+    print(f"{sum(done.values())} cases right, {refused} refused, in {took:.0f} s: {counts}")
     return 0
 
 
