@@ -3,6 +3,7 @@
 import kvpass.kernels.ops  # noqa: F401 - registers the kvpass:: ops
 from kvpass.compiler import compile
 from kvpass.config import CacheConfig
+from kvpass.draft_engine import DraftEngine
 from kvpass.engine import Engine
 from kvpass.errors import (
     CapacityError,
@@ -17,6 +18,7 @@ from kvpass.errors import (
 from kvpass.fx_passes.bind import PagedModule
 from kvpass.handle import Handle
 from kvpass.report import RewriteReport, SiteReport
+from kvpass.runtime.prompt_lookup import PromptLookup
 from kvpass.types import CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs, TokenLogprobs
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "CapacityError",
     "CaptureError",
     "ConfigError",
+    "DraftEngine",
     "Engine",
     "Handle",
     "InputError",
@@ -35,6 +38,7 @@ __all__ = [
     "KvpassError",
     "MaskMeaning",
     "PagedModule",
+    "PromptLookup",
     "Refusal",
     "RefusedError",
     "RewriteReport",

@@ -28,6 +28,7 @@ from kvpass.fx_passes.token_mixers import convolutions_over_tokens
 from kvpass.fx_passes.verify import format_bound, reference_graph, verify
 from kvpass.report import RewriteReport
 from kvpass.runtime.output_text import decode_of
+from kvpass.runtime.speculation import Drafter
 from kvpass.site_reports import site_reports, with_format_errors, with_verification
 from kvpass.types import Refusal
 
@@ -39,6 +40,7 @@ def compile(
     example_inputs: Any = None,
     verify: bool = True,
     tokenizer: Any = None,
+    draft: Drafter | None = None,
 ) -> Engine:
     """Rewrite a decoder to run with a paged, shared KV cache.
 
@@ -53,6 +55,7 @@ def compile(
         verify: run original and rewritten model against each other before handing out the engine.
         tokenizer: turns output into text where ``Sampling(stop=...)`` asks for it: an object with
             ``decode(token_ids)``, as those of tokenizers and transformers, or such a function. Prompts stay token ids.
+        draft: who proposes tokens for speculative decoding, see :meth:`kvpass.Engine.speculate`.
 
     Returns:
         the engine; ``engine.report`` says what was done.
@@ -72,7 +75,7 @@ def compile(
     adapter.eval()
     examples = None if example_inputs is None else example_ids(example_inputs).to(device)
     module, report = rewrite(adapter, config, device, verify, examples=examples)
-    return Engine(module, module.plan, config, report, end_of_sequence(model), tokenizer)
+    return Engine(module, module.plan, config, report, end_of_sequence(model), tokenizer, draft)
 
 
 class Recompiler:

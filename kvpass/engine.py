@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvpass.config import CacheConfig
 from kvpass.driving import Driver
-from kvpass.errors import InputError
+from kvpass.errors import ConfigError, InputError
 from kvpass.handle import Handle
 from kvpass.request import News, Request
 from kvpass.runtime.block_pool import BlockPool
@@ -28,6 +28,7 @@ from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.requests import make_samples, make_sequences
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence
+from kvpass.runtime.speculation import Drafter, Speculator
 from kvpass.runtime.stats import EngineStats
 from kvpass.step_loop import StepLoop, StepModule
 from kvpass.types import CachePlan, Sampling
@@ -56,6 +57,7 @@ class Engine:
         report: RewriteReport,
         eos_token_ids: tuple[int, ...] = (),
         tokenizer: Any = None,
+        draft: Drafter | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -74,6 +76,7 @@ class Engine:
         self._loop = StepLoop(module, plan, caches, self._scheduler)
         self._driver = Driver(self._loop)
         self._closed = False
+        self.speculate(draft)
 
     @property
     def caches(self) -> Ordered[tuple[Tensor, Tensor]]:
@@ -160,6 +163,51 @@ class Engine:
         first = Handle(requests[0], self._loop, self._driver, tuple(handles))
         self._loop.submit(requests)
         return first
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """Who proposes tokens for speculative decoding; None while it is off."""
+        speculator = self._loop.speculator
+        return None if speculator is None else speculator.drafter
+
+    def speculate(self, drafter: Drafter | None) -> None:
+        """Have ``drafter`` propose tokens, several of which are verified in one step; None turns it off.
+
+        The output is that of plain decoding: equal tokens for greedy requests and for seeded ones, up to rounding where
+        two tokens are equally likely. Requests with penalties, ``logit_bias``, ``allowed_tokens`` or ``logprobs`` are
+        decoded plainly. Nothing is proposed while it does not pay, by the engine's own times.
+
+        Args:
+            drafter: a :class:`kvpass.PromptLookup`, a :class:`kvpass.DraftEngine`, or anything with their methods.
+
+        Raises:
+            ConfigError: if it cannot draft for this engine.
+        """
+        if drafter is not None and not all(callable(getattr(drafter, name, None)) for name in ("propose", "forget")):
+            raise ConfigError(
+                f"{drafter!r} is no drafter: give kvpass.PromptLookup(), kvpass.DraftEngine(engine) or None"
+            )
+        check = getattr(drafter, "check_for", None)
+        if check is not None:
+            check(self)
+        with self._loop.exclusive():
+            self._loop.speculator = None if drafter is None else Speculator(drafter, self.plan.vocab_size)
+
+    def continue_sequences(self, sequences: list[Sequence]) -> list[list[int]]:
+        """New tokens of sequences that may have some output already; of one that fails, those before."""
+        news = News(pending=len(sequences))
+        requests = [Request(sequence, 0, news, sequence.num_output) for sequence in sequences]
+        before = [sequence.num_output for sequence in sequences]
+        try:
+            self._loop.submit(requests)
+            self._driver.wait(news, lambda: news.pending == 0)
+        finally:
+            self._loop.cancel(requests)
+        return [sequence.output_from(count) for sequence, count in zip(sequences, before, strict=True)]
+
+    def has_room_for(self, tokens: int) -> bool:
+        """Whether the pool could hold so many tokens of one sequence if nothing else ran."""
+        return self._pool.blocks_for(tokens) <= self._pool.num_blocks
 
     def serving(self) -> AbstractContextManager[None]:
         """Have a thread compute while the ``with`` block runs, so that requests advance though nobody waits for them.

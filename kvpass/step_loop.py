@@ -7,6 +7,7 @@ no lock, and are taken in by whoever holds it next: so neither an event loop nor
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
@@ -20,9 +21,10 @@ from torch import Tensor
 from kvpass.errors import InputError, IntegrityError, KvpassError
 from kvpass.request import Request
 from kvpass.runtime.batch import build_step_inputs
-from kvpass.runtime.sampling import sample
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence, SequenceState
+from kvpass.runtime.speculation import Speculator
+from kvpass.runtime.verification import choose_tokens
 from kvpass.types import CachePlan, StepInputs
 
 
@@ -42,6 +44,7 @@ class StepLoop:
 
     Attributes:
         caches: key and value tensors of each cache, in the order of the plan.
+        speculator: proposes tokens that a step computes ahead; None computes none.
         requests: those that have not ended, each in the scheduler or about to be cancelled.
         on_submit: called, with no lock held, when there is something new to do.
     """
@@ -53,6 +56,7 @@ class StepLoop:
         self._plan = plan
         self.caches: Ordered[tuple[Tensor, Tensor]] = caches
         self._scheduler = scheduler
+        self.speculator: Speculator | None = None
         self.requests: dict[Sequence, Request] = {}
         self.on_submit: Callable[[], object] = lambda: None
         self._closed = False
@@ -99,6 +103,10 @@ class StepLoop:
 
     def step(self) -> None:
         """Compute one step for whoever is in the scheduler. The lock is held."""
+        started = drafted = time.perf_counter()
+        if self.speculator is not None:
+            self.speculator.propose(self._scheduler.decoding)
+            drafted = time.perf_counter()
         step = self._scheduler.schedule()
         if not step.ranges:
             raise IntegrityError("requests are under way and none of them can be scheduled")
@@ -108,8 +116,10 @@ class StepLoop:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
             inputs = build_step_inputs(step, self._plan.block_size, self._module.device)
-            tokens = sample(self._module(inputs, self.caches), step.sampled)
-        self._scheduler.commit(step, [None if token is None else [token] for token in tokens])
+            tokens = choose_tokens(self._module(inputs, self.caches), step)
+        if self.speculator is not None:
+            self.speculator.learn(step, tokens, drafted - started, time.perf_counter() - started)
+        self._scheduler.commit(step, tokens)
         self._computed = ()
         for sequence in step.sampled:
             self._deliver(self.requests[sequence])
@@ -195,8 +205,13 @@ class StepLoop:
         """End requests before their time."""
         self._scheduler.cancel([request.sequence for request in requests])
         for request in requests:
-            self.requests.pop(request.sequence, None)
+            self._forget(request)
             request.end(failure)
+
+    def _forget(self, request: Request) -> None:
+        self.requests.pop(request.sequence, None)
+        if self.speculator is not None:
+            self.speculator.forget(request.sequence)
 
     def _deliver(self, request: Request) -> None:
         """Make new tokens known, and the end if it has come; what was delivered before is not repeated."""
@@ -206,7 +221,7 @@ class StepLoop:
             news.arrived.extend((request.index, token) for token in new)
         request.delivered += len(new)
         if sequence.state is SequenceState.FINISHED:
-            self.requests.pop(sequence, None)
+            self._forget(request)
             request.end(KvpassError(self._why_failed(request)) if sequence.finish_reason == "error" else None)
         else:
             news.wake()

@@ -19,6 +19,7 @@ from kvpass.runtime.logprobs import record_logprobs
 from kvpass.runtime.random_numbers import uniform_numbers
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.token_chances import probabilities
+from kvpass.types import Sampling
 
 # Weights looked at together, rows times vocabulary: on a CPU what stays in its caches, else what memory spares.
 _CHUNK_ELEMENTS = 1 << 18
@@ -37,21 +38,40 @@ def sample(logits: Tensor, sequences: Ordered[Sequence]) -> list[int | None]:
     """
     if not sequences:
         return []
-    peaks, best = logits.max(dim=-1)
-    finite: list[bool] = peaks.isfinite().tolist()
-    tokens: list[int | None] = [token if usable else None for token, usable in zip(best.tolist(), finite, strict=True)]
     options = [sequence.sampling for sequence in sequences]
-    plain = [row for row, s in enumerate(options) if finite[row] and s.temperature > 0 and not has_rules(s)]
-    ruled = [row for row, s in enumerate(options) if finite[row] and has_rules(s)]
+    tokens = choose_plain(logits, options, [s.seed for s in sequences], [s.num_output for s in sequences])
+    finite = [token is not None for token in tokens]
+    ruled = [row for row, s in enumerate(options) if finite[row] and not is_plain(s)]
     logged = [row for row, s in enumerate(options) if finite[row] and s.logprobs is not None]
-    for rows in _chunks(plain, logits):
-        for row, token in zip(rows, _draw_tokens(logits[rows], [sequences[row] for row in rows]), strict=True):
-            tokens[row] = token
     for rows in _chunks(ruled, logits):
         for row, choice in zip(rows, _choose_by_rules(logits[rows], [sequences[row] for row in rows]), strict=True):
             tokens[row] = choice
     for rows in _chunks(logged, logits):
         record_logprobs(logits[rows], [sequences[row] for row in rows], [tokens[row] for row in rows])
+    return tokens
+
+
+def is_plain(sampling: Sampling) -> bool:
+    """Whether a token depends on its logits, the seed and the number of tokens before it alone."""
+    return not has_rules(sampling)
+
+
+def choose_plain(
+    logits: Tensor, samplings: Ordered[Sampling], seeds: Ordered[int], counters: Ordered[int]
+) -> list[int | None]:
+    """One token for each row of ``logits`` ``[R, V]``; for options that are not plain, the most likely one.
+
+    ``counters`` are the numbers of tokens generated before each. None stands for a row with no largest finite value.
+    """
+    peaks, best = logits.max(dim=-1)
+    finite: list[bool] = peaks.isfinite().tolist()
+    tokens: list[int | None] = [token if usable else None for token, usable in zip(best.tolist(), finite, strict=True)]
+    drawn = [row for row, s in enumerate(samplings) if finite[row] and s.temperature > 0 and is_plain(s)]
+    for rows in _chunks(drawn, logits):
+        uniform = uniform_numbers([seeds[row] for row in rows], [counters[row] for row in rows])
+        chances = probabilities(logits[rows], [samplings[row] for row in rows])
+        for row, token in zip(rows, _draw(chances, uniform).tolist(), strict=True):
+            tokens[row] = token
     return tokens
 
 

@@ -74,6 +74,11 @@ class Scheduler:
         """Sequences that are queued, preempted ones included."""
         return len(self._waiting)
 
+    @property
+    def decoding(self) -> list[Sequence]:
+        """Running sequences of which nothing but the newest token is left to compute."""
+        return [sequence for sequence in self._running if sequence.num_computed == sequence.num_tokens - 1]
+
     def check_fits(self, sequence: Sequence) -> None:
         """Raise :class:`CapacityError` if the pool is too small for ``sequence`` even when nothing else runs."""
         tokens = sequence.max_cached_tokens

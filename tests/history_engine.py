@@ -61,11 +61,11 @@ def naive(prompt, count, stop_ids=()):
     return tokens[len(prompt) :]
 
 
-def make_engine(max_length=None, eos=(), block_size=4, **options):
+def make_engine(max_length=None, eos=(), block_size=4, vocabulary=VOCABULARY, **options):
     plan = CachePlan(
         (CacheSpec("only", 1, 1, 1, "float32", "float32"),),
         block_size,
-        VOCABULARY,
+        vocabulary,
         max_length,
         "learned positions" if max_length else "",
     )

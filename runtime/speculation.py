@@ -1,0 +1,202 @@
+"""Speculative decoding: how many tokens are proposed for which sequence, and whether it pays.
+
+A drafter proposes tokens, the model computes them in the same step as the newest token, and those that are right are
+kept (:mod:`kvpass.runtime.verification`). A proposed token is worth trying while the time that an accepted token saves,
+times the chance that it is accepted with all before it, exceeds the time that it adds to the step. All three are
+measured: the chance for each sequence, the times on the engine's own steps. Where that never holds nothing is proposed,
+but for a trial now and then; and what trials may lose is bounded (:class:`kvpass.runtime.draft_costs.DraftCosts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvpass.errors import InputError
+from kvpass.runtime.draft_costs import DraftCosts
+from kvpass.runtime.sequence import Sequence
+from kvpass.runtime.step import Step
+from kvpass.runtime.verification import can_be_drafted
+
+# Steps of a sequence without drafts after which an expensive drafter is tried again, and of all without a plain step.
+_TRY_EVERY = 64
+_PLAIN_EVERY = 64
+# Tokens of such a trial, and what a drafted token is thought to add to a step, as a share of what it saves, before any
+# was measured.
+_TRIAL = 2
+_FIRST_PRICE = 0.25
+# Tokens that stand for what is known of other sequences, when the chances of a new one are estimated.
+_PRIOR_TOKENS = 4.0
+_MEMORY = 0.9
+
+
+class Drafter(Protocol):
+    """Proposes tokens that may follow a sequence. Wrong ones cost time and never change the output.
+
+    Attributes:
+        cheap: proposing takes next to no time, so that it can be watched while nothing is drafted.
+        max_draft: most tokens worth asking for at once.
+    """
+
+    cheap: bool
+    max_draft: int
+
+    def propose(self, sequences: Ordered[Sequence], counts: Ordered[int], /) -> list[list[int]]:
+        """For each sequence at most so many tokens, or none; a sequence has its ``tokens`` so far, and ``sampling``.
+
+        It is called while a step is computed, so it must not wait for the engine that it drafts for.
+        """
+
+    def forget(self, sequence: Sequence, /) -> None:
+        """Drop what is known of a sequence that has ended; it may never have been proposed anything for."""
+
+
+@dataclass
+class Chance:
+    """How often proposed tokens of one sequence, or of all, were right.
+
+    Attributes:
+        right: proposed tokens that were right, fading.
+        tried: proposed tokens that were compared, fading; those after a wrong one are not.
+        idle: steps since something was proposed.
+    """
+
+    right: float = 0.0
+    tried: float = 0.0
+    idle: int = 0
+
+    def add(self, right: int, tried: int) -> None:
+        """``tried`` tokens were compared, and ``right`` of them were right."""
+        self.right = self.right * _MEMORY + right
+        self.tried = self.tried * _MEMORY + tried
+
+
+class Speculator:
+    """Has a drafter propose tokens for running sequences, and learns from what becomes of them.
+
+    Attributes:
+        drafter: whom to ask.
+        costs: what it costs and gains.
+    """
+
+    def __init__(self, drafter: Drafter, vocab_size: int) -> None:
+        self.drafter = drafter
+        self.costs = DraftCosts()
+        self._vocab_size = vocab_size
+        self._chances: dict[Sequence, Chance] = {}
+        self._all = Chance(right=3.0, tried=4.0)
+        # First proposed tokens of sequences for which nothing is computed, to see whether they would have been right.
+        self._watched: dict[Sequence, int] = {}
+        self._since_plain = 0
+        self._since_drafted = 0
+
+    def propose(self, sequences: Ordered[Sequence]) -> None:
+        """Propose tokens for those of ``sequences`` for which it promises to pay; they decode, one token each."""
+        self._watched = {}
+        if not sequences or not self.costs.known or self.costs.balance < 0:
+            return
+        candidates = [sequence for sequence in sequences if can_be_drafted(sequence)]
+        counts = self._counts(candidates, len(sequences))
+        if not self.drafter.cheap and not any(counts):
+            return
+        asked = [max(count, int(self.drafter.cheap)) for count in counts]
+        drafts = self.drafter.propose(candidates, asked)
+        self._check(drafts, asked)
+        if self.drafter.cheap and not self._pays(candidates, drafts, counts, len(sequences)):
+            counts = [0] * len(counts)
+        for sequence, draft, count in zip(candidates, drafts, counts, strict=True):
+            if draft and count == 0:
+                self._watched[sequence] = draft[0]
+            sequence.propose(draft[:count])
+
+    def learn(self, step: Step, tokens: Ordered[Ordered[int] | None], drafting: float, seconds: float) -> None:
+        """Take note of the ``tokens`` that a step has given, before they are committed.
+
+        Args:
+            step: what was computed.
+            tokens: new tokens of each of its sampled sequences.
+            drafting: seconds that :meth:`propose` took.
+            seconds: time of the whole step, this included.
+        """
+        accepted = 0
+        for sequence, drafted, new in zip(step.sampled, step.drafted, tokens, strict=True):
+            chance = self._chances.get(sequence)
+            if new is None or chance is None:
+                continue
+            chance.idle = 0 if drafted else chance.idle + 1
+            if drafted:
+                accepted += len(new) - 1
+                self._note(chance, len(new) - 1, min(len(new), drafted))
+            elif sequence in self._watched:
+                self._note(chance, int(new[0] == self._watched[sequence]), 1)
+        computed = sum(end - start for _, start, end in step.ranges)
+        if len(step.sampled) == len(step.ranges) and computed == len(step.ranges) + sum(step.drafted):
+            if any(step.drafted):
+                self._since_plain += 1
+                self._since_drafted = 0
+                self.costs.add_drafted(len(step.ranges), sum(step.drafted), accepted, seconds)
+            else:
+                self._since_plain = 0
+                self._since_drafted += 1
+                self.costs.add_plain(len(step.ranges), seconds, drafting)
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended."""
+        if self._chances.pop(sequence, None) is not None:
+            self._watched.pop(sequence, None)
+            self.drafter.forget(sequence)
+
+    def _counts(self, candidates: list[Sequence], running: int) -> list[int]:
+        """How many tokens to ask for, for each candidate."""
+        if self._since_plain >= _PLAIN_EVERY:
+            return [0] * len(candidates)
+        worth = self.costs.plain_step(running) / running
+        price = self.costs.token_slope if self.costs.tried else _FIRST_PRICE * worth
+        return [self._count(self._chances.setdefault(s, Chance()), worth, price) for s in candidates]
+
+    def _count(self, chance: Chance, worth: float, price: float) -> int:
+        right = self._estimate(chance)
+        count, likely = 0, right
+        while count < self.drafter.max_draft and likely * worth > price:
+            count += 1
+            likely *= right
+        if count == 0 and self._is_trial(chance):
+            return min(_TRIAL, self.drafter.max_draft)
+        return count
+
+    def _is_trial(self, chance: Chance) -> bool:
+        """Whether to try a sequence against the odds: they may have changed. What is watched shows when they do."""
+        return chance.idle >= _TRY_EVERY and not self.drafter.cheap
+
+    def _pays(self, candidates: list[Sequence], drafts: list[list[int]], counts: list[int], running: int) -> bool:
+        """Whether what is hoped for outweighs what the drafts together add to the step, or it is time to see."""
+        if self._since_drafted >= _TRY_EVERY:
+            return True
+        lengths = [min(len(draft), count) for draft, count in zip(drafts, counts, strict=True)]
+        hoped = sum(
+            _expected(self._estimate(self._chances[sequence]), length)
+            for sequence, length in zip(candidates, lengths, strict=True)
+        )
+        return hoped * self.costs.plain_step(running) / running > self.costs.added(sum(lengths))
+
+    def _estimate(self, chance: Chance) -> float:
+        before = self._all.right / self._all.tried
+        return (chance.right + _PRIOR_TOKENS * before) / (chance.tried + _PRIOR_TOKENS)
+
+    def _note(self, chance: Chance, right: int, tried: int) -> None:
+        chance.add(right, tried)
+        self._all.add(right, tried)
+
+    def _check(self, drafts: list[list[int]], asked: list[int]) -> None:
+        for draft, count in zip(drafts, asked, strict=True):
+            if len(draft) > count or not all(type(t) is int and 0 <= t < self._vocab_size for t in draft):
+                raise InputError(
+                    f"the drafter proposed {draft!r} where {count} tokens were asked for: token ids are whole numbers "
+                    f"from 0 to {self._vocab_size - 1}, and no more than asked for"
+                )
+
+
+def _expected(right: float, count: int) -> float:
+    """Tokens of ``count`` proposed ones that are accepted on average."""
+    return count * right if right >= 1 else right * (1 - right**count) / (1 - right)
