@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kvpass.runtime.prefix_cache import Branch, PrefixNode
+from kvpass.runtime.prefix_nodes import Branch, PrefixNode
 
 # Fewer tokens in common are not worth the copy of a block.
 HEAD_TOKENS = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvpass.runtime.block_pool import BlockPool
@@ -20,7 +20,7 @@ class Pin:
         tables: the blocks of each group, each owned once.
     """
 
-    namespace: Hashable
+    namespace: str
     num_tokens: int
     expires: float | None
     tables: tuple[tuple[int, ...], ...] = field(repr=False)
@@ -48,7 +48,7 @@ class Pins:
         """Blocks that are pinned."""
         return {block for table in self.tables for block in table}
 
-    def hold(self, namespace: Hashable, num_tokens: int, ttl: float | None, tables: list[list[int]]) -> Pin:
+    def hold(self, namespace: str, num_tokens: int, ttl: float | None, tables: list[list[int]]) -> Pin:
         """Hold blocks that were acquired for this, for ``ttl`` seconds."""
         expires = None if ttl is None else self.clock() + ttl
         pin = Pin(namespace, num_tokens, expires, tuple(tuple(table) for table in tables))
@@ -72,7 +72,7 @@ class Pins:
             for pin in [pin for pin in self._pins if pin.expires is not None and pin.expires <= now]:
                 self.release(pin)
 
-    def drop(self, namespace: Hashable) -> None:
+    def drop(self, namespace: str) -> None:
         """End the pins of one namespace."""
         for pin in [pin for pin in self._pins if pin.namespace == namespace]:
             self.release(pin)

@@ -11,91 +11,22 @@ evicted one by one, and a prefix can be taken over where each group holds what t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.eviction import EvictionPolicy, EvictionQueue, LeastRecentlyUsed
 from kvpass.runtime.head_index import HeadIndex
 from kvpass.runtime.pins import Pin, Pins
-
-# Token ids as the runtime keeps them. The tree compares their bytes, so there must be one dtype.
-TokenArray = NDArray[np.int32]
-
-
-class Branch:
-    """A place in the tree: a :class:`Root`, which stands for an empty prefix, or a :class:`PrefixNode`.
-
-    Attributes:
-        children: the nodes known to follow, by the bytes of their tokens.
-        attached: False once the node was forgotten; sequences that stand there register nothing more.
-        depth: blocks of the prefix that ends here.
-    """
-
-    __slots__ = ("attached", "children", "depth")
-
-    def __init__(self, depth: int) -> None:
-        self.children: dict[bytes, PrefixNode] = {}
-        self.attached = True
-        self.depth = depth
-
-
-class Root(Branch):
-    """Where the prefixes of one namespace begin.
-
-    Attributes:
-        namespace: what no block is shared across.
-    """
-
-    __slots__ = ("namespace",)
-
-    def __init__(self, namespace: Hashable) -> None:
-        super().__init__(0)
-        self.namespace = namespace
-
-
-class PrefixNode(Branch):
-    """One registered block of tokens.
-
-    Attributes:
-        parent: the prefix before it.
-        key: bytes of its tokens, the edge that leads here from the parent.
-        blocks: the block of each group that holds their cache; None where a window group has given it up.
-        created: when it was registered, by the tree's clock.
-        last_use: when one of its blocks lost its last owner.
-        hits: times that it was taken over.
-    """
-
-    __slots__ = ("blocks", "created", "hits", "key", "last_use", "parent")
-
-    def __init__(self, parent: Branch, key: bytes, blocks: tuple[int | None, ...], created: int) -> None:
-        super().__init__(parent.depth + 1)
-        self.parent = parent
-        self.key = key
-        self.blocks = blocks
-        self.created = created
-        self.last_use = created
-        self.hits = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """The longest registered prefix that can be taken over.
-
-    Attributes:
-        branch: where it ends in the tree.
-        path: the nodes that lead there, in the order of the tokens.
-        partial: a node behind ``branch`` that begins with more of the tokens, and how many; its blocks have to be
-            copied to be of use. None if there is no such node.
-    """
-
-    branch: Branch
-    path: tuple[PrefixNode, ...]
-    partial: tuple[PrefixNode, int] | None = None
+from kvpass.runtime.prefix_nodes import Branch as Branch
+from kvpass.runtime.prefix_nodes import Match as Match
+from kvpass.runtime.prefix_nodes import PrefixNode as PrefixNode
+from kvpass.runtime.prefix_nodes import Root as Root
+from kvpass.runtime.prefix_nodes import TokenArray as TokenArray
+from kvpass.runtime.shelf import Shelf
+from kvpass.runtime.tiers import Prefetch
 
 
 class PrefixCache:
@@ -107,6 +38,7 @@ class PrefixCache:
 
     Attributes:
         pins: the prefixes that are held whatever else wants their blocks.
+        shelf: where evicted content goes; None to lose it.
     """
 
     def __init__(
@@ -126,8 +58,9 @@ class PrefixCache:
         self._queue = EvictionQueue(policy or LeastRecentlyUsed())
         self._heads = HeadIndex(np.dtype(np.int32).itemsize)
         self.pins = Pins(pool)
+        self.shelf: Shelf | None = None
         self._clock = 0
-        self._roots: dict[Hashable, Root] = {}
+        self._roots: dict[str, Root] = {}
         # The attached node of each registered block: exactly the blocks whose content the pool keeps.
         self._nodes: dict[int, PrefixNode] = {}
         pool.keeper = self
@@ -136,34 +69,36 @@ class PrefixCache:
         """Registered blocks."""
         return len(self._nodes)
 
-    def root(self, namespace: Hashable = "") -> Root:
+    def root(self, namespace: str = "") -> Root:
         """Where the prefixes of ``namespace`` begin."""
         return self._roots.get(namespace) or Root(namespace)
 
-    def match(self, tokens: TokenArray, max_tokens: int, namespace: Hashable = "") -> Match:
+    def match(self, tokens: TokenArray, max_tokens: int, namespace: str = "") -> Match:
         """The longest registered prefix of ``tokens`` after which every group holds what the next token looks at.
 
         Nothing is acquired. At most ``max_tokens`` tokens are matched.
         """
-        size = self._pool.block_size
-        step = size * tokens.itemsize
+        step = self._pool.block_size * tokens.itemsize
         raw = tokens[:max_tokens].tobytes()
-        branch: Branch = self.root(namespace)
-        path: list[PrefixNode] = []
-        usable, present = 0, dict.fromkeys(self._reach, 0)
-        for end in range(step, len(raw) + 1, step):
-            node = branch.children.get(raw[end - step : end])
-            if node is None:
-                break
-            path.append(node)
-            branch = node
-            for group in present:
-                present[group] = 0 if node.blocks[group] is None else present[group] + 1
-            if all(count >= min(len(path), self._reach[group]) for group, count in present.items()):
-                usable = len(path)
-        path = path[:usable]
+        path, present = self._walk(raw, step, namespace)
         branch = path[-1] if path else self.root(namespace)
-        return Match(branch, tuple(path), self._heads.find(branch, raw[usable * step : (usable + 1) * step]))
+        if self.shelf is not None:
+            stored = self.shelf.find(namespace, raw, step, len(path), present)
+            if stored:
+                return Match(branch, tuple(path), stored=tuple(map(tuple, stored)))
+        return Match(branch, tuple(path), self._heads.find(branch, raw[len(path) * step : (len(path) + 1) * step]))
+
+    def prefetch(self, tokens: TokenArray, max_tokens: int, namespace: str = "") -> Prefetch | None:
+        """Begin to bring nearer what is stored far away of a prefix, so that :meth:`match` finds it when that is done.
+
+        None if there is nothing far away.
+        """
+        if self.shelf is None:
+            return None
+        step = self._pool.block_size * tokens.itemsize
+        raw = tokens[:max_tokens].tobytes()
+        path, present = self._walk(raw, step, namespace)
+        return self.shelf.prefetch(namespace, raw, step, len(path), present)
 
     def acquire(self, match: Match, passed: Sequence[int] = (0,)) -> list[list[int]]:
         """Take over a match: one reference to each of its blocks, without the first ``passed[g]`` ones of group g.
@@ -182,11 +117,11 @@ class PrefixCache:
             tables.append([0] * min(count, len(match.path)) + blocks)
         return tables
 
-    def insert(self, parent: Branch, tokens: TokenArray, blocks: Sequence[int]) -> PrefixNode:
-        """Register ``blocks``, one for each group, as the cache of one block of ``tokens`` after ``parent``.
+    def insert(self, parent: Branch, tokens: TokenArray, blocks: Sequence[int | None]) -> PrefixNode:
+        """Register the cache of one block of ``tokens`` after ``parent``.
 
-        Where equal content is registered already, that node comes back; a block of ``blocks`` is registered where the
-        node has none in its group.
+        ``blocks`` has one for each group, None where its window has passed it. Where equal content is registered
+        already, that node comes back; a block of ``blocks`` is registered where the node has none in its group.
         """
         if not parent.attached:
             raise IntegrityError(f"the blocks {list(blocks)} cannot be registered: their prefix was forgotten")
@@ -200,7 +135,7 @@ class PrefixCache:
             parent.children[key] = node
             self._heads.add(node)
         for group, block in enumerate(blocks):
-            if node.blocks[group] is None:
+            if block is not None and node.blocks[group] is None:
                 if block in self._nodes:
                     raise IntegrityError(f"block {block} cannot be registered: it is already")
                 self._pool.keep(block)
@@ -208,7 +143,7 @@ class PrefixCache:
                 node.blocks = (*node.blocks[:group], block, *node.blocks[group + 1 :])
         return node
 
-    def pin(self, tokens: TokenArray, ttl: float | None, namespace: Hashable = "") -> Pin:
+    def pin(self, tokens: TokenArray, ttl: float | None, namespace: str = "") -> Pin:
         """Hold the longest registered prefix of ``tokens`` in full blocks for ``ttl`` seconds; for ever if None."""
         match = self.match(tokens, len(tokens), namespace)
         length = len(match.path)
@@ -234,14 +169,17 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything, and end all pins."""
         self.pins.clear()
-        for namespace in list(self._roots):
-            self.drop(namespace)
+        for root in list(self._roots.values()):
+            self._forget_all(root)
+        if self.shelf is not None:
+            self.shelf.drop(None)
 
-    def drop(self, namespace: Hashable) -> None:
+    def drop(self, namespace: str) -> None:
         """Forget everything of one namespace, and end its pins."""
         self.pins.drop(namespace)
-        for node in list(self.root(namespace).children.values()):
-            self.forget(node)
+        self._forget_all(self.root(namespace))
+        if self.shelf is not None:
+            self.shelf.drop(namespace)
 
     def reset(self) -> None:
         """Start with an empty tree over a pool that was reset."""
@@ -267,8 +205,10 @@ class PrefixCache:
         node = self._nodes[block]
         group = node.blocks.index(block)
         if self._windows[group] is None:
+            self._shelve(node, *range(len(node.blocks)))
             self.forget(node)
             return
+        self._shelve(node, group)
         node.blocks = (*node.blocks[:group], None, *node.blocks[group + 1 :])
         self._give_up(block)
         # Nodes that hold nothing stay as long as they lead to one that holds something.
@@ -307,6 +247,43 @@ class PrefixCache:
             raise IntegrityError("the registered blocks are not those of the tree")
         if self._pool.kept_blocks() != seen.keys():
             raise IntegrityError("the registered blocks are not those whose content the pool keeps")
+
+    def _walk(self, raw: bytes, step: int, namespace: str) -> tuple[list[PrefixNode], dict[int, int]]:
+        """The path of a match, and how many blocks each window group has at its end without a gap."""
+        branch: Branch = self.root(namespace)
+        path: list[PrefixNode] = []
+        present = dict.fromkeys(self._reach, 0)
+        usable, there = 0, present.copy()
+        for end in range(step, len(raw) + 1, step):
+            node = branch.children.get(raw[end - step : end])
+            if node is None:
+                break
+            path.append(node)
+            branch = node
+            for group in present:
+                present[group] = 0 if node.blocks[group] is None else present[group] + 1
+            if all(count >= min(len(path), self._reach[group]) for group, count in present.items()):
+                usable, there = len(path), present.copy()
+        return path[:usable], there
+
+    def _shelve(self, node: PrefixNode, *groups: int) -> None:
+        if self.shelf is None:
+            return
+        keys = []
+        branch: Branch = node
+        while isinstance(branch, PrefixNode):
+            keys.append(branch.key)
+            branch = branch.parent
+        if isinstance(branch, Root):
+            tokens = b"".join(reversed(keys))
+            for group in groups:
+                block = node.blocks[group]
+                if block is not None:
+                    self.shelf.shelve(branch.namespace, group, tokens, block)
+
+    def _forget_all(self, root: Root) -> None:
+        for node in list(root.children.values()):
+            self.forget(node)
 
     def _check_groups(self, node: PrefixNode) -> None:
         for group, block in enumerate(node.blocks):

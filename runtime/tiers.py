@@ -117,6 +117,11 @@ class Tiers:
             self._host.put(StoredBlock(key, payload))
             self._counts["demoted"] += 1
 
+    def count_promoted(self, count: int) -> None:
+        """Take note that so many blocks were written to the device."""
+        with self._lock:
+            self._counts["promoted"] += count
+
     def holds(self, key: BlockKey) -> bool:
         """Whether host memory has the block already; it then counts as used just now."""
         with self._lock:
@@ -150,7 +155,6 @@ class Tiers:
                 for block in blocks:
                     if block is not None:
                         self._host.touch(block.key.digest)
-            self._counts["promoted"] += sum(block is not None for blocks in found for block in blocks)
             return found
 
     def prefetch(
