@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Ordered
 from contextlib import AbstractContextManager, closing
+from copy import deepcopy
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,13 +24,14 @@ from kvpass.handle import Handle
 from kvpass.request import News, Request
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.capacity import allocate_caches, bytes_per_block, count_blocks
+from kvpass.runtime.latency import Latencies
 from kvpass.runtime.output_text import decode_of
 from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.requests import make_samples, make_sequences
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.speculation import Drafter, Speculator
-from kvpass.runtime.stats import EngineStats
+from kvpass.runtime.stats import EngineStats, gather_stats
 from kvpass.step_loop import StepLoop, StepModule
 from kvpass.types import CachePlan, Sampling
 
@@ -159,8 +161,8 @@ class Engine:
         sequences = make_samples(prompt, max_new_tokens, sampling, n, self.plan, self._eos_token_ids, self._decode)
         self._check(sequences)
         requests = [Request(sequence, 0, News(pending=1)) for sequence in sequences]
-        handles = [Handle(request, self._loop, self._driver) for request in requests[1:]]
-        first = Handle(requests[0], self._loop, self._driver, tuple(handles))
+        handles = [Handle(request, self._loop, self._driver, self._decode) for request in requests[1:]]
+        first = Handle(requests[0], self._loop, self._driver, self._decode, tuple(handles))
         self._loop.submit(requests)
         return first
 
@@ -223,25 +225,12 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures of now and so far."""
         with self._loop.exclusive():
-            pool, counts = self._pool, self._scheduler.counts
-            block_bytes = bytes_per_block(self.plan)
-            return EngineStats(
-                blocks_total=pool.num_blocks,
-                blocks_free=pool.num_free,
-                blocks_used=pool.num_used,
-                blocks_cached=pool.num_cached,
-                blocks_shared=pool.num_shared,
-                bytes_reserved=pool.num_blocks * block_bytes,
-                bytes_peak_used=pool.peak_used * block_bytes,
-                waste=counts.unused_slots / max(1, counts.allocated_slots),
-                running=self._scheduler.num_running,
-                waiting=self._scheduler.num_waiting,
-                steps=counts.steps,
-                prefill_tokens=counts.prefill_tokens,
-                decode_tokens=counts.decode_tokens,
-                prefix_hit_tokens=counts.prefix_hit_tokens,
-                preemptions=counts.preemptions,
-            )
+            return gather_stats(self._pool, self._scheduler, self._loop.latencies, bytes_per_block(self.plan))
+
+    def latencies(self) -> Latencies:
+        """How long tokens took so far, as histograms; a copy."""
+        with self._loop.exclusive():
+            return deepcopy(self._loop.latencies)
 
     def clear_prefix_cache(self) -> None:
         """Forget all prefixes kept for reuse. Requests under way go on undisturbed."""

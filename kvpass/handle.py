@@ -8,7 +8,9 @@ from typing import Any
 from kvpass.driving import Driver
 from kvpass.errors import InputError
 from kvpass.request import Request
+from kvpass.runtime.output_text import Decode, decode_after
 from kvpass.step_loop import StepLoop
+from kvpass.types import TokenLogprobs
 
 
 class Handle:
@@ -24,10 +26,18 @@ class Handle:
     here; the request is still under way, and waiting again computes the step again.
     """
 
-    def __init__(self, request: Request, loop: StepLoop, driver: Driver, others: tuple[Handle, ...] = ()) -> None:
+    def __init__(
+        self,
+        request: Request,
+        loop: StepLoop,
+        driver: Driver,
+        decode: Decode | None = None,
+        others: tuple[Handle, ...] = (),
+    ) -> None:
         self._request = request
         self._loop = loop
         self._driver = driver
+        self._decode = decode
         self._others = others
 
     @property
@@ -39,6 +49,30 @@ class Handle:
     def tokens(self) -> list[int]:
         """The new tokens that have come so far."""
         return self._tokens_from(0)
+
+    @property
+    def text(self) -> str:
+        """The text of the tokens that have come so far.
+
+        With ``Sampling(stop=...)`` it ends before the stop string, or with it, and until the end it lacks what may turn
+        out to begin one.
+
+        Raises:
+            InputError: if the engine has no tokenizer.
+        """
+        if self._decode is None:
+            raise InputError(
+                "the engine has no tokenizer to read its tokens with: kvpass.compile(model, tokenizer=...)"
+            )
+        sequence = self._request.sequence
+        if sequence.text is not None:
+            return sequence.text.whole() if self._request.ended else sequence.text.certain
+        return decode_after(sequence.tokens[: sequence.prompt_length].tolist(), self.tokens, self._decode)
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """One entry for each of ``tokens``; empty unless ``Sampling(logprobs=...)`` asked for them."""
+        return self._request.sequence.logprobs[: self._request.delivered]
 
     @property
     def done(self) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from kvpass.runtime.sequence import Sequence
 
@@ -49,6 +50,7 @@ class Request:
         index: place of the prompt in its call.
         news: of the call.
         delivered: new tokens that were made known.
+        latest: when the last of them was, or the request was made, by ``time.perf_counter``.
         ended: nothing more will come.
         failure: why it failed.
     """
@@ -57,6 +59,7 @@ class Request:
     index: int
     news: News
     delivered: int = 0
+    latest: float = field(default_factory=perf_counter)
     ended: bool = False
     failure: Exception | None = None
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from kvpass.errors import InputError, IntegrityError, KvpassError
 from kvpass.request import Request
 from kvpass.runtime.batch import build_step_inputs
+from kvpass.runtime.latency import Latencies
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence, SequenceState
 from kvpass.runtime.speculation import Speculator
@@ -45,6 +46,7 @@ class StepLoop:
     Attributes:
         caches: key and value tensors of each cache, in the order of the plan.
         speculator: proposes tokens that a step computes ahead; None computes none.
+        latencies: how long tokens took.
         requests: those that have not ended, each in the scheduler or about to be cancelled.
         on_submit: called, with no lock held, when there is something new to do.
     """
@@ -57,6 +59,7 @@ class StepLoop:
         self.caches: Ordered[tuple[Tensor, Tensor]] = caches
         self._scheduler = scheduler
         self.speculator: Speculator | None = None
+        self.latencies = Latencies()
         self.requests: dict[Sequence, Request] = {}
         self.on_submit: Callable[[], object] = lambda: None
         self._closed = False
@@ -219,6 +222,10 @@ class StepLoop:
         new = sequence.output_from(request.delivered)
         if news.arrived is not None:
             news.arrived.extend((request.index, token) for token in new)
+        if new:
+            now = time.perf_counter()
+            self.latencies.tokens_came(len(new), request.delivered, request.latest, now)
+            request.latest = now
         request.delivered += len(new)
         if sequence.state is SequenceState.FINISHED:
             self._forget(request)

@@ -43,7 +43,7 @@ class TextStream:
 
     def finish(self) -> str:
         """What is left when no more tokens come."""
-        return "" if self._text is None else self._new(self._text.finish())
+        return "" if self._text is None else self._new(self._text.whole())
 
     def _new(self, text: str) -> str:
         new = text[self._given :]

@@ -40,6 +40,7 @@ class BlockPool:
         num_shared: blocks that have more than one owner.
         peak_used: the largest ``num_used`` there has been.
         num_cached: blocks that nobody refers to and that hold content for reuse.
+        evictions: blocks whose content was given up to make room, so far.
         keeper: who had the content of cached blocks kept; any of them can be given up.
     """
 
@@ -51,6 +52,7 @@ class BlockPool:
         self._unwiped: set[int] | None = set() if scrub else None
         self._first_fresh = 0
         self.keeper: Keeper | None = None
+        self.evictions = 0
         self.reset()
 
     def reset(self) -> None:
@@ -219,6 +221,7 @@ class BlockPool:
             return self._first_fresh - 1
         if self.keeper is not None:
             self.keeper.make_room()
+            self.evictions += len(self._free)
         _require(bool(self._free), "no content was given up to make room")
         return self._free.pop()
 

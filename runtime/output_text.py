@@ -29,6 +29,12 @@ def decode_of(tokenizer: Any) -> Decode:
     return decode  # type: ignore[no-any-return]
 
 
+def decode_after(prompt: Ordered[int], tokens: list[int], decode: Decode) -> str:
+    """The text of ``tokens`` where they follow a prompt."""
+    context = list(prompt[-CONTEXT:])
+    return decode(context + tokens)[len(decode(context)) :]
+
+
 class TextPieces:
     """Turns the new tokens of one prompt into text, piece by piece; the pieces joined are the whole.
 
@@ -53,11 +59,9 @@ class TextPieces:
         self._given = len(self._tokens)
         return text
 
-    def finish(self) -> str:
+    def rest(self) -> str:
         """What is left when no more tokens come."""
-        text = self._new_text()
-        self._given = len(self._tokens)
-        return text
+        return self._new_text()
 
     def copy(self) -> TextPieces:
         """The same pieces so far, to go on in another way."""
@@ -98,19 +102,12 @@ class OutputText:
             if self.stopped:
                 break
             self.num_tokens += 1
-            self._extend(self._pieces.add(token))
+            self._text, self.stopped = self._with(self._pieces.add(token))
         return self.stopped
 
-    def finish(self) -> str:
-        """The whole text, when no more tokens come."""
-        if not self.stopped:
-            self._extend(self._pieces.finish())
-        return self._text
-
-    @property
-    def text(self) -> str:
-        """What is known of the text; more tokens may show that its end belongs to a stop string."""
-        return self._text
+    def whole(self) -> str:
+        """The text when no more tokens come."""
+        return self._text if self.stopped else self._with(self._pieces.rest())[0]
 
     @property
     def certain(self) -> str:
@@ -130,12 +127,12 @@ class OutputText:
         other.num_tokens, other.stopped = self.num_tokens, self.stopped
         return other
 
-    def _extend(self, piece: str) -> None:
-        if not piece:
-            return
+    def _with(self, piece: str) -> tuple[str, bool]:
+        """The text with another piece, up to the first stop string that this completes, and whether there is one."""
         text = self._text + piece
         first = max(0, len(self._text) - self._longest + 1)
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop, first)) >= 0]
-        self.stopped = bool(found)
-        end, start = min(found, default=(len(text), 0))
-        self._text = text[:start] if found and not self._include_stop else text[:end]
+        if not found:
+            return text, False
+        end, start = min(found)
+        return text[: end if self._include_stop else start], True

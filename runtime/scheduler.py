@@ -262,6 +262,7 @@ class Scheduler:
             self._registry.take_over(sequence, match, passed)
         sequence.add_blocks(self._pool.allocate(need))
         self.counts.prefix_hit_tokens += sequence.num_computed
+        self.counts.prefix_lookup_tokens += sequence.num_tokens
         return True
 
     def _count_passed(self, num_computed: int) -> int:

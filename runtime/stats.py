@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.latency import Latencies, Percentiles
+from kvpass.runtime.scheduler import Scheduler
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -24,7 +28,16 @@ class EngineStats:
         prefill_tokens: tokens computed of prompts, and of outputs that were computed again after a preemption.
         decode_tokens: new tokens computed one by one.
         prefix_hit_tokens: tokens not computed because a block with the same prefix was there.
+        prefix_lookup_tokens: tokens of which that could have been: those of every sequence as it was started, also of
+            one that was started again.
+        hit_rate: the former over the latter.
+        evictions: blocks whose content was given up to make room.
         preemptions: sequences that gave their blocks back before their end, to be computed again.
+        drafted_tokens: proposed tokens that were computed.
+        accepted_tokens: those of them that were generated.
+        acceptance: the latter over the former.
+        first_token: seconds from the submission of a request to its first token (TTFT).
+        between_tokens: seconds from one token of a request to the next.
     """
 
     blocks_total: int
@@ -41,4 +54,42 @@ class EngineStats:
     prefill_tokens: int
     decode_tokens: int
     prefix_hit_tokens: int
+    prefix_lookup_tokens: int
+    hit_rate: float
+    evictions: int
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
+    acceptance: float
+    first_token: Percentiles
+    between_tokens: Percentiles
+
+
+def gather_stats(pool: BlockPool, scheduler: Scheduler, latencies: Latencies, block_bytes: int) -> EngineStats:
+    """The figures of a pool of blocks of so many bytes, of its scheduler and of its tokens' times."""
+    counts = scheduler.counts
+    return EngineStats(
+        blocks_total=pool.num_blocks,
+        blocks_free=pool.num_free,
+        blocks_used=pool.num_used,
+        blocks_cached=pool.num_cached,
+        blocks_shared=pool.num_shared,
+        bytes_reserved=pool.num_blocks * block_bytes,
+        bytes_peak_used=pool.peak_used * block_bytes,
+        waste=counts.unused_slots / max(1, counts.allocated_slots),
+        running=scheduler.num_running,
+        waiting=scheduler.num_waiting,
+        steps=counts.steps,
+        prefill_tokens=counts.prefill_tokens,
+        decode_tokens=counts.decode_tokens,
+        prefix_hit_tokens=counts.prefix_hit_tokens,
+        prefix_lookup_tokens=counts.prefix_lookup_tokens,
+        hit_rate=counts.prefix_hit_tokens / max(1, counts.prefix_lookup_tokens),
+        evictions=pool.evictions,
+        preemptions=counts.preemptions,
+        drafted_tokens=counts.drafted_tokens,
+        accepted_tokens=counts.accepted_tokens,
+        acceptance=counts.accepted_tokens / max(1, counts.drafted_tokens),
+        first_token=latencies.first_token.percentiles(),
+        between_tokens=latencies.between_tokens.percentiles(),
+    )

@@ -46,6 +46,7 @@ class SchedulerCounts:
         drafted_tokens: proposed tokens computed.
         accepted_tokens: those of them that were generated.
         prefix_hit_tokens: tokens that were not computed because a registered block held them.
+        prefix_lookup_tokens: tokens of all sequences that were started, each time that they were.
         preemptions: sequences that had to give their blocks back before their end.
         allocated_slots: token slots of used blocks, summed over steps.
         unused_slots: those of them that held no token, summed over steps.
@@ -57,6 +58,7 @@ class SchedulerCounts:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     prefix_hit_tokens: int = 0
+    prefix_lookup_tokens: int = 0
     preemptions: int = 0
     allocated_slots: int = 0
     unused_slots: int = 0

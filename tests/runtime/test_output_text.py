@@ -47,7 +47,7 @@ def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(include):
             assert text.certain.startswith(given)
             given = text.certain
         expected, found = character_by_character(decode(tokens), stops, include)
-        assert (text.finish(), text.stopped) == (expected, found)
+        assert (text.whole(), text.stopped) == (expected, found)
         assert expected.startswith(given), "something was given out that does not belong to the text"
         if found:
             stopped += 1
@@ -60,8 +60,8 @@ def test_a_copy_goes_on_by_itself():
     text = OutputText([0], decode, ["bca"])
     text.add([0, 4])
     other = text.copy()
-    assert other.add([5, 7]) and other.finish() == "a\u00e9"
-    assert text.add([5, 0]) is False and text.finish() == "a\u00e9a"
+    assert other.add([5, 7]) and other.whole() == "a\u00e9"
+    assert text.add([5, 0]) is False and text.whole() == "a\u00e9a"
 
 
 def test_a_sequence_ends_with_the_token_that_completes_a_stop_string():
@@ -69,7 +69,7 @@ def test_a_sequence_ends_with_the_token_that_completes_a_stop_string():
     for token in (1, 6, 7, 1):
         if sequence.finish_reason is None:
             sequence.append(token)
-    assert (sequence.output, sequence.finish_reason, sequence.text.text) == ([1, 6, 7], "stop", "b")
+    assert (sequence.output, sequence.finish_reason, sequence.text.whole()) == ([1, 6, 7], "stop", "b")
 
 
 def test_a_token_that_was_interrupted_before_its_text_is_read_with_the_next():
