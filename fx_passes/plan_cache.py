@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -13,6 +13,7 @@ from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.equal_entries import EntryClasses
 from kvpass.fx_passes.find_positions import SOURCE, Lookup, Tabulated, longest_valid
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of
+from kvpass.fx_passes.group_caches import group_caches
 from kvpass.fx_passes.infer_axes import Inference
 from kvpass.fx_passes.prove_token_axis import token_axes
 from kvpass.fx_passes.read_masks import MASK
@@ -100,10 +101,19 @@ def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) ->
         for heads, names, wins, wide in zip(stored, readers, windows, map(exact_formats, chosen), strict=True)
     )
     formats = tuple(final_formats(spec, pair) for spec, pair in zip(specs, chosen, strict=True))
+    specs = _in_groups(specs, formats)
     limit, reason = _longest(captured, inference, evaluator, sites, config)
     forbidden = tuple(sorted(captured.forbidden_tokens))
     plan = CachePlan(specs, config.block_size, vocab_size, limit, reason, forbidden)
     return GraphPlan(plan, tuple(sites), tuple(stored), inference, evaluator, formats)
+
+
+def _in_groups(specs: tuple[CacheSpec, ...], formats: tuple[tuple[str, str], ...]) -> tuple[CacheSpec, ...]:
+    """The caches in groups, which are chosen for the formats in which they are stored in the end."""
+    stored = [
+        replace(spec, key_format=key, value_format=value) for spec, (key, value) in zip(specs, formats, strict=True)
+    ]
+    return tuple(replace(spec, group=grouped.group) for spec, grouped in zip(specs, group_caches(stored), strict=True))
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -70,11 +70,9 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._decode = None if tokenizer is None else decode_of(tokenizer)
         self._pool = BlockPool(num_blocks, plan.block_size)
-        # All caches are indexed by the same blocks: a block can be given back when every one of them has passed it.
-        windows = [spec.window for spec in plan.caches]
-        window = max((w for w in windows if w is not None), default=None) if None not in windows else None
-        prefix_cache = PrefixCache(self._pool, (window,)) if config.prefix_sharing else None
-        self._scheduler = Scheduler(self._pool, prefix_cache, config.max_batch_tokens, config.max_sequences, window)
+        windows = plan.group_windows
+        prefix_cache = PrefixCache(self._pool, windows) if config.prefix_sharing else None
+        self._scheduler = Scheduler(self._pool, prefix_cache, config.max_batch_tokens, config.max_sequences, windows)
         self._loop = StepLoop(module, plan, caches, self._scheduler)
         self._driver = Driver(self._loop)
         self._closed = False

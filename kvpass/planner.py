@@ -14,6 +14,7 @@ from torch import nn
 from kvpass.compiler import Recompiler
 from kvpass.config import CacheConfig
 from kvpass.errors import ConfigError, InputError
+from kvpass.fx_passes.group_caches import group_caches
 from kvpass.kernels.formats import cache_bytes_per_token
 from kvpass.runtime.capacity import bytes_per_block, count_blocks
 from kvpass.runtime.footprint import blocks_of_prefix, blocks_of_sequence, sequences_that_fit
@@ -93,7 +94,7 @@ class Shape:
             )
             for layer in range(self.layers)
         )
-        return CachePlan(specs, block_size, vocab_size=1)
+        return CachePlan(group_caches(specs), block_size, vocab_size=1)
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,7 @@ def _paged(name: str, plan: CachePlan, memory: int, demand: Demand, prefix: int)
 
 
 def _without_windows(plan: CachePlan) -> CachePlan:
-    return replace(plan, caches=tuple(replace(spec, window=None) for spec in plan.caches))
+    return replace(plan, caches=tuple(replace(spec, window=None, group=0) for spec in plan.caches))
 
 
 def _size(stage: Stage) -> int:

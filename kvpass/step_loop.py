@@ -111,7 +111,11 @@ class StepLoop:
             self.speculator.propose(self._scheduler.decoding)
             drafted = time.perf_counter()
         step = self._scheduler.schedule()
+        for sequence in step.expired:
+            self._deliver(self.requests[sequence])
         if not step.ranges:
+            if step.expired:
+                return
             raise IntegrityError("requests are under way and none of them can be scheduled")
         self._computed = tuple(sequence for sequence, _, _ in step.ranges)
         with torch.inference_mode():

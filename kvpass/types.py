@@ -188,7 +188,7 @@ class StepInputs:
     logits_index: Tensor
 
 
-FinishReason = Literal["length", "stop", "error"]
+FinishReason = Literal["length", "stop", "error", "deadline"]
 
 
 # The tokens generated so far -> the ids that may come next, or a mask, bool ``[V]`` (a tensor or a numpy array).

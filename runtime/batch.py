@@ -23,10 +23,10 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
     counts = ends - starts
     query_start = np.concatenate(([0], np.cumsum(counts)))
     tokens = np.concatenate([sequence.tokens_to_compute(start, end) for sequence, start, end in step.ranges])
-    tables = _block_tables(step, -(-ends // block_size))
+    tables = _block_tables(step, (-(-ends // block_size)).tolist())
     rows = np.repeat(np.arange(len(starts)), counts)
     positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[rows]
-    slots = tables[rows, positions // block_size] * block_size + positions % block_size
+    slots = tables[:, rows, positions // block_size] * block_size + positions % block_size
 
     def move(array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -34,8 +34,8 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
     return StepInputs(
         token_ids=move(tokens.astype(np.int64)),
         positions=move(positions),
-        slot_mapping=move(slots[None]),
-        block_tables=move(tables[None]),
+        slot_mapping=move(slots),
+        block_tables=move(tables),
         seq_lens=move(ends),
         query_start=move(query_start),
         logits_index=move(_rows_with_logits(query_start[1:], ends - known)),
@@ -57,9 +57,11 @@ def _rows_with_logits(row_ends: NDArray[np.int64], beyond: NDArray[np.int64]) ->
     return np.arange(ends[-1]) + np.repeat(last + 1 - ends, drafted + 1)
 
 
-def _block_tables(step: Step, widths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``[N, W]``: the first ``widths`` blocks of each sequence, then zeros."""
-    tables = np.zeros((len(widths), widths.max()), dtype=np.int64)
-    for row, (sequence, _, _), width in zip(tables, step.ranges, widths.tolist(), strict=True):
-        row[:width] = sequence.table[:width]
+def _block_tables(step: Step, widths: list[int]) -> NDArray[np.int64]:
+    """``[G, N, W]``: the first ``widths`` blocks of each sequence in each group, then zeros."""
+    groups = len(step.ranges[0].sequence.tables)
+    tables = np.zeros((groups, len(widths), max(widths)), dtype=np.int64)
+    for row, (sequence, _, _) in enumerate(step.ranges):
+        for group, table in enumerate(sequence.tables):
+            tables[group, row, : widths[row]] = table.entries[: widths[row]]
     return tables

@@ -91,6 +91,10 @@ class BlockPool:
         """Whether ``block`` has an owner."""
         return self._references[block] > 0
 
+    def count_owners(self, block: int) -> int:
+        """References that are held to ``block``."""
+        return self._references[block]
+
     def count_unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of ``blocks`` have no owner, so that acquiring them makes fewer available."""
         return sum(self._references[block] == 0 for block in blocks)

@@ -8,7 +8,8 @@ from kvpass.types import CachePlan
 def blocks_of_sequence(plan: CachePlan, tokens: int) -> int:
     """Blocks that a sequence of so many cached tokens holds once its prompt is computed, shared ones included."""
     return sum(
-        -(-tokens // plan.block_size) - blocks_passed(tokens - 1, window, plan.block_size) for window in _windows(plan)
+        -(-tokens // plan.block_size) - blocks_passed(tokens - 1, window, plan.block_size)
+        for window in plan.group_windows
     )
 
 
@@ -23,7 +24,7 @@ def blocks_of_prefix(plan: CachePlan, tokens: int, prefix: int) -> int:
     Full blocks of the prefix that are still looked at; the last token of a prompt is always computed.
     """
     full = min(prefix, tokens - 1) // plan.block_size
-    return sum(max(0, full - blocks_passed(tokens - 1, window, plan.block_size)) for window in _windows(plan))
+    return sum(max(0, full - blocks_passed(tokens - 1, window, plan.block_size)) for window in plan.group_windows)
 
 
 def sequences_that_fit(plan: CachePlan, num_blocks: int, tokens: int, prefix: int = 0) -> int:
@@ -31,10 +32,3 @@ def sequences_that_fit(plan: CachePlan, num_blocks: int, tokens: int, prefix: in
     shared = blocks_of_prefix(plan, tokens, prefix)
     own = blocks_of_sequence(plan, tokens) - shared
     return max(0, (num_blocks - shared) // own)
-
-
-def _windows(plan: CachePlan) -> tuple[int | None, ...]:
-    """The window of each group of caches; None where one of them sees everything."""
-    windows = [spec.window for spec in plan.caches]
-    known = [window for window in windows if window is not None]
-    return (max(known) if known and len(known) == len(windows) else None,)

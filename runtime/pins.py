@@ -65,6 +65,10 @@ class Pins:
             self._pool.release(table)
         return True
 
+    def release_oldest(self) -> bool:
+        """End the pin that was made first; False if there is none."""
+        return bool(self._pins) and self.release(next(iter(self._pins)))
+
     def expire(self) -> None:
         """End the pins whose time is over."""
         if self._pins:

@@ -212,12 +212,8 @@ class PrefixCache:
         node.blocks = (*node.blocks[:group], None, *node.blocks[group + 1 :])
         self._give_up(block)
         # Nodes that hold nothing stay as long as they lead to one that holds something.
-        while not node.children and not any(block is not None for block in node.blocks):
-            parent = node.parent
+        if not node.children and not any(block is not None for block in node.blocks):
             self.forget(node)
-            if not isinstance(parent, PrefixNode):
-                break
-            node = parent
 
     def check_integrity(self) -> None:
         """Assert that tree and pool agree.
@@ -312,14 +308,22 @@ class PrefixCache:
                 self._queue.push(block, node)
 
     def _unlink(self, node: PrefixNode) -> None:
-        parent = node.parent
-        del parent.children[node.key]
-        self._heads.remove(node)
-        if parent.children:
-            return
-        if isinstance(parent, PrefixNode):
-            self._queue_leaf(parent)
-        elif isinstance(parent, Root):
+        """Take a node out of its parent, and with it the ancestors that hold nothing and lead to nothing else."""
+        while True:
+            parent = node.parent
+            del parent.children[node.key]
+            self._heads.remove(node)
+            if parent.children:
+                return
+            if not isinstance(parent, PrefixNode):
+                break
+            if any(block is not None for block in parent.blocks):
+                self._queue_leaf(parent)
+                return
+            parent.attached = False
+            self._heads.discard(parent)
+            node = parent
+        if isinstance(parent, Root):
             del self._roots[parent.namespace]
 
     def _give_up(self, block: int | None) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as Ordered
 from enum import Enum
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvpass.errors import IntegrityError
+from kvpass.runtime.block_table import BlockTable
 from kvpass.runtime.output_text import OutputText
 from kvpass.runtime.prefix_cache import Branch, TokenArray
 from kvpass.types import FinishReason, Sampling, TokenLogprobs
@@ -26,10 +27,22 @@ class SequenceState(Enum):
     FINISHED = "finished"
 
 
+class Rank(NamedTuple):
+    """Place of a sequence in the order of service; no two are equal.
+
+    Attributes:
+        start: tokens of work before it, by the clock of :mod:`kvpass.runtime.waiting_queue`.
+        arrival: place in the order of arrival.
+    """
+
+    start: int
+    arrival: int
+
+
 class Sequence:
     """A prompt and the tokens generated after it.
 
-    The cache of the first ``num_computed`` tokens is in the blocks of the table. The newest token is known before it
+    The cache of the first ``num_computed`` tokens is in the blocks of the tables. The newest token is known before it
     is computed, so ``num_computed < num_tokens`` until the sequence has finished.
 
     Attributes:
@@ -39,43 +52,53 @@ class Sequence:
         seed: the request's seed, ``sampling.seed`` or a fresh one.
         stop_ids: generation ends after one of these tokens.
         forbidden_ids: tokens after which nothing can be computed; generating one of these ends in error.
-        arrival: place in the order of arrival, given by the scheduler.
+        priority: of two sequences the one with the larger number is served first, unless the other waited long.
+        tenant: on whose behalf it is; tenants get equal shares.
+        deadline: when it is ended unless it has ended before, on the scheduler's clock; None for never.
+        namespace: blocks are shared with sequences of the same namespace only.
+        rank: place in the order of service, given by the scheduler.
         state: where the sequence is in its life.
         finish_reason: why it finished; None before, and when it was cancelled.
         num_tokens: tokens of prompt and output.
         num_computed: tokens whose cache is written; 0 whenever the sequence has no blocks.
         num_draft: tokens proposed to follow the newest one, to be computed with it in the next step.
-        num_blocks: blocks in the table, those that were given back included.
-        num_passed: blocks from the front of the table that no query to come can see; they were given back, and their
-            entries are 0.
-        branch: place in the prefix trie up to which the blocks are registered; None without prefix sharing.
-        num_registered: blocks from the front of the table that are on the path to ``branch``.
+        tables: its blocks in each group.
+        shares_tail: the block that holds its newest computed token may have other owners, and is then copied before
+            it is written.
+        swapped: handle of the content of its blocks, ``swapped_tokens`` of them, in host memory; None where it is not.
+        branch: place in the prefix tree up to which the blocks are registered; None without prefix sharing.
+        num_registered: blocks of each group from the front that are on the path to ``branch``.
         text: the output as text; None unless the request has stop strings.
         logprobs: of each generated token, where the request asks for them.
         failure: why it finished in error, where that is known and not in its tokens or logits.
     """
 
     __slots__ = (
-        "_table",
         "_tokens",
-        "arrival",
         "branch",
+        "deadline",
         "failure",
         "finish_reason",
         "forbidden_ids",
         "logprobs",
         "max_new_tokens",
-        "num_blocks",
+        "namespace",
         "num_computed",
         "num_draft",
-        "num_passed",
         "num_registered",
         "num_tokens",
+        "priority",
         "prompt_length",
+        "rank",
         "sampling",
         "seed",
+        "shares_tail",
         "state",
         "stop_ids",
+        "swapped",
+        "swapped_tokens",
+        "tables",
+        "tenant",
         "text",
     )
 
@@ -95,22 +118,27 @@ class Sequence:
         self.seed = seed
         self.stop_ids = frozenset(stop_ids)
         self.forbidden_ids = frozenset(forbidden_ids)
-        self.arrival = 0
+        self.priority = 0
+        self.tenant = ""
+        self.deadline: float | None = None
+        self.namespace = ""
+        self.rank: Rank | None = None
         self.state = SequenceState.NEW
         self.finish_reason: FinishReason | None = None
         self.num_tokens = len(prompt)
         self.num_computed = 0
         self.num_draft = 0
-        self.num_blocks = 0
-        self.num_passed = 0
+        self.tables: tuple[BlockTable, ...] = (BlockTable(),)
+        self.shares_tail = False
+        self.swapped: object | None = None
+        self.swapped_tokens = 0
         self.branch: Branch | None = None
         self.num_registered = 0
         self.text = text
         self.logprobs: list[TokenLogprobs] = []
         self.failure: str | None = None
-        # Both grow by doubling: what a request asks for at most is no measure of what it will need.
+        # Grows by doubling: what a request asks for at most is no measure of what it will need.
         self._tokens: TokenArray = np.array(prompt, dtype=np.int32)
-        self._table: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     @property
     def tokens(self) -> TokenArray:
@@ -126,17 +154,6 @@ class Sequence:
     def output(self) -> list[int]:
         """Tokens generated so far."""
         return self.output_from(0)
-
-    @property
-    def table(self) -> NDArray[np.int64]:
-        """Block table, ``[num_blocks]``: the blocks in the order of the tokens, 0 for those passed; a view."""
-        return self._table[: self.num_blocks]
-
-    @property
-    def blocks(self) -> list[int]:
-        """The blocks that the sequence owns, in the order of the tokens."""
-        owned: list[int] = self._table[self.num_passed : self.num_blocks].tolist()
-        return owned
 
     @property
     def max_cached_tokens(self) -> int:
@@ -204,40 +221,46 @@ class Sequence:
         self.state = SequenceState.FINISHED
         self.finish_reason = reason
 
-    def add_blocks(self, blocks: list[int]) -> None:
-        """Append blocks to the table."""
-        end = self.num_blocks + len(blocks)
-        if end > len(self._table):
-            self._table = _grown(self._table, end)
-        self._table[self.num_blocks : end] = blocks
-        self.num_blocks = end
+    def forked(self, seed: int) -> Sequence:
+        """A new sequence with the same tokens and options, that draws by another seed. It has no blocks and no rank."""
+        twin = Sequence(
+            self._tokens[: self.prompt_length].tolist(),
+            self.max_new_tokens,
+            self.sampling,
+            seed,
+            self.stop_ids,
+            self.forbidden_ids,
+            None if self.text is None else self.text.copy(),
+        )
+        twin._tokens = self._tokens.copy()
+        twin.num_tokens = self.num_tokens
+        twin.logprobs = list(self.logprobs)
+        twin.priority, twin.tenant = self.priority, self.tenant
+        twin.deadline, twin.namespace = self.deadline, self.namespace
+        return twin
 
-    def replace_block(self, position: int, block: int) -> int:
-        """Put ``block`` at ``position`` of the table and return the block that was there."""
-        old = int(self._table[position])
-        self._table[position] = block
-        return old
+    def replace_newest(self, token: int) -> None:
+        """Put ``token`` in the place of the newest generated one, which is not computed yet, and finish if it ends.
 
-    def pass_blocks(self, count: int) -> list[int]:
-        """Take the first ``count`` blocks out of the table, as far as they are still in it, and return them."""
-        passed: list[int] = self._table[self.num_passed : count].tolist()
-        self._table[self.num_passed : count] = 0
-        self.num_passed = max(self.num_passed, count)
-        return passed
+        Text is not followed: for requests without stop strings.
+        """
+        if self.num_output == 0 or self.num_computed >= self.num_tokens or self.text is not None:
+            raise IntegrityError("only a generated token that is not computed yet can be replaced")
+        self.num_tokens -= 1
+        self.append(token)
 
     def take_blocks(self) -> list[int]:
-        """Empty the table and return its blocks; nothing is computed any more."""
-        blocks = self.blocks
-        self.num_blocks = 0
-        self.num_passed = 0
+        """Empty the tables and return their blocks; nothing is computed any more."""
+        blocks = [block for table in self.tables for block in table.take_end(0)]
         self.num_computed = 0
         self.num_draft = 0
         self.num_registered = 0
+        self.shares_tail = False
         self.branch = None
         return blocks
 
 
-def _grown(array: NDArray[Any], size: int) -> NDArray[Any]:
+def _grown(array: TokenArray, size: int) -> TokenArray:
     grown = np.empty(max(2 * len(array), size, _FIRST_CAPACITY), dtype=array.dtype)
     grown[: len(array)] = array
     return grown

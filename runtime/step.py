@@ -27,12 +27,14 @@ class Step:
             logits more than that: behind its newest token, and behind each proposed one.
         copies: pairs (source, destination) of blocks whose content has to be copied before the step is computed, all
             at once; no two destinations are equal.
+        expired: sequences that were ended when the step was chosen, since their deadline was over.
     """
 
     ranges: tuple[TokenRange, ...]
     sampled: tuple[Sequence, ...]
     drafted: tuple[int, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    expired: tuple[Sequence, ...] = ()
 
 
 @dataclass
@@ -47,6 +49,7 @@ class SchedulerCounts:
         accepted_tokens: those of them that were generated.
         prefix_hit_tokens: tokens that were not computed because a registered block held them.
         prefix_lookup_tokens: tokens of all sequences that were started, each time that they were.
+        restored_tokens: tokens that were not computed again because they had been swapped out.
         preemptions: sequences that had to give their blocks back before their end.
         allocated_slots: token slots of used blocks, summed over steps.
         unused_slots: those of them that held no token, summed over steps.
@@ -59,6 +62,7 @@ class SchedulerCounts:
     accepted_tokens: int = 0
     prefix_hit_tokens: int = 0
     prefix_lookup_tokens: int = 0
+    restored_tokens: int = 0
     preemptions: int = 0
     allocated_slots: int = 0
     unused_slots: int = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.prefix_cache import Match, PrefixCache, PrefixNode
+from kvpass.runtime.prefix_cache import Branch, Match, PrefixCache, PrefixNode
 from kvpass.runtime.sequence import Sequence
 
 
@@ -18,6 +18,7 @@ class Replacement(NamedTuple):
     """A block of a sequence whose content turned out to be registered already, in ``block``."""
 
     sequence: Sequence
+    group: int
     position: int
     block: int
 
@@ -29,7 +30,7 @@ class StepRegistry:
         self._pool = pool
         self._prefix_cache = prefix_cache
         # The nodes that the step in flight registered, and the references it took for replacements.
-        self._pending: list[PrefixNode] = []
+        self._pending: dict[PrefixNode, None] = {}
         self._replacements: list[Replacement] = []
 
     @property
@@ -52,17 +53,50 @@ class StepRegistry:
         if self._prefix_cache is None:
             return None
         # At least one token has to be computed, or there would be no logits.
-        return self._prefix_cache.match(sequence.tokens, sequence.num_tokens - 1)
+        return self._prefix_cache.match(sequence.tokens, sequence.num_tokens - 1, sequence.namespace)
 
-    def take_over(self, sequence: Sequence, match: Match, passed: int) -> None:
-        """Make the blocks of ``match`` the first ones of ``sequence``, without the first ``passed`` ones."""
-        if self._prefix_cache is not None:
-            (blocks,) = self._prefix_cache.acquire(match, (passed,))
-            sequence.add_blocks(blocks)
-            sequence.pass_blocks(passed)
-            sequence.branch = match.branch
-            sequence.num_registered = len(match.path)
-            sequence.num_computed = len(match.path) * self._pool.block_size
+    def find_more(self, sequence: Sequence) -> Match | None:
+        """What others have registered since of the tokens that ``sequence`` is about to compute; None if nothing."""
+        branch, size = sequence.branch, self._pool.block_size
+        first = sequence.num_registered
+        if branch is None or not branch.attached or sequence.num_computed != first * size:
+            return None
+        if sequence.tokens[first * size : (first + 1) * size].tobytes() not in branch.children:
+            return None
+        match = self.find_prefix(sequence)
+        if match is None or len(match.path) <= first or (first and match.path[first - 1] is not branch):
+            return None
+        return match
+
+    def take_over(self, sequence: Sequence, match: Match, passed: list[int]) -> None:
+        """Make the blocks of ``match`` the first ones of ``sequence``; of group g those from ``passed[g]`` on.
+
+        The sequence owns none of the nodes of ``match`` but a first part, up to its branch.
+        """
+        if self._prefix_cache is None:
+            return
+        first = sequence.num_registered
+        new = Match(match.branch, match.path[first:])
+        tables = self._prefix_cache.acquire(new, [max(0, count - first) for count in passed])
+        for table, blocks, count in zip(sequence.tables, tables, passed, strict=True):
+            self._pool.release(table.pass_front(min(count, first)))
+            skipped = max(0, min(count, len(match.path)) - first)
+            table.skip(skipped)
+            table.extend(blocks[skipped:])
+        sequence.branch = match.branch
+        sequence.num_registered = len(match.path)
+        sequence.num_computed = len(match.path) * self._pool.block_size
+
+    def next_block(self, sequence: Sequence) -> tuple[Branch, bytes] | None:
+        """The full block of tokens that follows what ``sequence`` has registered; None if none will be registered."""
+        size, first = self._pool.block_size, sequence.num_registered
+        if sequence.branch is None or not sequence.branch.attached or (first + 1) * size > sequence.num_tokens:
+            return None
+        return sequence.branch, sequence.tokens[first * size : (first + 1) * size].tobytes()
+
+    def is_pending(self, node: PrefixNode) -> bool:
+        """Whether the content of a node is written by the step in flight."""
+        return node in self._pending
 
     def register(self, sequence: Sequence, length: int) -> None:
         """Register the full blocks of the first ``length`` tokens of ``sequence``."""
@@ -73,23 +107,23 @@ class StepRegistry:
             return
         tokens = sequence.tokens
         for index in range(sequence.num_registered, full):
-            block = int(sequence.table[index])
-            node = self._prefix_cache.insert(branch, tokens[index * size : (index + 1) * size], [block])
-            for registered in node.blocks:
-                if registered == block:
-                    self._pending.append(node)
-                elif registered is not None:
+            blocks = [table[index] for table in sequence.tables]
+            node = self._prefix_cache.insert(branch, tokens[index * size : (index + 1) * size], blocks)
+            if any(own == registered for own, registered in zip(blocks, node.blocks, strict=True)):
+                self._pending[node] = None
+            for group, (own, registered) in enumerate(zip(blocks, node.blocks, strict=True)):
+                if registered is not None and registered != own:
                     # Owning the registered block as well keeps it, and with it the path to the root, in place.
                     self._pool.acquire([registered])
-                    self._replacements.append(Replacement(sequence, index, registered))
+                    self._replacements.append(Replacement(sequence, group, index, registered))
             branch = node
         sequence.branch = branch
         sequence.num_registered = full
 
     def settle(self) -> None:
         """The step has come to its end: what is pending is there, and equal blocks become one."""
-        for sequence, position, block in self._replacements:
-            self._pool.release([sequence.replace_block(position, block)])
+        for sequence, group, position, block in self._replacements:
+            self._pool.release([sequence.tables[group].replace(position, block)])
         self.start_anew()
 
     def undo(self) -> None:
@@ -103,7 +137,7 @@ class StepRegistry:
 
     def start_anew(self) -> None:
         """Nothing is pending."""
-        self._pending = []
+        self._pending = {}
         self._replacements = []
 
     def forget_content(self, sequence: Sequence) -> None:

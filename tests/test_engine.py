@@ -54,7 +54,7 @@ def test_the_copies_of_a_step_are_made_before_it_is_computed(monkeypatch):
         for sequence, start, _ in step.ranges:
             if start:
                 (new,) = engine._pool.allocate(1)
-                old = sequence.replace_block(0, new)
+                old = sequence.tables[0].replace(0, new)
                 engine._pool.release([old])
                 object.__setattr__(step, "copies", ((old, new),))
                 moved.append(new)

@@ -34,23 +34,80 @@ def expected_output(prompt, max_new_tokens, stop_ids=()):
     return output
 
 
-class Machine:
-    """Scheduler, pool and the slots of one imaginary cache."""
+class HostMemory:
+    """Keeps what blocks held, as far as there is room; may be told to lose it."""
 
-    def __init__(self, num_blocks=16, block_size=4, sharing=True, max_batch_tokens=16, max_sequences=4, window=None):
+    def __init__(self, machine, num_blocks):
+        self.machine = machine
+        self.room = num_blocks
+        self.kept = {}
+        self.lost = False
+
+    def swap_out(self, blocks):
+        if len(blocks) > self.room:
+            return None
+        self.room -= len(blocks)
+        handle = object()
+        self.kept[handle] = self.machine.block_view()[blocks].copy()
+        return handle
+
+    def swap_in(self, handle, targets):
+        if self.lost:
+            return False
+        for place, block in targets:
+            self.machine.block_view()[block] = self.kept[handle][place]
+        return True
+
+    def discard(self, handle):
+        self.room += len(self.kept.pop(handle))
+
+    def clear(self):
+        for handle in list(self.kept):
+            self.discard(handle)
+
+
+class Machine:
+    """Scheduler, pool and the slots of imaginary caches, one for each group."""
+
+    def __init__(
+        self,
+        num_blocks=16,
+        block_size=4,
+        sharing=True,
+        max_batch_tokens=16,
+        max_sequences=4,
+        window=None,
+        windows=None,
+        host_blocks=0,
+    ):
+        self.windows = windows or (window,)
         self.pool = BlockPool(num_blocks, block_size)
-        self.prefix = PrefixCache(self.pool, (window,)) if sharing else None
-        self.scheduler = Scheduler(self.pool, self.prefix, max_batch_tokens, max_sequences, window)
-        self.window = window
+        self.prefix = PrefixCache(self.pool, self.windows) if sharing else None
+        self.host = HostMemory(self, host_blocks) if host_blocks else None
+        self.now = 0.0
+        self.scheduler = Scheduler(
+            self.pool, self.prefix, max_batch_tokens, max_sequences, self.windows, self.host, lambda: self.now
+        )
         self.max_batch_tokens = max_batch_tokens
         self.slots = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.sequences: list[tuple[Sequence, list[int]]] = []
 
-    def add(self, prompt, max_new_tokens=4, stop_ids=()):
+    def block_view(self):
+        return self.slots.reshape(-1, self.pool.block_size)
+
+    def add(self, prompt, max_new_tokens=4, stop_ids=(), **options):
         sequence = Sequence(list(prompt), max_new_tokens, Sampling(), 0, stop_ids)
+        for name, value in options.items():
+            setattr(sequence, name, value)
         self.scheduler.add(sequence)
         self.sequences.append((sequence, expected_output(prompt, max_new_tokens, stop_ids)))
         return sequence
+
+    def fork(self, sequence, count):
+        expected = next(expected for known, expected in self.sequences if known is sequence)
+        twins = self.scheduler.fork(sequence, range(count))
+        self.sequences += [(twin, expected) for twin in twins]
+        return twins
 
     def step(self):
         step = self.scheduler.schedule()
@@ -69,26 +126,37 @@ class Machine:
         sequence.propose(draft)
 
     def compute(self, step):
-        """Write all slots of the step, then check that every sequence reads its own tokens and nothing else.
+        """Make the copies, write all slots, then check that every sequence reads its own tokens and nothing else.
 
         With a window each reads what its oldest new token sees, and what comes after.
         """
-        size = self.pool.block_size
-        untouchable = self.pool.kept_blocks() - self.scheduler._registry.pending_blocks
-        writers: dict[int, Sequence] = {}
+        if step.copies:
+            sources, targets = map(list, zip(*step.copies, strict=True))
+            assert len(set(targets)) == len(targets)
+            self.block_view()[targets] = self.block_view()[sources]
         assert sum(end - start for _, start, end in step.ranges) <= self.max_batch_tokens
+        for group, window in enumerate(self.windows):
+            self.compute_group(step, group, window)
+
+    def compute_group(self, step, group, window):
+        size = self.pool.block_size
+        pending = self.scheduler._registry.pending_blocks
+        untouchable = self.pool.kept_blocks() - pending
+        writers: dict[int, Sequence] = {}
         for sequence, start, end in step.ranges:
             assert start < end <= sequence.num_tokens + sequence.num_draft
             values = histories(sequence.tokens_to_compute(0, end).tolist())
             for position in range(start, end):
-                block = int(sequence.table[position // size])
+                block = sequence.tables[group][position // size]
                 assert block not in untouchable, "a registered block is written again"
                 assert writers.setdefault(block, sequence) is sequence, "two sequences write one block"
-                self.slots[block * size + position % size] = values[position]
+                held = sum(source == block for source, _ in step.copies)
+                assert block in pending or self.pool.count_owners(block) - held == 1, "a block of two owners is written"
+                self.slots[block * size + position % size] = values[position] + group
         for sequence, start, end in step.ranges:
-            first = 0 if self.window is None else max(0, start - self.window + 1)
+            first = 0 if window is None else max(0, start - window + 1)
             positions = np.arange(first, end)
-            read = self.slots[sequence.table[positions // size] * size + positions % size]
+            read = self.slots[sequence.tables[group].entries[positions // size] * size + positions % size] - group
             assert read.tolist() == histories(sequence.tokens_to_compute(0, end).tolist())[first:]
 
     def next_tokens(self, step):
@@ -103,7 +171,7 @@ class Machine:
 
     def token_after(self, sequence, position):
         block, offset = divmod(position, self.pool.block_size)
-        return int(self.slots[sequence.table[block] * self.pool.block_size + offset] % VOCABULARY)
+        return int(self.slots[sequence.tables[0][block] * self.pool.block_size + offset] % VOCABULARY)
 
     def run(self, limit=10_000):
         steps = 0
@@ -122,9 +190,12 @@ class Machine:
 
     def check_empty(self):
         self.scheduler.check_integrity()
+        if self.prefix is not None:
+            self.prefix.pins.clear()
         assert (self.pool.num_used, self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0, 0)
         self.scheduler.clear_prefix_cache()
         assert self.pool.num_free == self.pool.num_blocks
+        assert self.host is None or not self.host.kept
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from kvpass.types import Sampling
 
 def sequence(tokens, blocks):
     made = Sequence(tokens, 100, Sampling(), seed=0)
-    made.add_blocks(blocks)
+    made.tables[0].extend(blocks)
     return made
 
 

@@ -10,7 +10,7 @@ from kvpass.types import Sampling
 
 
 def test_prefill_and_decode_share_a_step(make_machine):
-    machine = make_machine(max_batch_tokens=6)
+    machine = make_machine(max_batch_tokens=6, sharing=False)
     first = machine.add([1] * 3)
     machine.step()
     second = machine.add([2] * 9, max_new_tokens=1)
@@ -45,7 +45,7 @@ def test_one_token_of_a_prompt_is_always_computed_and_equal_blocks_become_one(ma
     first, second = machine.add(prompt, 6), machine.add(prompt, 6)
     step = machine.step()
     assert [start for _, start, _ in step.ranges] == [0, 4]
-    assert first.table.tolist() == second.table.tolist()
+    assert first.tables[0].owned == second.tables[0].owned
     assert machine.pool.num_used == 2
     machine.scheduler.check_integrity()
     machine.run()
@@ -85,13 +85,16 @@ def test_requests_beyond_the_limits_are_queued_in_order(make_machine):
     machine.check_outputs()
 
 
-def test_every_running_sequence_gets_a_token_in_every_step(make_machine):
+def test_every_sequence_that_decodes_gets_a_token_in_every_step(make_machine):
     machine = make_machine(num_blocks=64, max_batch_tokens=3, max_sequences=50)
     for token in range(5):
         machine.add([token] * 7, 10)
-    while (step := machine.step()).ranges:
-        unfinished = sum(sequence.state is SequenceState.RUNNING for sequence, _, _ in step.ranges)
-        assert unfinished == machine.scheduler.num_running <= 3
+    while True:
+        decoding = {s for s in machine.scheduler._queues.running if s.num_output}
+        if not (step := machine.step()).ranges:
+            break
+        assert decoding <= {sequence for sequence, _, _ in step.ranges}
+        assert machine.scheduler.num_running <= 3
     machine.check_outputs()
 
 
@@ -103,7 +106,7 @@ def test_the_youngest_is_preempted_and_its_output_is_the_same(make_machine):
         assert any(sequence is oldest for sequence, _, _ in step.ranges) or oldest.state is SequenceState.FINISHED
         if youngest.state is SequenceState.WAITING and youngest.num_output:
             preempted.append(youngest.num_output)
-            assert youngest.num_blocks == youngest.num_computed == 0
+            assert not youngest.tables[0].owned and youngest.num_computed == 0
     assert preempted and machine.scheduler.counts.preemptions >= 1
     assert len(youngest.output) == 10
     machine.check_outputs()
@@ -234,7 +237,7 @@ def test_a_sequence_in_error_takes_what_it_registered_out_of_the_cache(make_mach
     machine.compute(step)
     machine.scheduler.commit(step, [None, machine.next_tokens(step)[1]])
     machine.scheduler.check_integrity()
-    assert broken.finish_reason == "error" and broken.num_blocks == 0
+    assert broken.finish_reason == "error" and not broken.tables[0].owned
     assert machine.pool.kept_blocks() == set()
     machine.run()
     machine.check_outputs()
@@ -259,7 +262,7 @@ def test_a_step_in_flight_must_be_committed_first(make_machine):
     for operation in (
         machine.scheduler.schedule,
         machine.scheduler.clear_prefix_cache,
-        lambda: machine.scheduler.cancel([sequence]),
+        lambda: machine.scheduler.fork(sequence, [1]),
         lambda: machine.scheduler.commit(step, []),
         lambda: machine.scheduler.commit(step, [[]]),
     ):
@@ -290,8 +293,8 @@ def test_a_window_bounds_the_blocks_that_a_sequence_holds(make_machine, window, 
     while sequence.state.value == "running":
         # Seen are the newest `window` tokens, the one to come included, and no block without one of them is held.
         first = max(0, sequence.num_computed - window + 1)
-        assert sequence.num_passed == first // 4
-        assert len(sequence.blocks) == sequence.num_blocks - sequence.num_passed == machine.pool.num_used
+        assert sequence.tables[0].num_passed == first // 4
+        assert len(sequence.tables[0].owned) == machine.pool.num_used
         machine.step()
         machine.scheduler.check_integrity()
     machine.check_outputs()

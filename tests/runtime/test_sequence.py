@@ -42,10 +42,11 @@ def test_the_last_new_token_needs_no_slot():
 
 def test_the_table_grows_changes_and_empties():
     sequence = make()
-    sequence.add_blocks([4])
-    sequence.add_blocks(list(range(10, 60)))
-    assert sequence.table.tolist() == [4, *range(10, 60)]
-    assert sequence.replace_block(1, 3) == 10
+    (table,) = sequence.tables
+    table.extend([4])
+    table.extend(list(range(10, 60)))
+    assert table.entries.tolist() == [4, *range(10, 60)]
+    assert table.replace(1, 3) == 10
     sequence.num_computed = 2
     assert sequence.take_blocks() == [4, 3, *range(11, 60)]
-    assert (sequence.num_blocks, sequence.num_computed, len(sequence.table)) == (0, 0, 0)
+    assert (table.num_blocks, sequence.num_computed, len(table.entries)) == (0, 0, 0)

@@ -1,0 +1,267 @@
+"""What sequences hold: how many blocks they need, and how they get, share, copy and give them back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Ordered
+
+from kvpass.errors import IntegrityError
+from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.block_table import BlockTable
+from kvpass.runtime.prefix_cache import PrefixNode
+from kvpass.runtime.sequence import Sequence
+from kvpass.runtime.step_registry import StepRegistry
+from kvpass.runtime.swap_space import SwapSpace
+
+
+class Holdings:
+    """The block tables of sequences over one pool.
+
+    In a group with a window, blocks that neither the next token nor any later one looks at are given back; their
+    entries in the table stay, as 0: no kernel follows an entry that no query sees.
+
+    Attributes:
+        copies: pairs (source, destination) of blocks that the step being scheduled copies before it is computed.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        registry: StepRegistry,
+        windows: Ordered[int | None],
+        max_chunk: int,
+        swap: SwapSpace | None = None,
+    ) -> None:
+        self._pool = pool
+        self._registry = registry
+        # Of each group the newest tokens, its own included, that a query may look at; None for all.
+        self._windows = tuple(windows)
+        self._bounded = any(window is not None for window in windows)
+        self._max_chunk = max_chunk
+        self._swap = swap
+        self.copies: list[tuple[int, int]] = []
+
+    def open(self, sequence: Sequence) -> None:
+        """Give a new sequence its empty tables."""
+        sequence.tables = tuple(BlockTable() for _ in self._windows)
+
+    def count_passed(self, num_computed: int) -> list[int]:
+        """In each group the first blocks that neither the token at ``num_computed`` nor any later one looks at."""
+        size = self._pool.block_size
+        return [0 if window is None else max(0, num_computed - window + 1) // size for window in self._windows]
+
+    def count_held(self, sequence: Sequence) -> int:
+        """Blocks that a sequence owns, in all groups."""
+        return sum(table.num_blocks - table.num_passed for table in sequence.tables)
+
+    def most_held(self, start: int, length: int, chunk: int) -> int:
+        """Most blocks that a sequence holds at once while it grows from ``start`` to ``length`` tokens in chunks."""
+        most = 0
+        for window, passed in zip(self._windows, self.count_passed(start), strict=True):
+            blocks = self._pool.blocks_for(length) - passed
+            if window is not None:
+                # The newest tokens that a chunk's first query sees, and the chunk, wherever a block begins.
+                span = window - 1 + min(chunk, length)
+                blocks = min(blocks, self._pool.blocks_for(span + self._pool.block_size - 1))
+            most += blocks
+        return most
+
+    def will_need(self, sequence: Sequence) -> int:
+        """Blocks that a sequence will ask for to compute the tokens it has, and one for each group if it goes on."""
+        lacking = sequence.num_tokens - sequence.num_computed
+        slots = sequence.tables[0].num_blocks * self._pool.block_size
+        more = len(self._windows) if sequence.max_cached_tokens > max(slots, sequence.num_tokens) else 0
+        more += len(self._windows) if sequence.shares_tail else 0
+        if sequence.num_tokens <= slots:
+            return more
+        most = self.most_held(sequence.num_computed, sequence.num_tokens, min(lacking, self._max_chunk))
+        return max(0, most - self.count_held(sequence)) + more
+
+    def missing(self, sequence: Sequence, length: int) -> int:
+        """Blocks that have to be allocated before the tokens up to ``length`` can be computed."""
+        tables = sequence.tables
+        need = (self._pool.blocks_for(length) - tables[0].num_blocks) * len(tables)
+        return max(0, need) + (len(self._shared_tail(sequence)) if sequence.shares_tail else 0)
+
+    def longest(self, sequence: Sequence, length: int) -> int:
+        """How far, up to ``length``, the available blocks let a sequence be computed."""
+        spare = self._pool.num_available - (len(self._shared_tail(sequence)) if sequence.shares_tail else 0)
+        if spare < 0:
+            return sequence.num_computed
+        blocks = sequence.tables[0].num_blocks + spare // len(self._windows)
+        return min(length, max(sequence.num_computed, blocks * self._pool.block_size))
+
+    def grow(self, sequence: Sequence, length: int) -> None:
+        """Give a sequence the blocks for its tokens up to ``length``; :meth:`missing` ones are available."""
+        if sequence.shares_tail:
+            self._own_tail(sequence)
+        need = self._pool.blocks_for(length) - sequence.tables[0].num_blocks
+        if need > 0:
+            for table in sequence.tables:
+                table.extend(self._pool.allocate(need))
+
+    def start(self, sequence: Sequence, reserve: int, alone: bool) -> bool:
+        """Give a waiting sequence what is there of its tokens' cache: registered blocks, and those swapped out.
+
+        Only if the pool has room for the rest of its tokens beside ``reserve`` blocks; if it is ``alone``, for one
+        token after the other is enough.
+        """
+        match = self._registry.find_prefix(sequence)
+        path = () if match is None else match.path
+        found = max(len(path) * self._pool.block_size, sequence.swapped_tokens)
+        passed = self.count_passed(found)
+        shared = [b for g, count in enumerate(passed) for node in path[count:] if (b := node.blocks[g]) is not None]
+        chunk = 1 if alone else min(self._max_chunk, sequence.num_tokens - found)
+        need = self.most_held(found, sequence.num_tokens, chunk) - len(shared)
+        if self._pool.num_available - self._pool.count_unreferenced(shared) - need < reserve:
+            return False
+        if match is not None:
+            self._registry.take_over(sequence, match, passed)
+        if found > sequence.num_computed and not self._swap_in(sequence, passed):
+            # Of what was matched it has no more than a window beyond the rest needs.
+            self.give_back_all(sequence)
+            return False
+        self._forget_swapped(sequence)
+        if match is not None and match.partial is not None and sequence.num_computed == found:
+            self._copy_part(sequence, *match.partial)
+        return True
+
+    def take_over_more(self, sequence: Sequence) -> int:
+        """Take over what others have registered since of the tokens to be computed; gives how many tokens."""
+        before = sequence.num_computed
+        if any(table.num_blocks != sequence.num_registered for table in sequence.tables):
+            return 0
+        match = self._registry.find_more(sequence)
+        if match is not None:
+            self._registry.take_over(sequence, match, self.count_passed(len(match.path) * self._pool.block_size))
+        return sequence.num_computed - before
+
+    def share(self, sequence: Sequence, twin: Sequence) -> None:
+        """Let ``twin``, which has the same tokens, own all that ``sequence`` has computed."""
+        used = self._pool.blocks_for(sequence.num_computed)
+        twin.tables = tuple(BlockTable() for _ in self._windows)
+        for table, copy in zip(sequence.tables, twin.tables, strict=True):
+            owned = table.entries[table.num_passed : used].tolist()
+            self._pool.acquire(owned)
+            copy.skip(table.num_passed)
+            copy.extend(owned)
+        twin.num_computed = sequence.num_computed
+        twin.num_registered, twin.branch = sequence.num_registered, sequence.branch
+        twin.shares_tail = sequence.shares_tail = sequence.num_computed % self._pool.block_size != 0
+
+    def give_back_passed(self, sequence: Sequence) -> None:
+        """Give back what no token to come looks at."""
+        if self._bounded:
+            for table, count in zip(sequence.tables, self.count_passed(sequence.num_computed), strict=True):
+                if count > table.num_passed:
+                    self._pool.release(table.pass_front(count))
+
+    def give_back_all(self, sequence: Sequence) -> None:
+        """Empty the tables of a sequence."""
+        self._pool.release(sequence.take_blocks())
+        self._forget_swapped(sequence)
+
+    def put_aside(self, sequence: Sequence) -> None:
+        """Empty the tables of a sequence that will go on later; what it has computed is swapped out if there is room.
+
+        All of it must be there already: nothing of it is left to the step that is being scheduled.
+        """
+        computed, swap = sequence.num_computed, self._swap
+        used = self._pool.blocks_for(computed)
+        content = [block for table in sequence.tables for block in table.entries[table.num_passed : used].tolist()]
+        handle = swap.swap_out(content) if swap is not None and content else None
+        self._pool.release(sequence.take_blocks())
+        self._forget_swapped(sequence)
+        if handle is not None:
+            sequence.swapped, sequence.swapped_tokens = handle, computed
+
+    def _swap_in(self, sequence: Sequence, passed: list[int]) -> bool:
+        """Allocate blocks for what was swapped out, beyond the matched part, and fill them; False if it was lost."""
+        assert self._swap is not None and sequence.swapped is not None
+        computed, hits, place = sequence.swapped_tokens, sequence.num_registered, 0
+        used = self._pool.blocks_for(computed)
+        targets: list[tuple[int, int]] = []
+        for table, count in zip(sequence.tables, passed, strict=True):
+            table.skip(max(0, count - hits))
+            first = table.num_blocks
+            table.extend(self._pool.allocate(used - first))
+            targets += [(place + index - count, table[index]) for index in range(first, used)]
+            place += used - count
+        if max(passed) > hits:
+            sequence.branch = None  # the blocks after it cannot be registered: some are not there
+        sequence.num_computed = computed
+        return self._swap.swap_in(sequence.swapped, targets)
+
+    def _copy_part(self, sequence: Sequence, node: PrefixNode, count: int) -> None:
+        """Begin the next block of a sequence as a copy of a registered one that begins with the same tokens."""
+        sources = [block for block in node.blocks if block is not None]
+        spare = self._pool.num_available - self._pool.count_unreferenced(sources)
+        if len(sources) < len(sequence.tables) or spare < len(sources) or self._registry.is_pending(node):
+            return
+        self._pool.acquire(sources)
+        for table, source, block in zip(sequence.tables, sources, self._pool.allocate(len(sources)), strict=True):
+            table.extend([block])
+            self.copies.append((source, block))
+        sequence.num_computed += count
+
+    def _forget_swapped(self, sequence: Sequence) -> None:
+        if self._swap is not None and sequence.swapped is not None:
+            self._swap.discard(sequence.swapped)
+        sequence.swapped, sequence.swapped_tokens = None, 0
+
+    def _shared_tail(self, sequence: Sequence) -> list[BlockTable]:
+        """The tables whose block of the next token has other owners."""
+        position = sequence.num_computed // self._pool.block_size
+        sources = Counter(source for source, _ in self.copies)
+        blocks = [table[position] for table in sequence.tables]
+        owners = [self._pool.count_owners(block) - sources[block] for block in blocks]
+        return [table for table, count in zip(sequence.tables, owners, strict=True) if count > 1]
+
+    def _own_tail(self, sequence: Sequence) -> None:
+        """Copy the blocks that the next token is written to, where they have other owners.
+
+        The sources are owned until the step is computed, see :meth:`let_go`.
+        """
+        position = sequence.num_computed // self._pool.block_size
+        for table in self._shared_tail(sequence):
+            (block,) = self._pool.allocate(1)
+            self.copies.append((table.replace(position, block), block))
+        sequence.shares_tail = False
+
+    def let_go(self) -> None:
+        """The step has ended: nothing is copied any more, and nobody owns the sources on its behalf."""
+        self._pool.release([source for source, _ in self.copies])
+        self.copies = []
+
+    def start_anew(self, sequences: Ordered[Sequence]) -> None:
+        """Nobody holds anything, over a pool that was reset."""
+        self.copies = []
+        if self._swap is not None:
+            self._swap.clear()
+        for sequence in sequences:
+            sequence.take_blocks()
+            sequence.swapped, sequence.swapped_tokens = None, 0
+
+    def check_integrity(self, sequence: Sequence, in_flight: bool) -> None:
+        """Assert that the tables of a running sequence are as they should be.
+
+        Args:
+            in_flight: whether a step is, so that others may own blocks that are being filled.
+
+        Raises:
+            IntegrityError: naming the invariant that does not hold.
+        """
+        size = self._pool.block_size
+        for table, passed in zip(sequence.tables, self.count_passed(sequence.num_computed), strict=True):
+            _require(sequence.num_computed <= table.num_blocks * size, "tokens without a block")
+            _require(table.num_passed <= passed, "a block was given back that is still seen")
+            _require(not table.entries[: table.num_passed].any(), "a block that was given back is in a table")
+            _require(table.num_blocks == sequence.tables[0].num_blocks, "the tables of a sequence differ in length")
+            tail = sequence.num_computed // size
+            if sequence.num_computed % size and not sequence.shares_tail and not in_flight:
+                _require(self._pool.count_owners(table[tail]) == 1, "a block that one may write has two owners")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise IntegrityError(message)
