@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike, fspath
 from typing import Any
 
 from kvpass.errors import ConfigError
@@ -14,6 +15,9 @@ from kvpass.types import Sampling
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 DEFAULT_MEMORY = "1GiB"
+EVICTION_POLICIES = ("lru", "lfu", "fifo", "cost")
+# Host memory that blocks pass through on their way to and from disk, where none was asked for.
+DEFAULT_STAGING = "256MiB"
 _SAMPLING_NUMBERS = (
     "temperature",
     "top_p",
@@ -24,16 +28,32 @@ _SAMPLING_NUMBERS = (
 )
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int | float, name: str = "memory") -> int:
     """Number of bytes in ``"512MiB"``, ``"1.5GB"`` or ``4096``.
 
     Raises:
-        ConfigError: if the text is no positive amount with a known unit.
+        ConfigError: if the text is no positive amount with a known unit; it is called ``name`` there.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    if match is None or match[2].upper() not in BYTE_UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"memory={text!r} is not an amount of memory: write for example '512MiB' or '2GiB'")
-    return int(float(match[1]) * BYTE_UNITS[match[2].upper()])
+    size = 0 if match is None else int(float(match[1]) * BYTE_UNITS.get(match[2].upper(), 0))
+    if size < 1 or isinstance(text, float | bool):
+        raise ConfigError(f"{name}={text!r} is not an amount of memory: write for example '512MiB' or '2GiB'")
+    return size
+
+
+def parse_share(memory: object) -> float | None:
+    """The share of a device's memory that ``0.9`` or ``"90%"`` means; None where ``memory`` is an amount.
+
+    Raises:
+        ConfigError: if it is a share that is not above 0 and at most 1.
+    """
+    percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", memory) if isinstance(memory, str) else None
+    if percent is None and not isinstance(memory, float):
+        return None
+    share = float(percent[1]) / 100 if percent is not None else float(memory)  # type: ignore[arg-type]
+    if not 0 < share <= 1:
+        raise ConfigError(f"memory={memory!r} is no share of the device's memory: write for example 0.9 or '90%'")
+    return share
 
 
 @dataclass(frozen=True)
@@ -46,8 +66,8 @@ class CacheConfig:
             maps the number of an attention in the model (from 0, or from -1 backwards) to its format or two. The
             formats are those of :data:`CACHE_DTYPES`; what is lossy is measured by the verification.
         block_size: tokens per block, a power of two.
-        memory: bytes for all caches together, such as ``"1GiB"``; excludes ``num_blocks``. When neither is given,
-            1 GiB.
+        memory: bytes for all caches together, such as ``"1GiB"``, or a share of what is free on the device when the
+            engine is made, such as ``0.9`` or ``"90%"``; excludes ``num_blocks``. When neither is given, 1 GiB.
         num_blocks: number of blocks, instead of ``memory``.
         prefix_sharing: reuse blocks of equal prefixes, within a batch and across calls.
         max_batch_tokens: tokens computed in one step, prefill and decode together; longer prompts are cut in chunks.
@@ -56,6 +76,14 @@ class CacheConfig:
             than the bytes saved; what follows from it is computed again at every step.
         max_length: longest sequence that will be asked for. Needed only where a bias has to be tabulated, or a mask
             could not be proven for every length; by default the model's own limit, or 2048.
+        eviction: which cached blocks make room first: of :data:`EVICTION_POLICIES`, those released longest ago, taken
+            over least often, registered first, or cheapest to compute again for their use.
+        scrub: overwrite blocks with zeros as soon as nobody owns them and their content is not kept for reuse.
+        host_memory: bytes of host memory, such as ``"4GiB"``: half of it for evicted blocks, which come back when their
+            prefix is asked for again, and half for the blocks of preempted sequences. None keeps nothing there.
+        disk: a folder for what host memory has no room for. It is found again by later engines of the same model and
+            the same configuration of the cache.
+        disk_memory: most bytes on disk.
 
     Raises:
         ConfigError: on construction, for values that cannot be used.
@@ -63,13 +91,18 @@ class CacheConfig:
 
     dtype: str | Mapping[str, Any] = "auto"
     block_size: int = 32
-    memory: str | int | None = None
+    memory: str | int | float | None = None
     num_blocks: int | None = None
     prefix_sharing: bool = True
     max_batch_tokens: int = 2048
     max_sequences: int = 256
     recompute: bool = False
     max_length: int | None = None
+    eviction: str = "lru"
+    scrub: bool = False
+    host_memory: str | int | None = None
+    disk: str | PathLike[str] | None = None
+    disk_memory: str | int = "10GiB"
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -78,14 +111,28 @@ class CacheConfig:
             raise ConfigError(f"block_size={size!r} is not a power of two: choose for example 16, 32 or 64")
         if self.memory is not None and self.num_blocks is not None:
             raise ConfigError("memory and num_blocks both say how large the cache is: give one of them")
-        if self.memory is not None:
+        if self.memory is not None and parse_share(self.memory) is None:
             parse_bytes(self.memory)
+        self._check_tiers()
         for name in ("num_blocks", "max_batch_tokens", "max_sequences", "max_length"):
             value = getattr(self, name)
             if value is None and name in ("num_blocks", "max_length"):
                 continue
             if not _is_count(value):
                 raise ConfigError(f"{name}={value!r} is not a whole number of at least 1")
+
+    def _check_tiers(self) -> None:
+        if self.eviction not in EVICTION_POLICIES:
+            raise ConfigError(f"eviction={self.eviction!r} is unknown: choose one of {', '.join(EVICTION_POLICIES)}")
+        if not isinstance(self.scrub, bool):
+            raise ConfigError(f"scrub={self.scrub!r} is neither True nor False")
+        if self.disk is not None and (not isinstance(self.disk, str | PathLike) or not fspath(self.disk)):
+            raise ConfigError(f"disk={self.disk!r} is no path of a folder")
+        if (self.host_memory is not None or self.disk is not None) and not self.prefix_sharing:
+            raise ConfigError("host_memory and disk keep registered prefixes: leave them out, or prefix_sharing on")
+        if self.host_memory is not None:
+            parse_bytes(self.host_memory, "host_memory")
+        parse_bytes(self.disk_memory, "disk_memory")
 
     def formats(self, attentions: int) -> tuple[tuple[str, str], ...]:
         """Formats of keys and values that ``dtype`` asks for, for each of so many attentions; may be ``"auto"``.
@@ -106,8 +153,20 @@ class CacheConfig:
         return tuple(chosen)
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory for blocks that leave the device; 0 for none."""
+        if self.host_memory is None:
+            return 0 if self.disk is None else parse_bytes(DEFAULT_STAGING)
+        return parse_bytes(self.host_memory)
+
+    @property
+    def memory_share(self) -> float | None:
+        """The share of what is free on the device, if ``memory`` is one."""
+        return parse_share(self.memory)
+
+    @property
     def memory_bytes(self) -> int:
-        """Bytes for all caches together; meaningful when ``num_blocks`` is None."""
+        """Bytes for all caches together; meaningful when ``num_blocks`` and ``memory_share`` are None."""
         return parse_bytes(DEFAULT_MEMORY if self.memory is None else self.memory)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from kvpass.cache_handle import CacheHandle, make_moves
 from kvpass.config import CacheConfig
 from kvpass.driving import Driver
 from kvpass.errors import ConfigError, InputError
@@ -24,6 +25,7 @@ from kvpass.handle import Handle
 from kvpass.request import News, Request
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.capacity import allocate_caches, bytes_per_block, count_blocks
+from kvpass.runtime.eviction import POLICIES
 from kvpass.runtime.latency import Latencies
 from kvpass.runtime.output_text import decode_of
 from kvpass.runtime.prefix_cache import PrefixCache
@@ -49,6 +51,7 @@ class Engine:
         plan: what the module's caches are.
         config: how the cache is stored and how much of it there is.
         report: what the rewrite did, and how it was proven.
+        cache: what is kept for reuse: pin it, drop it, save it.
     """
 
     def __init__(
@@ -65,15 +68,21 @@ class Engine:
         self.plan = plan
         self.config = config
         self.report = report
-        num_blocks = count_blocks(plan, config)
+        num_blocks = count_blocks(plan, config, module.device)
         caches = allocate_caches(plan, num_blocks, module.device)
         self._eos_token_ids = eos_token_ids
         self._decode = None if tokenizer is None else decode_of(tokenizer)
-        self._pool = BlockPool(num_blocks, plan.block_size)
+        self._pool = BlockPool(num_blocks, plan.block_size, config.scrub)
         windows = plan.group_windows
-        prefix_cache = PrefixCache(self._pool, windows) if config.prefix_sharing else None
-        self._scheduler = Scheduler(self._pool, prefix_cache, config.max_batch_tokens, config.max_sequences, windows)
-        self._loop = StepLoop(module, plan, caches, self._scheduler)
+        policy = POLICIES[config.eviction]()
+        prefix_cache = PrefixCache(self._pool, windows, policy) if config.prefix_sharing else None
+        moves = make_moves(module, plan, config, caches, self._pool, prefix_cache)
+        swap = moves if config.host_bytes else None
+        self._scheduler = Scheduler(
+            self._pool, prefix_cache, config.max_batch_tokens, config.max_sequences, windows, swap
+        )
+        self._loop = StepLoop(module, plan, caches, self._scheduler, moves)
+        self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive)
         self._driver = Driver(self._loop)
         self._closed = False
         self.speculate(draft)
@@ -219,17 +228,6 @@ class Engine:
         if self._closed:
             raise InputError("the engine was closed: compile the model again")
         return self._driver.serving()
-
-    def step(self) -> bool:
-        """Compute one step for all requests under way; False if there are none.
-
-        For who wants to drive the engine: whoever waits for a token does so anyway.
-        """
-        with self._loop.computing():
-            if not self._loop.requests:
-                return False
-            self._loop.step()
-            return True
 
     def stats(self) -> EngineStats:
         """Figures of now and so far."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from kvpass.errors import InputError, IntegrityError, KvpassError
 from kvpass.request import Request
 from kvpass.runtime.batch import build_step_inputs
+from kvpass.runtime.block_moves import BlockMoves
 from kvpass.runtime.latency import Latencies
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence, SequenceState
@@ -52,8 +53,14 @@ class StepLoop:
     """
 
     def __init__(
-        self, module: StepModule, plan: CachePlan, caches: Ordered[tuple[Tensor, Tensor]], scheduler: Scheduler
+        self,
+        module: StepModule,
+        plan: CachePlan,
+        caches: Ordered[tuple[Tensor, Tensor]],
+        scheduler: Scheduler,
+        moves: BlockMoves,
     ) -> None:
+        self._moves = moves
         self._module = module
         self._plan = plan
         self.caches: Ordered[tuple[Tensor, Tensor]] = caches
@@ -103,6 +110,7 @@ class StepLoop:
         self._closed = True
         with self.exclusive():
             self.caches = ()
+            self._moves.close()
 
     def step(self) -> None:
         """Compute one step for whoever is in the scheduler. The lock is held."""
@@ -119,6 +127,7 @@ class StepLoop:
             raise IntegrityError("requests are under way and none of them can be scheduled")
         self._computed = tuple(sequence for sequence, _, _ in step.ranges)
         with torch.inference_mode():
+            self._moves.flush()
             if step.copies:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
@@ -207,6 +216,7 @@ class StepLoop:
         while self._cancelled:
             self._drop(self._cancelled[0])
             self._cancelled.popleft()
+        self._moves.flush()
 
     def _drop(self, requests: Ordered[Request], failure: Exception | None = None) -> None:
         """End requests before their time."""

@@ -6,9 +6,10 @@ once before anything is written to a block: no block is written to before it was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.host_memory import BlockKey, StoredBlock
 from kvpass.runtime.tiers import Prefetch, Tiers
 from kvpass.types import CachePlan
+
+# Blocks that are read at once to be written to disk.
+_SAVED_AT_ONCE = 64
 
 
 @dataclass(eq=False)
@@ -89,13 +93,9 @@ class BlockMoves:
     def flush(self) -> None:
         """Read what is being evicted, then wipe what is free. To be called before anything is written to blocks."""
         leaving, self._leaving = self._leaving, []
-        for group, tensors in enumerate(self._groups):
-            entries = [(key, block) for key, block in leaving if key.group == group]
-            if entries and self._tiers is not None:
-                content = _read(tensors, [block for _, block in entries]).numpy()
-                for (key, _), payload in zip(entries, content, strict=True):
-                    # A copy of its own, or one entry would hold the memory of all.
-                    self._tiers.put(key, payload.copy())
+        if self._tiers is not None:
+            for stored in self._read_out(leaving):
+                self._tiers.put(stored)
         wiped = self._pool.take_scrubs()
         if wiped:
             for tensor in self._tensors:
@@ -111,6 +111,21 @@ class BlockMoves:
                 _write(tensors, [block for block, _ in entries], content)
         if self._tiers is not None:
             self._tiers.count_promoted(len(stored))
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether there is a disk behind host memory."""
+        return self._tiers is not None and self._tiers.has_disk
+
+    def save(self, held: Iterable[tuple[str, int, bytes, int]]) -> None:
+        """Write blocks that are there (namespace, group, bytes of tokens, block) to disk, and all of host memory."""
+        if self._tiers is None:
+            return
+        self.flush()
+        entries = ((BlockKey.of(name, group, tokens), block) for name, group, tokens, block in held)
+        while batch := list(islice(entries, _SAVED_AT_ONCE)):
+            self._tiers.write(self._read_out(batch))
+        self._tiers.save()
 
     def swap_out(self, blocks: Ordered[int]) -> object | None:
         """As :meth:`kvpass.runtime.swap_space.SwapSpace.swap_out`."""
@@ -135,10 +150,27 @@ class BlockMoves:
         self.swapped_bytes -= handle.content.numel()
         handle.content = handle.content[:0]
 
+    def close(self) -> None:
+        """Let what is on its way to disk arrive, and let go of the caches."""
+        if self._tiers is not None:
+            self.flush()
+            self._tiers.close()
+        self._groups, self._tensors = [[] for _ in self._groups], []
+
     def clear(self) -> None:
         """As :meth:`kvpass.runtime.swap_space.SwapSpace.clear`; nor is anything moved out any more."""
         self.swapped_bytes = 0
         self._leaving = []
+
+    def _read_out(self, entries: list[tuple[BlockKey, int]]) -> list[StoredBlock]:
+        found = []
+        for group, tensors in enumerate(self._groups):
+            chosen = [(key, block) for key, block in entries if key.group == group]
+            if chosen and tensors:
+                content = _read(tensors, [block for _, block in chosen]).numpy()
+                # Copies, or one entry would hold the memory of all.
+                found += [StoredBlock(key, row.copy()) for (key, _), row in zip(chosen, content, strict=True)]
+        return found
 
 
 def _as_bytes(cache: Tensor) -> Tensor:

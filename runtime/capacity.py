@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,29 @@ def bytes_per_block(plan: CachePlan) -> int:
     return plan.block_size * sum(sizes.values())
 
 
-def count_blocks(plan: CachePlan, config: CacheConfig) -> int:
+def free_bytes(device: torch.device | str) -> int:
+    """Bytes of memory that are free on ``device`` now.
+
+    Raises:
+        ConfigError: if that cannot be found out.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        if device.type != "cpu":
+            raise OSError
+        memory = Path("/proc/meminfo")
+        if memory.exists():  # what the system would give back of its caches is free as well
+            return next(int(line.split()[1]) * 1024 for line in memory.open() if line.startswith("MemAvailable"))
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, StopIteration, AttributeError) as error:
+        raise ConfigError(
+            f"memory as a share of what is free on {device} cannot be known here: write an amount, such as '2GiB'"
+        ) from error
+
+
+def count_blocks(plan: CachePlan, config: CacheConfig, device: torch.device | str = "cpu") -> int:
     """Blocks that ``config`` asks for, or that its memory can hold.
 
     Raises:
@@ -32,12 +57,14 @@ def count_blocks(plan: CachePlan, config: CacheConfig) -> int:
     size = bytes_per_block(plan)
     if size == 0:
         return BLOCKS_WITHOUT_MEMORY
-    if config.memory_bytes < size:
+    share = config.memory_share
+    memory = config.memory_bytes if share is None else int(share * free_bytes(device))
+    if memory < size:
         raise ConfigError(
             f"memory={config.memory!r} holds no block: one block of {plan.block_size} tokens takes {size} bytes in "
             f"the {len(plan.caches)} caches of this model; give at least memory={size}, or a smaller block_size"
         )
-    return config.memory_bytes // size
+    return memory // size
 
 
 def allocate_caches(plan: CachePlan, num_blocks: int, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], ...]:

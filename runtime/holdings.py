@@ -8,6 +8,7 @@ from collections.abc import Sequence as Ordered
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.block_table import BlockTable
+from kvpass.runtime.host_memory import StoredBlock
 from kvpass.runtime.prefix_cache import PrefixNode
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step_registry import StepRegistry
@@ -107,8 +108,8 @@ class Holdings:
         token after the other is enough.
         """
         match = self._registry.find_prefix(sequence)
-        path = () if match is None else match.path
-        found = max(len(path) * self._pool.block_size, sequence.swapped_tokens)
+        path, stored = ((), ()) if match is None else (match.path, match.stored)
+        found = max((len(path) + len(stored)) * self._pool.block_size, sequence.swapped_tokens)
         passed = self.count_passed(found)
         shared = [b for g, count in enumerate(passed) for node in path[count:] if (b := node.blocks[g]) is not None]
         chunk = 1 if alone else min(self._max_chunk, sequence.num_tokens - found)
@@ -117,12 +118,18 @@ class Holdings:
             return False
         if match is not None:
             self._registry.take_over(sequence, match, passed)
+            if stored and found > sequence.swapped_tokens:
+                self._load(sequence, stored, passed)
         if found > sequence.num_computed and not self._swap_in(sequence, passed):
             # Of what was matched it has no more than a window beyond the rest needs.
             self.give_back_all(sequence)
             return False
         self._forget_swapped(sequence)
-        if match is not None and match.partial is not None and sequence.num_computed == found:
+        if (
+            match is not None
+            and match.partial is not None
+            and sequence.num_computed == len(path) * self._pool.block_size
+        ):
             self._copy_part(sequence, *match.partial)
         return True
 
@@ -174,6 +181,21 @@ class Holdings:
         self._forget_swapped(sequence)
         if handle is not None:
             sequence.swapped, sequence.swapped_tokens = handle, computed
+
+    def _load(self, sequence: Sequence, stored: Ordered[Ordered[StoredBlock | None]], passed: list[int]) -> None:
+        """Allocate blocks for what is stored of the tokens behind the matched ones, and fill them."""
+        hits = sequence.num_registered
+        end = hits + len(stored)
+        targets: dict[int, StoredBlock] = {}
+        for group, (table, count) in enumerate(zip(sequence.tables, passed, strict=True)):
+            table.skip(max(0, count - hits))
+            content = [block for row in stored[table.num_blocks - hits :] if (block := row[group]) is not None]
+            blocks = self._pool.allocate(end - table.num_blocks)
+            targets |= zip(blocks, content, strict=True)
+            table.extend(blocks)
+        sequence.num_computed = end * self._pool.block_size
+        self._registry.fill(targets)
+        self._registry.register(sequence, sequence.num_computed)
 
     def _swap_in(self, sequence: Sequence, passed: list[int]) -> bool:
         """Allocate blocks for what was swapped out, beyond the matched part, and fill them; False if it was lost."""

@@ -11,7 +11,7 @@ evicted one by one, and a prefix can be taken over where each group holds what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -82,7 +82,8 @@ class PrefixCache:
         raw = tokens[:max_tokens].tobytes()
         path, present = self._walk(raw, step, namespace)
         branch = path[-1] if path else self.root(namespace)
-        if self.shelf is not None:
+        # Where a token looks at nothing but itself, there is nothing to bring back.
+        if self.shelf is not None and (self._full or any(self._reach.values())):
             stored = self.shelf.find(namespace, raw, step, len(path), present)
             if stored:
                 return Match(branch, tuple(path), stored=tuple(map(tuple, stored)))
@@ -181,6 +182,20 @@ class PrefixCache:
         if self.shelf is not None:
             self.shelf.drop(namespace)
 
+    def held_blocks(self) -> Iterator[tuple[str, int, bytes, int]]:
+        """Namespace, group, bytes of the tokens of the whole prefix, and block: of all, tails before heads."""
+        stack: list[Branch] = list(self._roots.values())
+        nodes: list[Branch] = []
+        while stack:
+            nodes.append(stack.pop())
+            stack.extend(nodes[-1].children.values())
+        for node in reversed(nodes):
+            if isinstance(node, PrefixNode):
+                namespace, tokens = _key_of(node)
+                for group, block in enumerate(node.blocks):
+                    if block is not None:
+                        yield namespace, group, tokens, block
+
     def reset(self) -> None:
         """Start with an empty tree over a pool that was reset."""
         self._roots = {}
@@ -211,9 +226,9 @@ class PrefixCache:
         self._shelve(node, group)
         node.blocks = (*node.blocks[:group], None, *node.blocks[group + 1 :])
         self._give_up(block)
-        # Nodes that hold nothing stay as long as they lead to one that holds something.
+        # A node that holds nothing stays as long as it leads to one that holds something.
         if not node.children and not any(block is not None for block in node.blocks):
-            self.forget(node)
+            self._unlink(node)
 
     def check_integrity(self) -> None:
         """Assert that tree and pool agree.
@@ -263,19 +278,12 @@ class PrefixCache:
         return path[:usable], there
 
     def _shelve(self, node: PrefixNode, *groups: int) -> None:
-        if self.shelf is None:
-            return
-        keys = []
-        branch: Branch = node
-        while isinstance(branch, PrefixNode):
-            keys.append(branch.key)
-            branch = branch.parent
-        if isinstance(branch, Root):
-            tokens = b"".join(reversed(keys))
+        if self.shelf is not None:
+            namespace, tokens = _key_of(node)
             for group in groups:
                 block = node.blocks[group]
                 if block is not None:
-                    self.shelf.shelve(branch.namespace, group, tokens, block)
+                    self.shelf.shelve(namespace, group, tokens, block)
 
     def _forget_all(self, root: Root) -> None:
         for node in list(root.children.values()):
@@ -308,23 +316,22 @@ class PrefixCache:
                 self._queue.push(block, node)
 
     def _unlink(self, node: PrefixNode) -> None:
-        """Take a node out of its parent, and with it the ancestors that hold nothing and lead to nothing else."""
+        """Take a node without children out of the tree, and with it the ones before it that then hold nothing."""
         while True:
             parent = node.parent
             del parent.children[node.key]
             self._heads.remove(node)
+            node.attached = False
             if parent.children:
                 return
+            if isinstance(parent, Root):
+                del self._roots[parent.namespace]
             if not isinstance(parent, PrefixNode):
-                break
+                return
             if any(block is not None for block in parent.blocks):
                 self._queue_leaf(parent)
                 return
-            parent.attached = False
-            self._heads.discard(parent)
             node = parent
-        if isinstance(parent, Root):
-            del self._roots[parent.namespace]
 
     def _give_up(self, block: int | None) -> None:
         if block is not None:
@@ -335,3 +342,14 @@ class PrefixCache:
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
+
+
+def _key_of(node: PrefixNode) -> tuple[str, bytes]:
+    """The namespace of an attached node, and the bytes of all tokens of its prefix."""
+    keys = []
+    branch: Branch = node
+    while isinstance(branch, PrefixNode):
+        keys.append(branch.key)
+        branch = branch.parent
+    assert isinstance(branch, Root)
+    return branch.namespace, b"".join(reversed(keys))

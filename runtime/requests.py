@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpass.config import check_sampling
 from kvpass.errors import ConfigError, InputError
 from kvpass.runtime.output_text import Decode, OutputText
+from kvpass.runtime.prefix_nodes import TokenArray
 from kvpass.runtime.sequence import Sequence
 from kvpass.types import CachePlan, Sampling
 
@@ -40,7 +41,7 @@ def make_sequences(
     samplings = _samplings(sampling, len(prompts))
     sequences = []
     for index, (prompt, options) in enumerate(zip(prompts, samplings, strict=True)):
-        tokens = _token_ids(prompt, index, plan.vocab_size)
+        tokens = _token_ids(prompt, f"prompts[{index}]", plan.vocab_size)
         _check_allowed(tokens, index, plan.forbidden_tokens)
         if plan.max_length is not None and len(tokens) + new > plan.max_length:
             reason = f" ({plan.max_length_reason})" if plan.max_length_reason else ""
@@ -103,9 +104,17 @@ def _check_prompts(prompts: object) -> None:
         raise InputError("prompts is a flat list of token ids: wrap it, [prompt], to ask for one prompt")
 
 
-def _token_ids(prompt: object, index: int, vocab_size: int) -> list[int]:
-    """The token ids of ``prompts[index]``, as plain integers within the vocabulary."""
-    where = f"prompts[{index}]"
+def token_array(tokens: object, name: str, plan: CachePlan) -> TokenArray:
+    """Token ids that a caller gave as ``name``, int32.
+
+    Raises:
+        InputError: if they are none of the model.
+    """
+    return np.array(_token_ids(tokens, name, plan.vocab_size), dtype=np.int32)
+
+
+def _token_ids(prompt: object, where: str, vocab_size: int) -> list[int]:
+    """The token ids of what is called ``where``, as plain integers within the vocabulary."""
     if isinstance(prompt, str | bytes):
         raise InputError(f"{where} is text: turn it into token ids with the model's tokenizer first")
     if isinstance(prompt, Tensor | np.ndarray):

@@ -119,6 +119,7 @@ class Scheduler:
         with self._changing():
             self._queues.waiting.rank(sequence)
             self._enter(sequence)
+            sequence.ahead = self._registry.prefetch(sequence)
 
     def fork(self, sequence: Sequence, seeds: Ordered[int]) -> list[Sequence]:
         """New sequences that go on from where ``sequence`` is, one for each seed.

@@ -13,6 +13,7 @@ from kvpass.errors import IntegrityError
 from kvpass.runtime.block_table import BlockTable
 from kvpass.runtime.output_text import OutputText
 from kvpass.runtime.prefix_cache import Branch, TokenArray
+from kvpass.runtime.tiers import Prefetch
 from kvpass.types import FinishReason, Sampling, TokenLogprobs
 
 _FIRST_CAPACITY = 16
@@ -66,6 +67,7 @@ class Sequence:
         shares_tail: the block that holds its newest computed token may have other owners, and is then copied before
             it is written.
         swapped: handle of the content of its blocks, ``swapped_tokens`` of them, in host memory; None where it is not.
+        ahead: what is being read of its cache for it, before it starts; None if nothing is.
         branch: place in the prefix tree up to which the blocks are registered; None without prefix sharing.
         num_registered: blocks of each group from the front that are on the path to ``branch``.
         text: the output as text; None unless the request has stop strings.
@@ -75,6 +77,7 @@ class Sequence:
 
     __slots__ = (
         "_tokens",
+        "ahead",
         "branch",
         "deadline",
         "failure",
@@ -122,6 +125,7 @@ class Sequence:
         self.tenant = ""
         self.deadline: float | None = None
         self.namespace = ""
+        self.ahead: Prefetch | None = None
         self.rank: Rank | None = None
         self.state = SequenceState.NEW
         self.finish_reason: FinishReason | None = None

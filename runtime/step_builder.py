@@ -13,6 +13,9 @@ from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step import SchedulerCounts, TokenRange
 from kvpass.runtime.step_registry import StepRegistry
 
+# Seconds that a request waits for what is read for it, where nobody else could compute meanwhile.
+_LONGEST_WAIT = 30.0
+
 
 class StepBuilder:
     """Chooses the token ranges of one step after the other, and gives their tokens their blocks."""
@@ -102,6 +105,11 @@ class StepBuilder:
             sequence = queues.waiting.first()
             if sequence is None:
                 break
+            if sequence.ahead is not None:
+                if queues.running and not sequence.ahead.is_done:
+                    break  # the others compute meanwhile
+                sequence.ahead.wait(_LONGEST_WAIT)
+                sequence.ahead = None
             if reserve is None:
                 reserve = sum(map(self._holdings.will_need, queues.running))
             swapped = sequence.swapped_tokens

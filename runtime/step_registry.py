@@ -7,11 +7,14 @@ are pending, and :meth:`StepRegistry.undo` takes them back.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.host_memory import StoredBlock
 from kvpass.runtime.prefix_cache import Branch, Match, PrefixCache, PrefixNode
 from kvpass.runtime.sequence import Sequence
+from kvpass.runtime.tiers import Prefetch
 
 
 class Replacement(NamedTuple):
@@ -68,6 +71,17 @@ class StepRegistry:
             return None
         return match
 
+    def prefetch(self, sequence: Sequence) -> Prefetch | None:
+        """Begin to bring nearer what is stored far away of the tokens of ``sequence``; None if nothing is."""
+        if self._prefix_cache is None:
+            return None
+        return self._prefix_cache.prefetch(sequence.tokens, sequence.num_tokens - 1, sequence.namespace)
+
+    def fill(self, targets: Mapping[int, StoredBlock]) -> None:
+        """Write stored content to blocks, at once."""
+        if self._prefix_cache is not None and self._prefix_cache.shelf is not None:
+            self._prefix_cache.shelf.fill(targets)
+
     def take_over(self, sequence: Sequence, match: Match, passed: list[int]) -> None:
         """Make the blocks of ``match`` the first ones of ``sequence``; of group g those from ``passed[g]`` on.
 
@@ -107,12 +121,12 @@ class StepRegistry:
             return
         tokens = sequence.tokens
         for index in range(sequence.num_registered, full):
-            blocks = [table[index] for table in sequence.tables]
+            blocks = [table[index] if index >= table.num_passed else None for table in sequence.tables]
             node = self._prefix_cache.insert(branch, tokens[index * size : (index + 1) * size], blocks)
-            if any(own == registered for own, registered in zip(blocks, node.blocks, strict=True)):
+            if any(own == registered is not None for own, registered in zip(blocks, node.blocks, strict=True)):
                 self._pending[node] = None
             for group, (own, registered) in enumerate(zip(blocks, node.blocks, strict=True)):
-                if registered is not None and registered != own:
+                if registered is not None and own is not None and registered != own:
                     # Owning the registered block as well keeps it, and with it the path to the root, in place.
                     self._pool.acquire([registered])
                     self._replacements.append(Replacement(sequence, group, index, registered))
@@ -148,3 +162,5 @@ class StepRegistry:
             first, branch = branch, branch.parent
         if first is not None and self._prefix_cache is not None:
             self._prefix_cache.forget(first)
+        if self._prefix_cache is not None and self._prefix_cache.shelf is not None:
+            self._prefix_cache.shelf.drop(sequence.namespace)

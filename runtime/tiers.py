@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvpass.runtime.disk_store import DiskStore
-from kvpass.runtime.host_memory import BlockKey, HostMemory, Payload, StoredBlock, prefix_digests
+from kvpass.runtime.host_memory import BlockKey, HostMemory, StoredBlock, prefix_digests
 
 # What waits to be written may take this share of host memory once more; beyond it the oldest is given up.
 _QUEUE_SHARE = 0.25
@@ -102,6 +102,11 @@ class Tiers:
             return TierCounts(**self._counts, disk_errors=0 if self._disk is None else self._disk.errors)
 
     @property
+    def has_disk(self) -> bool:
+        """Whether there is a disk behind host memory."""
+        return self._disk is not None
+
+    @property
     def host_bytes(self) -> int:
         """Bytes taken in host memory."""
         return self._host.size
@@ -111,10 +116,10 @@ class Tiers:
         """Bytes taken on disk."""
         return 0 if self._disk is None else self._disk.size
 
-    def put(self, key: BlockKey, payload: Payload) -> None:
+    def put(self, block: StoredBlock) -> None:
         """Store the content of a block that leaves the device."""
         with self._lock:
-            self._host.put(StoredBlock(key, payload))
+            self._host.put(block)
             self._counts["demoted"] += 1
 
     def count_promoted(self, count: int) -> None:
@@ -201,13 +206,22 @@ class Tiers:
             if self._disk is not None:
                 self._disk.drop(namespace)
 
+    def write(self, blocks: list[StoredBlock]) -> None:
+        """Write blocks to disk at once."""
+        if self._disk is not None:
+            self._disk.put(blocks)
+            with self._lock:
+                self._counts["written"] += len(blocks)
+
     def save(self) -> None:
         """Write to disk all that is in host memory, and wait until it is there."""
         if self._disk is None:
             return
         with self._lock:
-            for block in self._host:
+            # One after the other: the queue holds less than host memory.
+            for block in list(self._host):
                 self._enqueue(block)
+                self._lock.wait_for(lambda: not self._writes)
         self.flush()
 
     def flush(self) -> None:

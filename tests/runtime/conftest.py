@@ -152,12 +152,17 @@ class Machine:
                 assert writers.setdefault(block, sequence) is sequence, "two sequences write one block"
                 held = sum(source == block for source, _ in step.copies)
                 assert block in pending or self.pool.count_owners(block) - held == 1, "a block of two owners is written"
-                self.slots[block * size + position % size] = values[position] + group
+                self.slots[block * size + position % size] = values[position] + self.mark(sequence, group)
         for sequence, start, end in step.ranges:
             first = 0 if window is None else max(0, start - window + 1)
             positions = np.arange(first, end)
-            read = self.slots[sequence.tables[group].entries[positions // size] * size + positions % size] - group
+            read = self.slots[sequence.tables[group].entries[positions // size] * size + positions % size]
+            read = read - self.mark(sequence, group)
             assert read.tolist() == histories(sequence.tokens_to_compute(0, end).tolist())[first:]
+
+    def mark(self, sequence, group):
+        """What tells the slots of a group, and of a namespace, from those of others; a multiple of 5 for group 0."""
+        return group + (1_000_000_000 if sequence.namespace else 0)
 
     def next_tokens(self, step):
         """For each sampled sequence the tokens that follow, as far as what was proposed is right, and one more."""

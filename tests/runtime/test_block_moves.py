@@ -5,6 +5,7 @@ import torch
 from kvpass.kernels.formats import allocate_cache
 from kvpass.runtime.block_moves import BlockMoves
 from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.disk_store import DiskStore
 from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.tiers import Tiers
 from kvpass.types import CachePlan, CacheSpec
@@ -171,3 +172,28 @@ def test_what_is_dropped_does_not_arrive_later(namespace):
     device.cache.drop("us") if namespace else device.cache.clear()
     device.moves.flush()
     assert device.cache.match(ids(1, 2, 3, 4), 4, "us").stored == ()
+
+
+def test_what_is_saved_is_found_by_a_later_pool(tmp_path):
+    first = Device(disk=DiskStore(tmp_path, 1 << 24))
+    tokens = ids(*range(12))
+    branch = first.cache.root("us")
+    for start in range(0, 12, SIZE):
+        blocks = first.pool.allocate(2)
+        branch = first.cache.insert(branch, tokens[start : start + SIZE], blocks)
+        for block in blocks:
+            first.write(block, 10 + start + block % 2)
+    held = list(first.cache.held_blocks())
+    assert [len(key) // 16 for _, _, key, _ in held] == [3, 3, 2, 2, 1, 1]  # tails before heads
+    first.moves.save(first.cache.held_blocks())
+    first.tiers.close()
+    second = Device(disk=DiskStore(tmp_path, 1 << 24))
+    assert second.cache.prefetch(tokens, 12, "them") is None
+    ahead = second.cache.prefetch(tokens, 12, "us")
+    assert ahead is not None and ahead.wait(10)
+    match = second.cache.match(tokens, 12, "us")
+    assert len(match.stored) == 3
+    blocks = second.pool.allocate(2)
+    second.moves.fill(dict(zip(blocks, match.stored[2], strict=True)))
+    assert second.holds(blocks[0], 18, 0) and second.holds(blocks[1], 19, 1)
+    second.tiers.close()

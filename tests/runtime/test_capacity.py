@@ -18,6 +18,19 @@ def test_blocks_follow_from_memory():
     assert capacity.count_blocks(PLAN, CacheConfig(num_blocks=3)) == 3
 
 
+def test_memory_may_be_a_share_of_what_is_free(monkeypatch):
+    assert 2**20 < capacity.free_bytes("cpu") < 2**50
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: BLOCK_BYTES * 100)
+    for share in (0.25, "25%", " 25.0 %"):
+        assert capacity.count_blocks(PLAN, CacheConfig(memory=share)) == 25
+    assert capacity.count_blocks(PLAN, CacheConfig(memory=1.0)) == 100
+
+
+def test_a_device_whose_memory_cannot_be_known_needs_an_amount():
+    with pytest.raises(ConfigError, match="on meta cannot be known here: write an amount"):
+        capacity.count_blocks(PLAN, CacheConfig(memory=0.5), "meta")
+
+
 def test_memory_for_less_than_one_block_is_refused_with_the_least_amount():
     with pytest.raises(ConfigError, match=f"at least memory={BLOCK_BYTES}"):
         capacity.count_blocks(PLAN, CacheConfig(memory=BLOCK_BYTES - 1))

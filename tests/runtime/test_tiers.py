@@ -25,7 +25,7 @@ def put_prefix(tiers, tokens, groups=(0,), namespace="", levels=None):
     for level in reversed(levels or range(len(tokens) // STEP)):
         for group in groups:
             key = BlockKey.of(namespace, group, tokens[: (level + 1) * STEP])
-            tiers.put(key, content(key))
+            tiers.put(StoredBlock(key, content(key)))
         tiers.flush()
 
 
@@ -187,7 +187,7 @@ def test_a_disk_that_cannot_keep_up_makes_memory_no_larger(make_tiers, monkeypat
     tiers = make_tiers(host=8 * 1600, disk=1 << 20)
     for seed in range(40):
         key = BlockKey.of("", 0, tokens_of(1, seed))
-        tiers.put(key, content(key))
+        tiers.put(StoredBlock(key, content(key)))
     assert tiers._write_bytes <= 2 * 1600 and tiers.counts.given_up > 20
     release.set()
     tiers.flush()
