@@ -1,4 +1,4 @@
-"""The ``kvpass`` command: ``demo``, ``generate``, ``inspect``, ``eval``, ``tune`` and ``plan``.
+"""The ``kvpass`` command: ``demo``, ``generate``, ``inspect``, ``eval``, ``tune``, ``plan`` and ``trace``.
 
 Results go to standard output, everything else to standard error. The exit code is 0, 1 for a model that was refused,
 or 2 for something that cannot be used; the latter two say why in one line each, and never with a traceback.
@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvpass.cli_plan import plan
+from kvpass.cli_trace import trace
 from kvpass.config import CACHE_DTYPES
 from kvpass.errors import KvpassError, RefusedError
 from kvpass.terminal import error_line, line, output, stages
@@ -80,6 +81,7 @@ BlockSize = Annotated[int, typer.Option(help="Tokens per block, a power of two."
 
 
 app.command()(plan)
+app.command()(trace)
 
 
 @app.callback(invoke_without_command=True)

@@ -229,6 +229,17 @@ class Engine:
             raise InputError("the engine was closed: compile the model again")
         return self._driver.serving()
 
+    def step(self) -> bool:
+        """Compute one step for all requests under way; False if there are none.
+
+        For who wants to drive the engine: whoever waits for a token does so anyway.
+        """
+        with self._loop.computing():
+            if not self._loop.requests:
+                return False
+            self._loop.step()
+            return True
+
     def stats(self) -> EngineStats:
         """Figures of now and so far."""
         with self._loop.exclusive():

@@ -51,6 +51,16 @@ class Handle:
         return self._tokens_from(0)
 
     @property
+    def num_tokens(self) -> int:
+        """How many new tokens have come so far."""
+        return self._request.delivered
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return self._request.sequence.prompt_length
+
+    @property
     def text(self) -> str:
         """The text of the tokens that have come so far.
 
