@@ -6,11 +6,11 @@ from __future__ import annotations
 _MEMORY = 0.95
 # A step that took longer than this many times what was expected says more of the machine than of the step.
 _OUTLIER = 3.0
-# Share of the time of plain decoding that drafting may lose, and seconds' worth of plain steps to begin with.
+# Share of the time of plain decoding that drafting may lose, and plain steps that it may lose to begin with.
 _LOSS_PERMITTED = 0.01
-_STEPS_TO_TRY = 2.0
+_STEPS_TO_TRY = 1.0
 # What was gained is no licence to lose as much later.
-_MOST_KEPT = 8.0
+_MOST_KEPT = 2.0
 
 
 class FadingLine:
@@ -52,7 +52,7 @@ class DraftCosts:
     """The time of a plain step by its sequences, what drafted tokens add to it, and the balance of both.
 
     The balance is time won minus time lost, against plain decoding at the same throughput. Drafting that does not pay
-    may lose 1 % of the time that plain decoding takes, and a few steps to begin with; beyond, it has to wait.
+    may lose 1 % of the time that plain decoding takes, and a step to begin with; beyond, it has to wait.
 
     Attributes:
         balance: seconds; drafting is permitted as long as it is not negative.
