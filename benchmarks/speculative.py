@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import replace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,9 +69,9 @@ def compare(
     for turn in range(2 * turns + 1):
         lookup = turn % 2 == 1
         engine.speculate(kvpass.PromptLookup() if lookup else None)
-        before = replace(engine._scheduler.counts)
+        before = engine.stats()
         spent, outputs[lookup] = run(engine, prompts, new, drawn, CLOCKS[clock])
-        after = engine._scheduler.counts
+        after = engine.stats()
         drafted += after.drafted_tokens - before.drafted_tokens
         accepted += after.accepted_tokens - before.accepted_tokens
         if turn:  # the first reads the prompts, and warms everything up

@@ -7,7 +7,7 @@ _MEMORY = 0.95
 # A step that took longer than this many times what was expected says more of the machine than of the step.
 _OUTLIER = 3.0
 # Share of the time of plain decoding that drafting may lose, and plain steps that it may lose to begin with.
-_LOSS_PERMITTED = 0.01
+_LOSS_PERMITTED = 0.005
 _STEPS_TO_TRY = 1.0
 # What was gained is no licence to lose as much later.
 _MOST_KEPT = 2.0
@@ -18,7 +18,7 @@ class FadingLine:
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
-        self._slope = 0.0
+        self._slope: float | None = None
 
     @property
     def known(self) -> bool:
@@ -40,19 +40,21 @@ class FadingLine:
 
     @property
     def slope(self) -> float:
-        """How much y grows with x; never negative."""
-        return self._slope
+        """How much y grows with x; never negative. While x has hardly changed, y is taken to be proportional to it."""
+        if self._slope is not None:
+            return self._slope
+        return max(0.0, self._y / self._x) if self._x > 0 else 0.0
 
     def at(self, x: float) -> float:
         """The line at ``x``."""
-        return self._y + self._slope * (x - self._x)
+        return self._y + self.slope * (x - self._x)
 
 
 class DraftCosts:
     """The time of a plain step by its sequences, what drafted tokens add to it, and the balance of both.
 
     The balance is time won minus time lost, against plain decoding at the same throughput. Drafting that does not pay
-    may lose 1 % of the time that plain decoding takes, and a step to begin with; beyond, it has to wait.
+    may lose 0.5 % of the time that plain decoding takes, and a step to begin with; beyond, it has to wait.
 
     Attributes:
         balance: seconds; drafting is permitted as long as it is not negative.

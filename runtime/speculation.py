@@ -22,10 +22,8 @@ from kvpass.runtime.verification import can_be_drafted
 # Steps of a sequence without drafts after which an expensive drafter is tried again, and of all without a plain step.
 _TRY_EVERY = 64
 _PLAIN_EVERY = 64
-# Tokens of such a trial, and what a drafted token is thought to add to a step, as a share of what it saves, before any
-# was measured.
+# Tokens of such a trial, and of the first drafts of all.
 _TRIAL = 2
-_FIRST_PRICE = 0.25
 # Tokens that stand for what is known of other sequences, when the chances of a new one are estimated.
 _PRIOR_TOKENS = 4.0
 _MEMORY = 0.9
@@ -152,8 +150,10 @@ class Speculator:
         if self._since_plain >= _PLAIN_EVERY:
             return [0] * len(candidates)
         worth = self.costs.plain_step(running) / running
-        price = self.costs.token_slope if self.costs.tried else _FIRST_PRICE * worth
-        return [self._count(self._chances.setdefault(s, Chance()), worth, price) for s in candidates]
+        chances = [self._chances.setdefault(sequence, Chance()) for sequence in candidates]
+        if not self.costs.tried:
+            return [min(_TRIAL, self.drafter.max_draft)] * len(candidates)
+        return [self._count(chance, worth, self.costs.token_slope) for chance in chances]
 
     def _count(self, chance: Chance, worth: float, price: float) -> int:
         right = self._estimate(chance)

@@ -176,7 +176,7 @@ def test_a_fading_line_follows_measurements():
 
 @pytest.mark.parametrize(("slope", "chance", "pays"), [(0.02, 0.9, True), (0.5, 0.1, False), (2.0, 0.9, False)])
 def test_drafts_that_do_not_pay_lose_little(slope, chance, pays):
-    """Steps of 1 s, `slope` more for each drafted token of which `chance` are right: at most 1 % and two steps lost."""
+    """Steps of 1 s, `slope` more for each drafted token of which `chance` are right: at most 0.5 % and a few steps."""
     costs, numbers = DraftCosts(), np.random.default_rng(0)
     seconds = tokens = drafts = 0
     for _ in range(3000):

@@ -1,0 +1,130 @@
+"""A request gets its own tokens, alone or in any mix: shared, chunked, preempted, sampled n times, drafted.
+
+One export for each family; the engines differ in their pools and schedules alone.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+
+import pytest
+from torch import nn
+
+import kvpass
+from tests.parity.harness import SEED, Prompts, assert_tokens_equal, ragged_prompts
+from tests.speculating import Guesses, always_speculate
+
+zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
+
+CONFIG = kvpass.CacheConfig(block_size=8, num_blocks=128)
+DRAWN = [kvpass.Sampling(temperature=1.0, top_p=0.9, seed=seed, ignore_eos=True) for seed in range(4)]
+FAMILIES = ("gpt2", "mistral", "llama")  # learned positions; a window of 24 tokens; rotary, grouped heads
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A model, its paged module, and what its prompts go on with."""
+
+    model: nn.Module
+    compiled: kvpass.Engine
+    prompts: Prompts
+
+    def engine(self, **options: object) -> kvpass.Engine:
+        """An engine of its own over the module."""
+        config = replace(CONFIG, **options)
+        return kvpass.Engine(self.compiled.module, self.compiled.plan, config, self.compiled.report)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    model, vocab_size = zoo.tiny(request.param, seed=SEED)
+    return Family(copy.deepcopy(model), kvpass.compile(model, CONFIG, verify=False), ragged_prompts(vocab_size))
+
+
+@dataclass(frozen=True, eq=False)
+class OneByOne:
+    """An engine that is asked for each prompt by itself: alone, or all at once while others come and go."""
+
+    engine: kvpass.Engine
+    alone: bool
+    n: int = 1
+
+    def generate(self, prompts: Prompts, max_new_tokens: int, sampling: kvpass.Sampling) -> Prompts:
+        if self.alone:
+            return [self.engine.submit(prompt, max_new_tokens, sampling).result() for prompt in prompts]
+        handles = [self.engine.submit(prompt, max_new_tokens, sampling, n=self.n) for prompt in prompts]
+        passing = self.engine.submit(prompts[0][:2], 3)
+        next(iter(handles[0]))
+        passing.cancel()
+        for handle in handles:
+            assert [sample.result() for sample in handle.samples] == [handle.result()] * self.n
+        return [handle.result() for handle in handles]
+
+
+def drafting_for(family: Family, kind: str) -> object:
+    if kind == "lookup":
+        return kvpass.PromptLookup((2, 1), max_draft=4)
+    if kind == "engine":
+        return kvpass.DraftEngine(family.engine(), max_draft=3)
+    plain = family.engine().generate(family.prompts, 16, kvpass.Sampling(ignore_eos=True))
+    return Guesses(zip(family.prompts, plain, strict=True), mistakes=0.3, vocabulary=family.compiled.plan.vocab_size)
+
+
+TIGHT = {"num_blocks": 12, "max_sequences": 4}
+MIXES = {
+    "unshared": {"prefix_sharing": False},
+    "shared": {},
+    "chunked": {"max_batch_tokens": 11},
+    "preempted": TIGHT,
+    "chunked, tight, unshared": {"max_batch_tokens": 7, "prefix_sharing": False, **TIGHT},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_greedy_tokens_are_those_of_the_model(family: Family, mix: str) -> None:
+    engine = family.engine(**MIXES[mix])
+    for _ in range(2):
+        assert_tokens_equal(family.model, engine, family.prompts)
+        engine.check_integrity()
+    if mix == "preempted":
+        assert engine.stats().preemptions > 0
+    assert ("unshared" in mix) == (engine.stats().prefix_hit_tokens == 0)
+    assert_tokens_equal(family.model, OneByOne(engine, alone=True), family.prompts)
+    assert_tokens_equal(family.model, OneByOne(engine, alone=False, n=2), family.prompts)
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("kind", ["lookup", "engine", "guesses"])
+@pytest.mark.parametrize("mix", ["shared", "chunked, tight, unshared"])
+def test_drafted_tokens_are_those_of_the_model(family: Family, kind: str, mix: str) -> None:
+    engine = always_speculate(family.engine(**MIXES[mix]), drafting_for(family, kind))
+    assert_tokens_equal(family.model, engine, family.prompts)
+    assert_tokens_equal(family.model, OneByOne(engine, alone=False, n=2), family.prompts)
+    engine.check_integrity()
+    assert engine._scheduler.counts.drafted_tokens > 0
+    if kind != "lookup":
+        assert engine._scheduler.counts.accepted_tokens > 0
+
+
+def test_seeds_keep_their_promise_in_any_mix(family: Family) -> None:
+    alone = [family.engine().generate([p], 16, s)[0] for p, s in zip(family.prompts, DRAWN, strict=True)]
+    assert len(set(map(tuple, alone))) == len(alone)
+    for options in MIXES.values():
+        engine = family.engine(**options)
+        assert engine.generate(family.prompts, 16, DRAWN) == alone
+        always_speculate(engine, drafting_for(family, "engine"))
+        assert engine.generate(family.prompts, 16, DRAWN) == alone
+        assert engine._scheduler.counts.accepted_tokens > 0
+
+
+def test_int8_with_sharing_gives_the_tokens_of_int8_without() -> None:
+    model, vocab_size = zoo.tiny("llama", seed=SEED)
+    compiled = kvpass.compile(model, replace(CONFIG, dtype="int8"), verify=False)
+    family = Family(model, compiled, ragged_prompts(vocab_size))
+    expected = family.engine(dtype="int8", prefix_sharing=False).generate(family.prompts, 16)
+    for mix in ("shared", "chunked", "preempted"):
+        engine = family.engine(dtype="int8", **MIXES[mix])
+        for _ in range(2):
+            assert engine.generate(family.prompts, 16) == expected
+        assert engine.stats().prefix_hit_tokens > 0
+        always_speculate(engine, drafting_for(family, "guesses"))
+        assert engine.generate(family.prompts, 16) == expected
