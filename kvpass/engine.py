@@ -29,7 +29,7 @@ from kvpass.runtime.eviction import POLICIES
 from kvpass.runtime.latency import Latencies
 from kvpass.runtime.output_text import decode_of
 from kvpass.runtime.prefix_cache import PrefixCache
-from kvpass.runtime.requests import make_samples, make_sequences
+from kvpass.runtime.requests import make_samples, make_sequences, set_service
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.speculation import Drafter, Speculator
@@ -149,6 +149,10 @@ class Engine:
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         *,
+        priority: int = 0,
+        deadline: float | None = None,
+        namespace: str = "",
+        tenant: str = "",
         n: int = 1,
     ) -> Handle:
         """Queue one prompt, and return at once; requests may come in while others run, from any thread or task.
@@ -157,6 +161,11 @@ class Engine:
             prompt: token ids.
             max_new_tokens: most new tokens.
             sampling: how tokens are chosen.
+            priority: requests with a larger number are served first, but for those that have waited long; -100 to 100.
+            deadline: seconds from now after which the request is ended with the tokens that have come; looked at
+                whenever a step is chosen.
+            namespace: blocks are shared with requests of the same namespace only.
+            tenant: on whose behalf it is; tenants get equal shares of the engine.
             n: how many samples to continue the prompt with; see :attr:`kvpass.Handle.samples`. The first has the seed
                 of ``sampling``, the others seeds that follow from it.
 
@@ -166,6 +175,7 @@ class Engine:
             CapacityError: if the pool is too small for the request even alone.
         """
         sequences = make_samples(prompt, max_new_tokens, sampling, n, self.plan, self._eos_token_ids, self._decode)
+        set_service(sequences, priority, deadline, namespace, tenant)
         self._check(sequences)
         requests = [Request(sequence, 0, News(pending=1)) for sequence in sequences]
         handles = [Handle(request, self._loop, self._driver, self._decode) for request in requests[1:]]

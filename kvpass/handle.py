@@ -91,7 +91,7 @@ class Handle:
 
     @property
     def finish_reason(self) -> str | None:
-        """``"length"``, ``"stop"``, ``"error"`` or ``"cancelled"``; None while the request is under way."""
+        """``"length"``, ``"stop"``, ``"deadline"``, ``"error"`` or ``"cancelled"``; None before the end."""
         if not self._request.ended:
             return None
         if self._request.failure is not None:
@@ -99,7 +99,7 @@ class Handle:
         return self._request.sequence.finish_reason or "cancelled"
 
     def result(self, timeout: float | None = None) -> list[int]:
-        """Wait for the end and return all new tokens; of a cancelled request, those that had come.
+        """Wait for the end and return all new tokens, or those that had come before it was cut short.
 
         Args:
             timeout: seconds to wait at most; the request goes on when they are over.

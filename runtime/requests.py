@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+import time
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from kvpass.runtime.sequence import Sequence
 from kvpass.types import CachePlan, Sampling
 
 SEED_BITS = 64
+MOST_PRIORITY = 100
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
@@ -87,6 +90,30 @@ def make_samples(
     if not options:
         return [first]
     return [first, *make_sequences([prompt] * len(options), max_new_tokens, options, plan, eos_token_ids, decode)]
+
+
+def set_service(
+    sequences: Ordered[Sequence], priority: int, deadline: float | None, namespace: str, tenant: str
+) -> None:
+    """Say how new sequences are served; ``deadline`` is in seconds from now.
+
+    Raises:
+        InputError: if a value cannot be used.
+    """
+    whole = _whole_number(priority)
+    if whole is None or not -MOST_PRIORITY <= whole <= MOST_PRIORITY:
+        raise InputError(f"priority={priority!r} is not a whole number from {-MOST_PRIORITY} to {MOST_PRIORITY}")
+    number = isinstance(deadline, int | float) and not isinstance(deadline, bool)
+    if deadline is not None and not (number and 0 < deadline < math.inf):
+        raise InputError(f"deadline={deadline!r} is not a number of seconds from now, more than 0, or None for no end")
+    for name, value in (("namespace", namespace), ("tenant", tenant)):
+        if not isinstance(value, str):
+            raise InputError(f"{name}={value!r} is not a string")
+    for sequence in sequences:
+        sequence.priority = whole
+        sequence.deadline = None if deadline is None else time.monotonic() + deadline
+        sequence.namespace = namespace
+        sequence.tenant = tenant
 
 
 def _seed_of_sample(seed: int, index: int) -> int:
