@@ -22,8 +22,12 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
     known = np.array([sequence.num_tokens for sequence, _, _ in step.ranges], dtype=np.int64)
     counts = ends - starts
     query_start = np.concatenate(([0], np.cumsum(counts)))
-    tokens = np.concatenate([sequence.tokens_to_compute(start, end) for sequence, start, end in step.ranges])
     tables = _block_tables(step, (-(-ends // block_size)).tolist())
+    if query_start[-1] == len(starts) and (ends == known).all():  # one token of each sequence, its newest
+        tokens = np.array([sequence.newest for sequence, _, _ in step.ranges], dtype=np.int64)
+    else:
+        parts = [sequence.tokens_to_compute(start, end) for sequence, start, end in step.ranges]
+        tokens = np.concatenate(parts).astype(np.int64)
     rows = np.repeat(np.arange(len(starts)), counts)
     positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[rows]
     slots = tables[:, rows, positions // block_size] * block_size + positions % block_size
@@ -32,7 +36,7 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
         return torch.from_numpy(array).to(device)
 
     return StepInputs(
-        token_ids=move(tokens.astype(np.int64)),
+        token_ids=move(tokens),
         positions=move(positions),
         slot_mapping=move(slots),
         block_tables=move(tables),
@@ -61,7 +65,7 @@ def _block_tables(step: Step, widths: list[int]) -> NDArray[np.int64]:
     """``[G, N, W]``: the first ``widths`` blocks of each sequence in each group, then zeros."""
     groups = len(step.ranges[0].sequence.tables)
     tables = np.zeros((groups, len(widths), max(widths)), dtype=np.int64)
-    for row, (sequence, _, _) in enumerate(step.ranges):
-        for group, table in enumerate(sequence.tables):
-            tables[group, row, : widths[row]] = table.entries[: widths[row]]
+    for group, rows in enumerate(tables):
+        for row, (sequence, _, _), width in zip(rows, step.ranges, widths, strict=True):
+            sequence.tables[group].copy_to(row, width)
     return tables

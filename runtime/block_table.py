@@ -39,6 +39,10 @@ class BlockTable:
         owned: list[int] = self._blocks[self.num_passed : self.num_blocks].tolist()
         return owned
 
+    def copy_to(self, row: NDArray[np.int64], count: int) -> None:
+        """Write the first ``count`` entries to the beginning of ``row``."""
+        row[:count] = self._blocks[:count]
+
     def extend(self, blocks: list[int]) -> None:
         """Append blocks."""
         end = self.num_blocks + len(blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 
 from kvpass.errors import IntegrityError
@@ -156,12 +157,17 @@ class Holdings:
         twin.num_registered, twin.branch = sequence.num_registered, sequence.branch
         twin.shares_tail = sequence.shares_tail = sequence.num_computed % self._pool.block_size != 0
 
-    def give_back_passed(self, sequence: Sequence) -> None:
-        """Give back what no token to come looks at."""
-        if self._bounded:
-            for table, count in zip(sequence.tables, self.count_passed(sequence.num_computed), strict=True):
-                if count > table.num_passed:
-                    self._pool.release(table.pass_front(count))
+    def give_back_passed(self, sequences: Iterable[Sequence]) -> None:
+        """Give back what no token to come of running sequences looks at."""
+        if not self._bounded:
+            return
+        bounded = [(group, window - 1) for group, window in enumerate(self._windows) if window is not None]
+        size = self._pool.block_size
+        for sequence in sequences:
+            for group, reach in bounded:
+                table = sequence.tables[group]
+                if (sequence.num_computed - reach) // size > table.num_passed and table.num_blocks:
+                    self._pool.release(table.pass_front((sequence.num_computed - reach) // size))
 
     def give_back_all(self, sequence: Sequence) -> None:
         """Empty the tables of a sequence."""

@@ -149,9 +149,8 @@ class Scheduler:
             expired = self._deadlines.expired()
             self._drop(expired, "deadline")
             ranges = self._builder.build()
-            reached = [(sequence, end - sequence.num_tokens) for sequence, _, end in ranges]
-            sampled = tuple(sequence for sequence, drafted in reached if drafted >= 0)
-            drafted = tuple(drafted for _, drafted in reached if drafted >= 0)
+            sampled = tuple(sequence for sequence, _, end in ranges if end >= sequence.num_tokens)
+            drafted = tuple(end - sequence.num_tokens for sequence, _, end in ranges if end >= sequence.num_tokens)
             step = Step(tuple(ranges), sampled, drafted, tuple(self._holdings.copies), tuple(expired))
             if ranges:
                 self._in_flight = step
@@ -167,29 +166,27 @@ class Scheduler:
         if step is not self._in_flight or len(tokens) != len(step.sampled) or [] in tokens:
             raise IntegrityError("commit takes the step in flight, and at least one token for each sampled sequence")
         with self._changing():
-            self._count(step)
-            for sequence, _, end in step.ranges:
-                sequence.num_computed = min(end, sequence.num_tokens)
+            self._note_computed(step)
             for sequence, drafted, new in zip(step.sampled, step.drafted, tokens, strict=True):
-                if sequence in self._dropped:
+                if self._dropped and sequence in self._dropped:
                     continue
                 if new is None:
                     self._registry.forget_content(sequence)
                     sequence.finish("error")
-                else:
+                elif drafted or len(new) > 1:
                     self._accept(sequence, drafted, new)
+                else:
+                    sequence.append(new[0])
             self._registry.settle()
             self._holdings.let_go()
             self._in_flight = None
             self._drop(self._dropped, None)
             self._dropped = set()
-            ended = [sequence for sequence in step.sampled if sequence.state is SequenceState.FINISHED]
+            ended = {sequence for sequence in step.sampled if sequence.state is SequenceState.FINISHED}
             for sequence in ended:
                 self._holdings.give_back_all(sequence)
-            self._queues.take_out(set(ended))
-            for sequence, _, _ in step.ranges:
-                if sequence.state is SequenceState.RUNNING:
-                    self._holdings.give_back_passed(sequence)
+            self._queues.take_out(ended)
+            self._holdings.give_back_passed(sequence for sequence, _, _ in step.ranges)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Drop sequences wherever they are, and give their blocks back; finished ones are left as they are.
@@ -281,17 +278,20 @@ class Scheduler:
         if matching:
             self._registry.register(sequence, min(sequence.num_computed, sequence.num_tokens))
 
-    def _count(self, step: Step) -> None:
+    def _note_computed(self, step: Step) -> None:
         counts, size = self.counts, self._pool.block_size
-        counts.steps += 1
+        prefill = decode = unused = 0
         for sequence, start, end in step.ranges:
-            known = min(end, sequence.num_tokens)
+            known = sequence.num_computed = min(end, sequence.num_tokens)
             if known - start == 1 and start >= sequence.prompt_length:
-                counts.decode_tokens += 1
+                decode += 1
             else:
-                counts.prefill_tokens += known - start
-            slots = sequence.tables[0].num_blocks * size
-            counts.unused_slots += (slots - end) * len(sequence.tables)
+                prefill += known - start
+            unused += (sequence.tables[0].num_blocks * size - end) * len(sequence.tables)
+        counts.steps += 1
+        counts.prefill_tokens += prefill
+        counts.decode_tokens += decode
+        counts.unused_slots += unused
         counts.allocated_slots += self._pool.num_used * size
 
     def _reset(self) -> None:

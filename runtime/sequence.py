@@ -61,6 +61,7 @@ class Sequence:
         state: where the sequence is in its life.
         finish_reason: why it finished; None before, and when it was cancelled.
         num_tokens: tokens of prompt and output.
+        newest: the last one of them.
         num_computed: tokens whose cache is written; 0 whenever the sequence has no blocks.
         num_draft: tokens proposed to follow the newest one, to be computed with it in the next step.
         tables: its blocks in each group.
@@ -86,6 +87,7 @@ class Sequence:
         "logprobs",
         "max_new_tokens",
         "namespace",
+        "newest",
         "num_computed",
         "num_draft",
         "num_registered",
@@ -130,6 +132,7 @@ class Sequence:
         self.state = SequenceState.NEW
         self.finish_reason: FinishReason | None = None
         self.num_tokens = len(prompt)
+        self.newest = prompt[-1] if prompt else 0
         self.num_computed = 0
         self.num_draft = 0
         self.tables: tuple[BlockTable, ...] = (BlockTable(),)
@@ -196,24 +199,23 @@ class Sequence:
         if self.num_tokens == len(self._tokens):
             self._tokens = _grown(self._tokens, self.num_tokens + 1)
         self._tokens[self.num_tokens] = token
+        self.newest = token
         self.num_tokens += 1
         self.num_draft = 0
-        if self._is_stopped_by_text():
+        if self.text is not None and self._is_stopped_by_text(self.text):
             return
         if token in self.stop_ids:
             self.finish("stop")
-        elif self.num_output >= self.max_new_tokens:
+        elif self.num_tokens - self.prompt_length >= self.max_new_tokens:
             self.finish("length")
         elif token in self.forbidden_ids:
             self.finish("error")
 
-    def _is_stopped_by_text(self) -> bool:
+    def _is_stopped_by_text(self, text: OutputText) -> bool:
         """Whether the newest tokens complete a stop string, or cannot be decoded; the sequence is finished then."""
-        if self.text is None:
-            return False
         try:
             # By count and not by token: an exception may have come between a token and its text.
-            if self.text.add(self.output_from(self.text.num_tokens)):
+            if text.add(self.output_from(text.num_tokens)):
                 self.finish("stop")
         except Exception as error:  # the caller's tokenizer: whatever is wrong with it ends this request alone
             self.failure = f"its tokens could not be decoded to look for stop strings: {type(error).__name__}: {error}"
@@ -237,7 +239,7 @@ class Sequence:
             None if self.text is None else self.text.copy(),
         )
         twin._tokens = self._tokens.copy()
-        twin.num_tokens = self.num_tokens
+        twin.num_tokens, twin.newest = self.num_tokens, self.newest
         twin.logprobs = list(self.logprobs)
         twin.priority, twin.tenant = self.priority, self.tenant
         twin.deadline, twin.namespace = self.deadline, self.namespace

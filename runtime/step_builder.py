@@ -39,13 +39,15 @@ class StepBuilder:
         self._counts = counts
         # Blocks of tokens that somebody has begun to compute, and what they follow.
         self._begun: set[tuple[Branch, bytes]] = set()
+        # Whether somebody in the step being built computes more than one token.
+        self._prefilling = False
 
     def build(self) -> list[TokenRange]:
         """The ranges of the next step, in the order of rank but for those who start."""
         if self._pins is not None:
             self._pins.expire()
         self._make_way()
-        self._begun = set()
+        self._begun, self._prefilling = set(), False
         ranges: list[TokenRange] = []
         budget = self._advance(ranges)
         if budget is not None:
@@ -64,21 +66,24 @@ class StepBuilder:
         spare = self._max_batch_tokens - (len(running) - len(lacking))
         shortest = self._shortest_waiting()
         preempted = False
-        index = 0
+        index, size = 0, self._pool.block_size
         # Preemption shortens the list from its end, never before the sequence at hand.
         while index < len(running):
             sequence = running[index]
             index += 1
-            in_prefill = sequence.num_tokens - sequence.num_computed > 1
-            end = sequence.num_tokens
+            first, end = sequence.num_computed, sequence.num_tokens
+            in_prefill = end - first > 1
+            if not in_prefill and first % size and end % size and not (sequence.num_draft or sequence.shares_tail):
+                ranges.append(TokenRange(sequence, first, end))  # its block is there, and will not be full
+                continue
             if in_prefill:
                 del lacking[0]
                 if spare <= 0:
                     continue
                 self._counts.prefix_hit_tokens += holdings.take_over_more(sequence)
-                if self._is_begun(sequence):
-                    continue
                 end = self._end_of_chunk(sequence, spare, min(lacking, default=shortest))
+                if end == sequence.num_computed:
+                    continue
             if holdings.missing(sequence, end) > self._pool.num_available:
                 preempted = True
                 if not self._make_room(sequence, end):
@@ -124,8 +129,8 @@ class StepBuilder:
             self._counts.prefix_hit_tokens += hits
             self._counts.prefix_lookup_tokens += sequence.num_tokens
             queues.run(sequence)
-            if not self._is_begun(sequence):
-                end = self._end_of_chunk(sequence, budget, self._shortest_waiting())
+            end = self._end_of_chunk(sequence, budget, self._shortest_waiting())
+            if end > sequence.num_computed:
                 budget -= end - sequence.num_computed
                 ranges.append(self._place(sequence, end))
             reserve += self._holdings.will_need(sequence)
@@ -141,20 +146,27 @@ class StepBuilder:
         return bool(self._begun) and at_block and self._registry.next_block(sequence) in self._begun
 
     def _end_of_chunk(self, sequence: Sequence, spare: int, shortest: int) -> int:
-        """How far a sequence is computed in this step, by tokens to spare and by blocks; at least by one token.
+        """How far a sequence is computed in this step, by tokens to spare and by blocks.
+
+        By one token at least, but by none if somebody before it does what it can take over then.
 
         Args:
             spare: tokens to spare, more than none.
             shortest: fewest tokens that somebody behind it lacks; if it lacks more, it leaves half of what is spare.
         """
         first, size = sequence.num_computed, self._pool.block_size
+        if self._is_begun(sequence):
+            return first
         lacking = sequence.num_tokens - first
         end = first + min(lacking, spare)
         if lacking > spare and shortest < lacking:
             end = first + max(1, spare // 2)
         # Chunks that end with a block let those behind take over what was computed, and go on from there.
-        if sequence.branch is not None and end < sequence.num_tokens and end - end % size > first:
-            end -= end % size
+        if sequence.branch is not None and end < sequence.num_tokens:
+            if end - end % size > first:
+                end -= end % size
+            elif self._prefilling:
+                return first
         return max(first + 1, self._holdings.longest(sequence, end))
 
     def _make_room(self, sequence: Sequence, end: int) -> bool:
@@ -198,6 +210,7 @@ class StepBuilder:
         self._holdings.grow(sequence, end)
         # Proposed tokens may be rejected, and are registered once they are not.
         self._registry.register(sequence, min(end, sequence.num_tokens))
+        self._prefilling |= end - sequence.num_computed > 1
         if end < sequence.num_tokens and end % self._pool.block_size:
             block = self._registry.next_block(sequence)
             if block is not None:

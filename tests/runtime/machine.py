@@ -1,0 +1,209 @@
+"""A machine that really reads and writes slots, and whose tokens depend on every one of them."""
+
+import numpy as np
+
+from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.prefix_cache import PrefixCache
+from kvpass.runtime.scheduler import Scheduler
+from kvpass.runtime.sequence import Sequence, SequenceState
+from kvpass.types import Sampling
+
+VOCABULARY = 5
+
+
+def extend(history: int, token: int) -> int:
+    """What a slot holds: it depends on its token and on all tokens before it, as the cache of a deep layer does."""
+    return (history * 1_000_003 + token + 1) % (2**61 - 1)
+
+
+def histories(tokens):
+    found, history = [], 0
+    for token in tokens:
+        history = extend(history, token)
+        found.append(history)
+    return found
+
+
+def expected_output(prompt, max_new_tokens, stop_ids=()):
+    history = histories(prompt)[-1]
+    output = []
+    while len(output) < max_new_tokens and not (output and output[-1] in stop_ids):
+        output.append(history % VOCABULARY)
+        history = extend(history, output[-1])
+    return output
+
+
+class HostMemory:
+    """Keeps what blocks held, as far as there is room; may be told to lose it."""
+
+    def __init__(self, machine, num_blocks):
+        self.machine = machine
+        self.room = num_blocks
+        self.kept = {}
+        self.lost = False
+
+    def swap_out(self, blocks):
+        if len(blocks) > self.room:
+            return None
+        self.room -= len(blocks)
+        handle = object()
+        self.kept[handle] = self.machine.block_view()[blocks].copy()
+        return handle
+
+    def swap_in(self, handle, targets):
+        if self.lost:
+            return False
+        for place, block in targets:
+            self.machine.block_view()[block] = self.kept[handle][place]
+        return True
+
+    def discard(self, handle):
+        self.room += len(self.kept.pop(handle))
+
+    def clear(self):
+        for handle in list(self.kept):
+            self.discard(handle)
+
+
+class Machine:
+    """Scheduler, pool and the slots of imaginary caches, one for each group."""
+
+    def __init__(
+        self,
+        num_blocks=16,
+        block_size=4,
+        sharing=True,
+        max_batch_tokens=16,
+        max_sequences=4,
+        window=None,
+        windows=None,
+        host_blocks=0,
+    ):
+        self.windows = windows or (window,)
+        self.pool = BlockPool(num_blocks, block_size)
+        self.prefix = PrefixCache(self.pool, self.windows) if sharing else None
+        self.host = HostMemory(self, host_blocks) if host_blocks else None
+        self.now = 0.0
+        self.scheduler = Scheduler(
+            self.pool, self.prefix, max_batch_tokens, max_sequences, self.windows, self.host, lambda: self.now
+        )
+        self.max_batch_tokens = max_batch_tokens
+        self.slots = np.full(num_blocks * block_size, -1, dtype=np.int64)
+        self.sequences: list[tuple[Sequence, list[int]]] = []
+        self.num_copied = 0
+
+    def block_view(self):
+        return self.slots.reshape(-1, self.pool.block_size)
+
+    def add(self, prompt, max_new_tokens=4, stop_ids=(), **options):
+        sequence = Sequence(list(prompt), max_new_tokens, Sampling(), 0, stop_ids)
+        for name, value in options.items():
+            setattr(sequence, name, value)
+        self.scheduler.add(sequence)
+        self.sequences.append((sequence, expected_output(prompt, max_new_tokens, stop_ids)))
+        return sequence
+
+    def fork(self, sequence, count):
+        expected = next(expected for known, expected in self.sequences if known is sequence)
+        twins = self.scheduler.fork(sequence, range(count))
+        self.sequences += [(twin, expected) for twin in twins]
+        return twins
+
+    def step(self):
+        step = self.scheduler.schedule()
+        if step.ranges:
+            self.compute(step)
+            self.scheduler.commit(step, self.next_tokens(step))
+        return step
+
+    def propose(self, sequence, accepted, rejected):
+        """Propose the next ``accepted`` tokens, and ``rejected`` wrong ones after them."""
+        history, draft = histories(sequence.tokens.tolist())[-1], []
+        for i in range(accepted + rejected):
+            token = (history + (i >= accepted)) % VOCABULARY
+            history = extend(history, token)
+            draft.append(token)
+        sequence.propose(draft)
+
+    def compute(self, step):
+        """Make the copies, write all slots, then check that every sequence reads its own tokens and nothing else.
+
+        With a window each reads what its oldest new token sees, and what comes after.
+        """
+        if step.copies:
+            sources, targets = map(list, zip(*step.copies, strict=True))
+            assert len(set(targets)) == len(targets)
+            self.block_view()[targets] = self.block_view()[sources]
+            self.num_copied += len(sources)
+        assert sum(end - start for _, start, end in step.ranges) <= self.max_batch_tokens
+        for group, window in enumerate(self.windows):
+            self.compute_group(step, group, window)
+
+    def compute_group(self, step, group, window):
+        size = self.pool.block_size
+        pending = self.scheduler._registry.pending_blocks
+        untouchable = self.pool.kept_blocks() - pending
+        writers: dict[int, Sequence] = {}
+        for sequence, start, end in step.ranges:
+            assert start < end <= sequence.num_tokens + sequence.num_draft
+            values = histories(sequence.tokens_to_compute(0, end).tolist())
+            for position in range(start, end):
+                block = sequence.tables[group][position // size]
+                assert block not in untouchable, "a registered block is written again"
+                assert writers.setdefault(block, sequence) is sequence, "two sequences write one block"
+                held = sum(source == block for source, _ in step.copies)
+                assert block in pending or self.pool.count_owners(block) - held == 1, "a block of two owners is written"
+                self.slots[block * size + position % size] = values[position] + self.mark(sequence, group)
+        for sequence, start, end in step.ranges:
+            first = 0 if window is None else max(0, start - window + 1)
+            positions = np.arange(first, end)
+            read = self.slots[sequence.tables[group].entries[positions // size] * size + positions % size]
+            read = read - self.mark(sequence, group)
+            assert read.tolist() == histories(sequence.tokens_to_compute(0, end).tolist())[first:]
+
+    def mark(self, sequence, group):
+        """What tells the slots of a group, and of a namespace, from those of others; a multiple of 5 for group 0."""
+        return group + (1_000_000_000 if sequence.namespace else 0)
+
+    def next_tokens(self, step):
+        """For each sampled sequence the tokens that follow, as far as what was proposed is right, and one more."""
+        found = []
+        for sequence, drafted in zip(step.sampled, step.drafted, strict=True):
+            draft, new = sequence.draft[:drafted], [self.token_after(sequence, sequence.num_tokens - 1)]
+            while len(new) <= drafted and new[-1] == draft[len(new) - 1]:
+                new.append(self.token_after(sequence, sequence.num_tokens - 1 + len(new)))
+            found.append(new)
+        return found
+
+    def token_after(self, sequence, position):
+        block, offset = divmod(position, self.pool.block_size)
+        return int(self.slots[sequence.tables[0][block] * self.pool.block_size + offset] % VOCABULARY)
+
+    def run(self, limit=10_000):
+        steps = 0
+        while self.step().ranges:
+            self.scheduler.check_integrity()
+            steps += 1
+            assert steps < limit, "the scheduler does not come to an end"
+        return steps
+
+    def forget_finished(self):
+        """Check and drop the sequences that have ended."""
+        self.check_outputs()
+        self.sequences = [pair for pair in self.sequences if pair[0].state is not SequenceState.FINISHED]
+
+    def check_outputs(self):
+        for sequence, expected in self.sequences:
+            if sequence.finish_reason in ("length", "stop"):
+                assert sequence.output == expected
+            else:
+                assert sequence.output == expected[: sequence.num_output]
+
+    def check_empty(self):
+        self.scheduler.check_integrity()
+        if self.prefix is not None:
+            self.prefix.pins.clear()
+        assert (self.pool.num_used, self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0, 0)
+        self.scheduler.clear_prefix_cache()
+        assert self.pool.num_free == self.pool.num_blocks
+        assert self.host is None or not self.host.kept
