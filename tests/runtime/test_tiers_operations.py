@@ -16,7 +16,7 @@ from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import SequenceState
 from kvpass.runtime.tiers import Tiers
 from kvpass.types import CachePlan, CacheSpec
-from tests.runtime.conftest import Machine
+from tests.runtime.machine import Machine
 from tests.runtime.test_scheduler_operations import operate
 
 SLOT = 8  # bytes
