@@ -62,12 +62,12 @@ def draw_trace(requests: int, seed: int) -> Iterator[tuple[TokenArray, int]]:
         yield after, live
 
 
-def replay(requests: int, seed: int, num_blocks: int, policy: str) -> dict[str, int]:
+def replay(trace: list[TokenArray], num_blocks: int, policy: str) -> dict[str, int]:
     """Serve the trace one request after the other; the pool must hold the longest of them."""
     pool = BlockPool(num_blocks, BLOCK_SIZE)
     cache = PrefixCache(pool, policy=POLICIES[policy]())
     hits = asked = 0
-    for tokens, _ in draw_trace(requests, seed):
+    for tokens in trace:
         full = len(tokens) // BLOCK_SIZE
         match = cache.match(tokens, len(tokens))
         (blocks,) = cache.acquire(match)
@@ -88,23 +88,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=100_000, help="requests of the trace (default 100000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the trace (default 0)")
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES), help="default: all")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args()
     requests, seed = options.requests, options.seed
-    trace = [(len(tokens) // BLOCK_SIZE, live) for tokens, live in draw_trace(requests, seed)]
-    enough = max(live for _, live in trace)
-    unbounded = replay(requests, seed, sum(blocks for blocks, _ in trace), "lru")
+    trace, live = map(list, zip(*draw_trace(requests, seed), strict=True))
+    enough = max(live)
+    unbounded = replay(trace, sum(len(tokens) // BLOCK_SIZE for tokens in trace), "lru")
     rate = unbounded["hit_tokens"] / unbounded["asked_tokens"]
     table = Table(
         title=f"{requests} requests; {rate:.1%} of their tokens are hits of an unbounded cache, which ends with "
         f"{unbounded['blocks']} blocks; open conversations take up to {enough}"
     )
-    for name in ("capacity", "blocks", *POLICIES):
+    for name in ("capacity", "blocks", *options.policies):
         table.add_column(name, justify="right")
     rows: list[dict[str, object]] = []
     for capacity in CAPACITIES:
         blocks = int(enough * capacity)
-        kept = {name: replay(requests, seed, blocks, name)["hit_tokens"] / unbounded["hit_tokens"] for name in POLICIES}
+        kept = {name: replay(trace, blocks, name)["hit_tokens"] / unbounded["hit_tokens"] for name in options.policies}
         table.add_row(f"{capacity:.0%}", str(blocks), *(f"{share:.2%}" for share in kept.values()))
         rows.append({"capacity": capacity, "blocks": blocks, **{name: round(share, 5) for name, share in kept.items()}})
     output().print(table)

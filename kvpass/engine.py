@@ -76,7 +76,7 @@ class Engine:
         windows = plan.group_windows
         policy = POLICIES[config.eviction]()
         prefix_cache = PrefixCache(self._pool, windows, policy) if config.prefix_sharing else None
-        moves = make_moves(module, plan, config, caches, self._pool, prefix_cache)
+        self._moves = moves = make_moves(module, plan, config, caches, self._pool, prefix_cache)
         swap = moves if config.host_bytes else None
         self._scheduler = Scheduler(
             self._pool, prefix_cache, config.max_batch_tokens, config.max_sequences, windows, swap
@@ -253,7 +253,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures of now and so far."""
         with self._loop.exclusive():
-            return gather_stats(self._pool, self._scheduler, self._loop.latencies, bytes_per_block(self.plan))
+            tiers, size = self._moves.tier_counts, bytes_per_block(self.plan)
+            return gather_stats(self._pool, self._scheduler, self._loop.latencies, tiers, size)
 
     def latencies(self) -> Latencies:
         """How long tokens took so far, as histograms; a copy."""

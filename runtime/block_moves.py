@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.host_memory import BlockKey, StoredBlock
-from kvpass.runtime.tiers import Prefetch, Tiers
+from kvpass.runtime.tiers import Prefetch, TierCounts, Tiers
 from kvpass.types import CachePlan
 
 # Blocks that are read at once to be written to disk.
@@ -116,6 +116,11 @@ class BlockMoves:
     def has_disk(self) -> bool:
         """Whether there is a disk behind host memory."""
         return self._tiers is not None and self._tiers.has_disk
+
+    @property
+    def tier_counts(self) -> TierCounts:
+        """What went where so far."""
+        return TierCounts() if self._tiers is None else self._tiers.counts
 
     def save(self, held: Iterable[tuple[str, int, bytes, int]]) -> None:
         """Write blocks that are there (namespace, group, bytes of tokens, block) to disk, and all of host memory."""

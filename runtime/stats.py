@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.latency import Latencies, Percentiles
 from kvpass.runtime.scheduler import Scheduler
+from kvpass.runtime.tiers import TierCounts
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class EngineStats:
         acceptance: the latter over the former.
         first_token: seconds from the submission of a request to its first token (TTFT).
         between_tokens: seconds from one token of a request to the next.
+        tiers: what went to host memory and disk, and came back.
     """
 
     blocks_total: int
@@ -63,9 +65,12 @@ class EngineStats:
     acceptance: float
     first_token: Percentiles
     between_tokens: Percentiles
+    tiers: TierCounts
 
 
-def gather_stats(pool: BlockPool, scheduler: Scheduler, latencies: Latencies, block_bytes: int) -> EngineStats:
+def gather_stats(
+    pool: BlockPool, scheduler: Scheduler, latencies: Latencies, tiers: TierCounts, block_bytes: int
+) -> EngineStats:
     """The figures of a pool of blocks of so many bytes, of its scheduler and of its tokens' times."""
     counts = scheduler.counts
     return EngineStats(
@@ -92,4 +97,5 @@ def gather_stats(pool: BlockPool, scheduler: Scheduler, latencies: Latencies, bl
         acceptance=counts.accepted_tokens / max(1, counts.drafted_tokens),
         first_token=latencies.first_token.percentiles(),
         between_tokens=latencies.between_tokens.percentiles(),
+        tiers=tiers,
     )

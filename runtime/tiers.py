@@ -39,14 +39,18 @@ class TierCounts:
         read: from disk to host memory.
         given_up: on the way to disk, for lack of speed.
         disk_errors: times that something on disk was broken, or refused.
+        host_bytes: bytes taken in host memory now.
+        disk_bytes: bytes taken on disk now.
     """
 
-    demoted: int
-    promoted: int
-    written: int
-    read: int
-    given_up: int
-    disk_errors: int
+    demoted: int = 0
+    promoted: int = 0
+    written: int = 0
+    read: int = 0
+    given_up: int = 0
+    disk_errors: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 class Prefetch:
@@ -99,7 +103,9 @@ class Tiers:
     def counts(self) -> TierCounts:
         """What went where so far."""
         with self._lock:
-            return TierCounts(**self._counts, disk_errors=0 if self._disk is None else self._disk.errors)
+            errors = 0 if self._disk is None else self._disk.errors
+            sizes = {"host_bytes": self.host_bytes, "disk_bytes": self.disk_bytes}
+            return TierCounts(**self._counts, disk_errors=errors, **sizes)
 
     @property
     def has_disk(self) -> bool:

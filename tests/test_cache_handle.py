@@ -183,6 +183,8 @@ def test_evicted_prefixes_come_back_from_host_memory():
     engine.generate([PROMPT], 2)
     crowd_out(engine)
     assert hits(engine, PROMPT) >= 8
+    tiers = engine.stats().tiers
+    assert tiers.demoted > 2 and tiers.promoted >= 2 and tiers.host_bytes > 0
     engine.cache.drop()
     crowd_out(engine)
     assert hits(engine, PROMPT) == 0
