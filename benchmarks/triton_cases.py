@@ -18,24 +18,38 @@ BEYOND = 10**9  # a block id that nobody may follow
 
 
 def encode(rows: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows ``[..., D]`` as stored bytes ``[..., bytes]``, and their scales."""
+    """Rows ``[..., D]`` as stored bytes ``[..., bytes]``, and those of their scales ``[..., 4]``."""
     if name in FLOATS:
         return torch.from_numpy(rows).to(FLOATS[name]).view(torch.uint8).numpy(), None
     if name in FP8:
         dtype, most = FP8[name]
         finite = np.where(np.isfinite(rows), np.clip(rows, -most, most), np.float32(np.nan))
         return torch.from_numpy(finite).to(dtype).view(torch.uint8).numpy(), None
-    levels = np.float32(127 if name == "int8" else 7)
+    if name == "int4":
+        codes, scale = fit_codes(rows)
+        low, high = np.split((codes + 8).astype(np.uint8), 2, -1)
+        return low | (high << 4), scale[..., None].view(np.uint8)
+    levels = np.float32(127)
     largest = np.abs(rows).max(-1)
     good = np.isfinite(rows).all(-1)
     scale = np.where(good, largest / levels, np.float32(np.nan)).astype(np.float32)
     divisor = np.where(scale > 0, scale, np.float32(1))[..., None]
     codes = np.where((scale > 0)[..., None], np.rint(np.clip(rows / divisor, -levels, levels)), 0).astype(np.int8)
-    if name == "int4":
-        half = rows.shape[-1] // 2
-        low, high = (codes[..., :half] + 8).astype(np.uint8), (codes[..., half:] + 8).astype(np.uint8)
-        return low | (high << 4), scale
-    return codes.view(np.uint8), scale
+    return codes.view(np.uint8), scale[..., None].view(np.uint8)
+
+
+def fit_codes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of -8..7 and the scale of rows ``[..., D]``: of 14 steps, each with its best scale, that of least error."""
+    largest = np.abs(rows).max(-1, keepdims=True)
+    fine = (largest > 0) & np.isfinite(rows).all(-1, keepdims=True)
+    unit = np.where(fine, rows, 0.0) / np.where(fine, largest, 1.0).astype(np.float64)
+    tried = [np.clip(np.rint(unit * sign * step), -8, 7) for step in np.arange(7, 10.1, 0.5) for sign in (1, -1)]
+    scales = [(unit * codes).sum(-1) / np.maximum((codes * codes).sum(-1), 1) for codes in tried]
+    errors = [((unit - codes * scale[..., None]) ** 2).sum(-1) for codes, scale in zip(tried, scales, strict=True)]
+    best = np.argmin(errors, 0)
+    codes = np.take_along_axis(np.stack(tried), best[None, ..., None], 0)[0]
+    scale = np.take_along_axis(np.stack(scales), best[None], 0)[0] * np.where(fine, largest, 0.0)[..., 0]
+    return codes, np.where(np.isfinite(rows).all(-1), scale, np.nan).astype(np.float32)
 
 
 def decode(stored: np.ndarray, scale: np.ndarray | None, name: str) -> np.ndarray:
@@ -48,7 +62,7 @@ def decode(stored: np.ndarray, scale: np.ndarray | None, name: str) -> np.ndarra
         codes = np.concatenate((stored & 15, stored >> 4), -1).astype(np.float64) - 8
     else:
         codes = stored.view(np.int8).astype(np.float64)
-    return codes * scale.astype(np.float64)[..., None]
+    return codes * scale.view(np.float32).astype(np.float64)
 
 
 def stored_row(name: str, dim: int) -> int:
@@ -77,14 +91,27 @@ class Cache:
         stored, scale = encode(rows, self.name)
         self.elements[block, :, offset] = stored
         if scale is not None:
-            self.scales[block, :, offset] = scale[..., None].view(np.uint8)
+            self.scales[block, :, offset] = scale
 
     def read(self, block: np.ndarray, offset: np.ndarray) -> np.ndarray:
         """Numbers ``[K, H, D]``, float64."""
         scale = None
         if self.scaled:
-            scale = np.ascontiguousarray(self.scales[block, :, offset]).view(np.float32)[..., 0]
+            scale = np.ascontiguousarray(self.scales[block, :, offset])
         return decode(np.ascontiguousarray(self.elements[block, :, offset]), scale, self.name)
+
+    def as_good(self, block: np.ndarray, offset: np.ndarray, rows: np.ndarray, got: Tensor) -> Tensor:
+        """The bytes of a tensor's int4 rows that hold ``rows`` as well as this cache does, bool in one dim.
+
+        Which of two trials wins that are all but equal is a matter of rounding.
+        """
+        other, mark = (Cache(self.name, *got.shape[:3], self.dim) for _ in range(2))
+        other.bytes[...], mark.bytes[...] = got.numpy().reshape(other.bytes.shape), 0
+        errors = [((each.read(block, offset) - rows) ** 2).sum(-1) for each in (other, self)]
+        good = (errors[0] <= errors[1] * 1.001 + 1e-30) | (np.isnan(errors[0]) & np.isnan(errors[1]))
+        for part in (mark.elements, mark.scales):
+            part[block, :, offset] = good[..., None]
+        return torch.from_numpy(mark.bytes.astype(bool)).view(-1)
 
     def tensor(self) -> Tensor:
         """A copy, as the ops take it."""

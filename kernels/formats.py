@@ -8,10 +8,11 @@ float formats
     saturates; NaN and infinities become NaN. fp8 has no scale here: passes fold one per head around the ops.
 scaled formats
     ``int8``, ``int4``: uint8 tensors whose slab is P rows of codes, and after them P float32 scales, one for each
-    token's row; W = (bytes of D codes) + 4. A number is ``scale * code``, symmetric: ``scale = absmax / 127`` or
-    ``absmax / 7``, 0 for a row of zeros, NaN for a row that is not finite; ``code = round(x / scale)``, half to even.
-    int8 codes are two's complement. int4 codes are split-half nibbles ``code + 8``: byte j holds dim j in its low and
-    dim ``j + D / 2`` in its high half, so that two half-length dots need no interleave.
+    token's row; W = (bytes of D codes) + 4. A number is ``scale * code``; a scale is 0 for a row of zeros, NaN for a
+    row that is not finite. int8 codes are two's complement, ``scale = absmax / 127``, ``code = round(x / scale)``, half
+    to even. int4 codes are split-half nibbles ``code + 8``: byte j holds dim j in its low and dim ``j + D / 2`` in its
+    high half, so that two half-length dots need no interleave. Their scale, of either sign, is searched for: see
+    :func:`kvpass.kernels.fitted_codes.fit_codes`.
 settling formats
     ``k4`` for keys and ``v2`` for values, always together: blocks are written in bfloat16 and quantised as a whole once
     they are full. See :mod:`kvpass.kernels.settling`.
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import ConfigError, InputError
+from kvpass.kernels.fitted_codes import fit_codes
 from kvpass.types import CacheSpec, dtype_name
 
 SCALE_BYTES = 4  # a float32 for each row of a scaled format
@@ -210,14 +212,14 @@ def quantise_rows(rows: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor | Non
         return rows.to(form.dtype), None
     assert form.largest is not None, "a scaled format has a largest code"
     rows = rows.float()
+    if form.bits == 4:
+        codes, scales = fit_codes(rows)
+        low, high = (codes + 8).view(torch.uint8).chunk(2, -1)
+        return low.bitwise_or(high << 4), scales
     absmax = rows.abs().amax(-1)
     scales = (absmax / form.largest).masked_fill(~absmax.isfinite(), torch.nan)
     codes = (rows / scales.unsqueeze(-1)).nan_to_num(0.0).round_().clamp_(-form.largest, form.largest)
-    codes = codes.masked_fill_((scales == 0).unsqueeze(-1), 0.0).to(torch.int8)
-    if form.bits == 8:
-        return codes.view(torch.uint8), scales
-    low, high = (codes + 8).view(torch.uint8).chunk(2, -1)
-    return low.bitwise_or(high << 4), scales
+    return codes.masked_fill_((scales == 0).unsqueeze(-1), 0.0).to(torch.int8).view(torch.uint8), scales
 
 
 def widen_codes(codes: Tensor, form: CacheFormat, dtype: torch.dtype) -> Tensor:

@@ -87,22 +87,67 @@ INLINE void write_row(const float* from, int64_t format, int64_t count, uint8_t*
     }
 }
 
-// A row with `levels` steps to each side: the steps into `steps`, the scale returned; NaN if an element is not finite.
-INLINE float quantise_row(const float* row, int64_t count, float levels, int8_t* steps) {
+// The largest magnitude of a row; NaN if an element is not finite.
+INLINE float largest_of(const float* row, int64_t count) {
     float most = 0, check = 0;
     for (int64_t i = 0; i < count; i++) {
         float magnitude = std::fabs(row[i]);
         most = magnitude > most ? magnitude : most;
         check += row[i] * 0.0f;  // NaN unless all are finite
     }
-    float scale = most / levels;
-    if (check != 0.0f || scale == 0.0f) {
-        for (int64_t i = 0; i < count; i++) steps[i] = 0;
-        return check != 0.0f ? NAN : 0.0f;
+    return check != 0.0f ? NAN : most;
+}
+
+// A row in int8: the codes into `codes`, the scale returned; NaN if an element is not finite.
+INLINE float quantise_row(const float* row, int64_t count, int8_t* codes) {
+    float most = largest_of(row, count);
+    float scale = most / 127.0f;
+    if (!(scale > 0.0f)) {
+        for (int64_t i = 0; i < count; i++) codes[i] = 0;
+        return most != most ? NAN : 0.0f;
     }
     for (int64_t i = 0; i < count; i++) {
-        float step = std::nearbyint(row[i] / scale);
-        steps[i] = static_cast<int8_t>(step > levels ? levels : step < -levels ? -levels : step);
+        float code = std::nearbyint(row[i] / scale);
+        codes[i] = static_cast<int8_t>(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
     }
     return scale;
+}
+
+// Numbers below 2^22 to the nearest integer, half to even, of -8..7.
+INLINE vf nearest_code(vf value) {
+    value = (value + 12582912.0f) - 12582912.0f;
+    return at_most(at_least(value, -8.0f), 7.0f);
+}
+
+// A row in int4, with the scale of least squared error of those tried: see kernels/fitted_codes.py. `unit`
+// has room for `count` floats, padded to a multiple of kLanes.
+INLINE float fit_codes(const float* row, int64_t count, float* unit, int8_t* codes) {
+    float most = largest_of(row, count);
+    if (!(most > 0.0f)) {
+        for (int64_t i = 0; i < count; i++) codes[i] = 0;
+        return most;
+    }
+    for (int64_t i = 0; i < count; i++) unit[i] = row[i] / most;
+    for (int64_t i = count; i % kLanes; i++) unit[i] = 0.0f;
+    float best = 0, scale = 0, chosen = 0;
+    for (int half_steps = 14; half_steps <= 20; half_steps++)
+        for (float step : {0.5f * half_steps, -0.5f * half_steps}) {
+            vf along = vf{}, square = vf{};
+            for (int64_t i = 0; i < count; i += kLanes) {
+                vf value = load<vf>(unit + i), code = nearest_code(value * step);
+                along += value * code;
+                square += code * code;
+            }
+            float product = sum_lanes(along), norm = sum_lanes(square), gain = product * product / norm;
+            if (!(gain > best)) continue;
+            best = gain;
+            scale = product / norm;
+            chosen = step;
+        }
+    for (int64_t i = 0; i < count; i += kLanes) {
+        float code[kLanes];
+        store(code, nearest_code(load<vf>(unit + i) * chosen));
+        for (int64_t j = i; j < count && j < i + kLanes; j++) codes[j] = static_cast<int8_t>(code[j - i]);
+    }
+    return scale * most;
 }

@@ -92,12 +92,12 @@ INLINE void pack_byte_keys(
     }
 }
 
-// Values as signed bytes, four neighbouring keys in a unit: [kChunk / 4][columns].
+// Values as bytes, four neighbouring keys in a unit: [kChunk / 4][columns]. int8 is signed, int4 has 8 added.
 template <int F>
 INLINE void pack_byte_values(
     const uint8_t* const* rows, int count, int64_t dim, int64_t columns, uint32_t* out, const Upcoming& upcoming
 ) {
-    const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+    const __m512i low = _mm512_set1_epi8(15);
     // unit i of the four lanes into lane i; then the bytes of a lane's four units transposed
     const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i within =
@@ -113,9 +113,8 @@ INLINE void pack_byte_values(
             v = _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i*)(rows[j + 3] + at)));
             v = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(across, v), within);
             if constexpr (F == kInt4) {
-                __m512i high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-                _mm512_storeu_si512(line + at, _mm512_sub_epi8(_mm512_and_si512(v, low), eight));
-                _mm512_storeu_si512(line + dim / 2 + at, _mm512_sub_epi8(high, eight));
+                _mm512_storeu_si512(line + at, _mm512_and_si512(v, low));
+                _mm512_storeu_si512(line + dim / 2 + at, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
             } else {
                 _mm512_storeu_si512(line + at, v);
             }
@@ -165,6 +164,30 @@ INLINE float split_weights(const float* row, int count, uint8_t* high, uint8_t* 
         store(high + i, _mm512_cvtepi32_epi8(_mm512_srli_epi32(fraction, 8)));
         store(low + i, _mm512_cvtepi32_epi8(fraction));
     }
+    return unit;
+}
+
+// A row of weights of either sign in steps of the largest / 32512: two signed bytes each. `sum` gets the sum of all steps.
+// Returns what one step stands for; NaN if a weight is none.
+INLINE float split_signed_weights(const float* row, int count, uint8_t* high, uint8_t* low, int32_t* sum) {
+    vf most = vf{}, total = vf{};
+    for (int i = 0; i < count; i += kLanes) {
+        vf weight = as_float(as_int(load<vf>(row + i)) & 0x7fffffff);
+        most = weight > most ? weight : most;
+        total += weight;
+    }
+    float largest = max_lanes(most), unit = largest * (1.0f / 32512.0f);
+    if (!(sum_lanes(total) <= 3e38f)) unit = NAN;
+    vf inverse = splat(largest > 1e-30f && unit == unit ? 32512.0f / largest : 0.0f);
+    __m512i all = _mm512_setzero_si512();
+    for (int i = 0; i < count; i += kLanes) {
+        __m512i step = _mm512_cvtps_epi32((__m512)(load<vf>(row + i) * inverse));
+        all = _mm512_add_epi32(all, step);
+        __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(step, _mm512_set1_epi32(128)), 8);
+        store(high + i, _mm512_cvtepi32_epi8(upper));
+        store(low + i, _mm512_cvtepi32_epi8(step));  // what is left, from -128 to 127
+    }
+    *sum = _mm512_reduce_add_epi32(all);
     return unit;
 }
 

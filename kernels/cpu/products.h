@@ -276,23 +276,30 @@ private:
 
     void byte_values(const ChunkRows& chunk, int count, const Upcoming& upcoming) {
         int64_t dim = call_.values.dim;
-        if (call_.values.format == kInt4)
+        bool four = call_.values.format == kInt4;
+        if (four)
             pack_byte_values<kInt4>(chunk.values, count, value_row_, value_row_, w_.packed_values, upcoming);
         else
             pack_byte_values<kInt8>(chunk.values, count, dim, dim, w_.packed_values, upcoming);
         for (int r = 0; r < rows_; r++) {
             uint8_t* bytes = w_.weight_bytes + 2 * r * kChunk;
-            w_.weight_unit[r] = split_weights(w_.scores + r * kChunk, kChunk, bytes, bytes + kChunk);
+            const float* weights = w_.scores + r * kChunk;
+            w_.weight_sums[r] = 0;
+            w_.weight_unit[r] =
+                four ? split_signed_weights(weights, kChunk, bytes, bytes + kChunk, w_.weight_sums + r)
+                     : split_weights(weights, kChunk, bytes, bytes + kChunk);
         }
-        multiply<UnsignedRowProduct>(
-            reinterpret_cast<uint32_t*>(w_.weight_bytes), w_.packed_values, w_.sums, 2 * rows_, count / 4, dim,
-            {kChunk / 4, value_row_, w_.out_width}, false
-        );
+        const uint32_t* bytes = reinterpret_cast<uint32_t*>(w_.weight_bytes);
+        const Strides strides{kChunk / 4, value_row_, w_.out_width};
+        if (four)  // the scales of int4 may be negative, and so the weights
+            multiply<SignedRowProduct>(bytes, w_.packed_values, w_.sums, 2 * rows_, count / 4, dim, strides, false);
+        else
+            multiply<UnsignedRowProduct>(bytes, w_.packed_values, w_.sums, 2 * rows_, count / 4, dim, strides, false);
         for (int r = 0; r < rows_; r++) {
             const int32_t* high = w_.sums + 2 * r * w_.out_width;
             float* out = w_.out + r * w_.out_width;
             for (int64_t i = 0; i < dim; i += kLanes) {
-                vi sum = (load<vi>(high + i) << 8) + load<vi>(high + w_.out_width + i);
+                vi sum = (load<vi>(high + i) << 8) + load<vi>(high + w_.out_width + i) - 8 * w_.weight_sums[r];
                 store(out + i, load<vf>(out + i) + __builtin_convertvector(sum, vf) * w_.weight_unit[r]);
             }
         }

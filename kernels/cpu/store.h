@@ -9,30 +9,32 @@
 
 // One row of floats into the slot `offset` of a slab.
 INLINE void store_row(
-    const float* row, const CacheArgument& cache, const Layout& layout, uint8_t* slab, int64_t offset, int8_t* steps
+    const float* row, const CacheArgument& cache, const Layout& layout, uint8_t* slab, int64_t offset, float* unit,
+    int8_t* codes
 ) {
     uint8_t* to = slab + offset * layout.row_bytes;
     if (!layout.scale_bytes) return write_row(row, cache.format, cache.dim, to);
-    bool four = cache.format == kInt4;
-    float scale = quantise_row(row, cache.dim, four ? 7.0f : 127.0f, steps);
-    store(slab + layout.scale_bytes + 4 * offset, scale);
-    if (!four) {
-        std::memcpy(to, steps, cache.dim);
+    uint8_t* scale = slab + layout.scale_bytes + 4 * offset;
+    if (cache.format == kInt8) {
+        store(scale, quantise_row(row, cache.dim, codes));
+        std::memcpy(to, codes, cache.dim);
         return;
     }
     int64_t half = cache.dim / 2;
-    for (int64_t i = 0; i < half; i++) to[i] = static_cast<uint8_t>((steps[i] + 8) | ((steps[half + i] + 8) << 4));
+    store(scale, fit_codes(row, cache.dim, unit, codes));
+    for (int64_t i = 0; i < half; i++) to[i] = static_cast<uint8_t>((codes[i] + 8) | ((codes[half + i] + 8) << 4));
 }
 
 // Where a thread works on one row.
 struct RowSpace {
-    std::vector<float> row;
-    std::vector<int8_t> steps;
+    std::vector<float> row, unit;
+    std::vector<int8_t> codes;
 
     void make_room(int64_t width) {
-        if (static_cast<int64_t>(row.size()) >= width + kLanes) return;
+        if (static_cast<int64_t>(codes.size()) >= width + kLanes) return;
         row.resize(width + kLanes);
-        steps.resize(width + kLanes);
+        unit.resize(width + kLanes);
+        codes.resize(width + kLanes);
     }
 };
 
@@ -86,7 +88,7 @@ private:
     void store(Part part, const float* row, int64_t t, int64_t head, RowSpace& space) const {
         store_row(
             row, call_.cache[part], layouts_[part], slab(part, t, head), call_.slots[t] % call_.block_size,
-            space.steps.data()
+            space.unit.data(), space.codes.data()
         );
     }
 

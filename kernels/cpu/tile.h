@@ -73,7 +73,7 @@ struct Workspace {
     uint32_t *packed_keys, *packed_values;
     uint16_t *weight_pairs, *narrow;
     uint8_t* weight_bytes;
-    int32_t* sums;
+    int32_t *sums, *weight_sums;
 
     // The part of another head.
     Workspace of_head(int64_t head) const {
@@ -112,6 +112,7 @@ struct Workspace {
             weight_pairs = arena.take<uint16_t>(2 * rows * kChunk);
             narrow = arena.take<uint16_t>(kChunk * both);
             weight_bytes = arena.take<uint8_t>(2 * rows * kChunk);
+            weight_sums = arena.take<int32_t>(rows);
             sums = arena.take<int32_t>(2 * rows * (both > kChunk ? both : kChunk));
             if (pass == 0) arena.reserve(arena.used());
         }

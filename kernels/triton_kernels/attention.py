@@ -286,7 +286,7 @@ def attention_kernel(
                 value_scale = key_scale
                 if not LATENT:
                     value_scale = load_scales(value_scales, slabs, offsets, there, P, VALUE_ROW, VALUE_SLAB)
-                higher_unit = tl.maximum(value_unit, tl.max(value_scale, 0))
+                higher_unit = tl.maximum(value_unit, tl.max(tl.abs(value_scale), 0))
                 inverse = 1.0 / higher_unit
                 weights = weights * (value_scale * inverse)[None, :]
                 shrink = shrink * (value_unit * inverse)

@@ -149,6 +149,44 @@ def quantize(x, scale, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def fit_codes(low, high):
+    """Codes of -8..7 of rows in two halves ``[R, C]``, and the scales ``[R]`` of least squared error of those tried.
+
+    The same trials as :func:`kvpass.kernels.fitted_codes.fit_codes`. A row that is not finite has codes of 0 and a
+    scale of NaN.
+    """
+    largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    strange = tl.max((tl.abs(low) < float("inf")).to(tl.int32) ^ 1, 1)
+    strange = tl.maximum(strange, tl.max((tl.abs(high) < float("inf")).to(tl.int32) ^ 1, 1)) > 0
+    usable = (largest > 0) & (strange == 0)
+    divisor = tl.where(usable, largest, 1.0)[:, None]
+    low = tl.where(usable[:, None], tl.div_rn(low, divisor), 0.0)
+    high = tl.where(usable[:, None], tl.div_rn(high, divisor), 0.0)
+    best = tl.zeros_like(largest)
+    scale = tl.zeros_like(largest)
+    chosen = tl.zeros_like(largest)
+    for trial in range(14):
+        step = (7.0 + 0.5 * (trial // 2)) * (1 - 2 * (trial % 2))
+        low_code = nearest_code(low * step)
+        high_code = nearest_code(high * step)
+        along = tl.sum(low * low_code + high * high_code, 1)
+        square = tl.sum(low_code * low_code + high_code * high_code, 1)
+        tried = along / tl.where(usable, square, 1.0)
+        better = along * tried > best
+        best = tl.where(better, along * tried, best)
+        scale = tl.where(better, tried, scale)
+        chosen = tl.where(better, step, chosen)
+    low_code = nearest_code(low * chosen[:, None])
+    high_code = nearest_code(high * chosen[:, None])
+    return low_code.to(tl.int32), high_code.to(tl.int32), tl.where(strange, float("nan"), scale * largest)
+
+
+@triton.jit
+def nearest_code(x):
+    return tl.minimum(tl.maximum(round_half_even(x), -8.0), 7.0)
+
+
+@triton.jit
 def store_row_scales(scales, slabs, offsets, valid, scale, P: tl.constexpr, ROW: tl.constexpr, SLAB: tl.constexpr):
     """Counterpart of :func:`load_scales`, with ROW and SLAB in bytes."""
     tl.store(scales + slabs * (SLAB // 4) + (P * ROW // 4) + offsets, scale, mask=valid)

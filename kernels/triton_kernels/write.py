@@ -8,6 +8,7 @@ import triton.language as tl
 from kvpass.kernels.triton_kernels.tiles import (
     encode_fp8,
     find_slabs,
+    fit_codes,
     load_rows,
     load_scales,
     quantize,
@@ -64,19 +65,15 @@ def encode_rows(
     cols = tl.arange(0, COLUMNS)
     places = slabs[:, None] * SLAB + (offsets * ROW)[:, None] + cols[None, :]
     inside = valid[:, None] & (cols < ROW)[None, :]
-    if FORMAT == "int8" or FORMAT == "int4":
-        levels: tl.constexpr = 127.0 if FORMAT == "int8" else 7.0
-        largest = tl.max(tl.abs(low), 1)
+    if FORMAT == "int8":
         strange = tl.max((tl.abs(low) < float("inf")).to(tl.int32) ^ 1, 1)
-        if FORMAT == "int4":
-            largest = tl.maximum(largest, tl.max(tl.abs(high), 1))
-            strange = tl.maximum(strange, tl.max((tl.abs(high) < float("inf")).to(tl.int32) ^ 1, 1))
-        scale = row_scale(largest, strange == 0, levels)
+        scale = row_scale(tl.max(tl.abs(low), 1), strange == 0, 127.0)
         store_row_scales(scales, slabs, offsets, valid, scale, P, ROW, SLAB)
-        codes = quantize(low, scale, levels)
-        if FORMAT == "int4":
-            codes = (codes + 8) | ((quantize(high, scale, levels) + 8) << 4)
-        tl.store(cache + places, codes.to(tl.uint8), mask=inside)
+        tl.store(cache + places, quantize(low, scale, 127.0).to(tl.uint8), mask=inside)
+    elif FORMAT == "int4":
+        low_codes, high_codes, scale = fit_codes(low, high)
+        store_row_scales(scales, slabs, offsets, valid, scale, P, ROW, SLAB)
+        tl.store(cache + places, ((low_codes + 8) | ((high_codes + 8) << 4)).to(tl.uint8), mask=inside)
     elif FORMAT == "fp8_e4m3_bytes":
         tl.store(cache + places, encode_fp8(low, 3), mask=inside)
     elif FORMAT == "fp8_e5m2_bytes":

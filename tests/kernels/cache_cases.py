@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpass.kernels import naive
 from kvpass.kernels.formats import FORMATS, unpack_slabs
 from kvpass.kernels.settling import read_blocks, wide_view
-from tests.kernels.random_cases import BEYOND, BOUNDS, DIMS, allowed_error, poison_slabs, written_slots
+from tests.kernels.random_cases import BEYOND, BOUNDS, DIMS, allowed_error, poison_slabs, rounding_error, written_slots
 from tests.kernels.settled_cases import allowed_errors, paired, settled_caches
 
 WIDE_BLOCKS, NARROW_BLOCKS = 5, 7  # of a cache that settles
@@ -173,7 +173,7 @@ def _check_written(rows: Tensor, cache: Tensor, old: Tensor, slots: Tensor, name
         cache, old = wide_view(cache, form), wide_view(old, form)
         slots, name, form = slots + len(cache) * size, "bfloat16", FORMATS["bfloat16"]
     numbers = unpack_slabs(cache, form)[slots // size, :, slots % size].double()
-    error, allowed = (numbers - rows.double()).abs(), allowed_error(rows, name) + slack
+    error, allowed = rounding_error(numbers - rows.double(), name), allowed_error(rows, name) + slack
     if form.largest is not None and not form.scaled:
         error = (numbers - rows.double().clamp(-form.largest, form.largest)).abs()
     assert (error <= allowed).all(), f"{name}: error {float((error - allowed).max()):.2e} above the bound"

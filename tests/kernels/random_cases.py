@@ -213,7 +213,7 @@ def _draw_tree(pick: random.Random, counts: list[int]) -> Tensor:
 
 
 def allowed_error(rows: Tensor, name: str) -> Tensor:
-    """Largest error that a format may make of each number of ``rows [..., D]``, float64."""
+    """Largest error that a format may make of each number of ``rows [..., D]``, float64; see :func:`rounding_error`."""
     rows = rows.double().abs()
     if FORMATS[name].scaled:
         return (rows.amax(-1, keepdim=True) / {"int8": 127, "int4": 7}[name] / 2 * 1.0001 + 1e-44).expand_as(rows)
@@ -226,6 +226,14 @@ def allowed_error(rows: Tensor, name: str) -> Tensor:
         "fp8_e5m2": (3, 2.0**-16),
     }[name]
     return rows * 2.0**-bits * 1.0001 + smallest / 2
+
+
+def rounding_error(error: Tensor, name: str) -> Tensor:
+    """Errors ``[..., D]`` in the sense of a format's bound: each by itself, or of int4 the RMS of its row.
+
+    int4 may cut off its largest number where that makes all others better.
+    """
+    return error.square().mean(-1, keepdim=True).sqrt().expand_as(error) if name == "int4" else error.abs()
 
 
 def written_slots(cache: Tensor, slots: Tensor, form: CacheFormat) -> Tensor:
