@@ -54,6 +54,11 @@ def random_prompt(numbers: random.Random) -> list[int]:
     return [numbers.choice((0, 0, 1)) for _ in range(numbers.randint(1, LONGEST_PROMPT))]
 
 
+def draw_operation(numbers: random.Random) -> str:
+    """The name of one operation."""
+    return numbers.choices(list(OPERATIONS), list(OPERATIONS.values()))[0]
+
+
 def add(machine: Machine, numbers: random.Random) -> None:
     options = {
         "priority": numbers.choice((0, 0, 0, 1, 3)),
@@ -138,7 +143,7 @@ def play(seed: int, operations: int) -> Machine:
     """A machine after so many operations, and after its end."""
     numbers = random.Random(seed)
     machine = draw_machine(numbers)
-    for name in numbers.choices(list(OPERATIONS), list(OPERATIONS.values()), k=operations):
-        operate(machine, numbers, name)
+    for _ in range(operations):
+        operate(machine, numbers, draw_operation(numbers))
     finish(machine)
     return machine

@@ -17,7 +17,7 @@ from kvpass.runtime.sequence import SequenceState
 from kvpass.runtime.tiers import Tiers
 from kvpass.types import CachePlan, CacheSpec
 from tests.runtime.machine import Machine
-from tests.runtime.test_scheduler_operations import operate
+from tests.runtime.operations import draw_operation, operate
 
 SLOT = 8  # bytes
 
@@ -72,7 +72,7 @@ def test_tiers_and_wiping_change_no_token(tmp_path, seed):
     }
     machine = TieredMachine(tmp_path / "0", **options)
     for count in range(250):
-        operate(machine, numbers)
+        operate(machine, numbers, draw_operation(numbers))
         event = numbers.random()
         if event < 0.01:
             machine.prefix.drop(numbers.choice(("", "other")))
