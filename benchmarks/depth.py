@@ -3,7 +3,8 @@
 Compiles one decoder with 2, 8, 32 and 80 equal layers, and reads the time of each pass from the report. The model is
 the one that comes with the repository, small and with random weights: sizes of weights cost the passes nothing.
 
-Figures are processor time of one thread, so that what else the machine does counts for little.
+Figures are processor time of one thread, so that what else the machine does counts for little. Equal layers have one
+mask: it is read and proven once, however many there are, which is counted.
 
     python benchmarks/depth.py
 """
@@ -21,6 +22,7 @@ import torch
 from rich.table import Table
 
 import kvpass
+from kvpass.fx_passes import read_masks
 from kvpass.measure import write_result
 from kvpass.models.pydecoder import PyDecoder, PyDecoderConfig
 from kvpass.terminal import output
@@ -30,16 +32,17 @@ APART = ("export", "verify")  # what is no pass
 
 
 def measure(depth: int) -> dict[str, Any]:
-    """Seconds of torch.export, of each pass, and of verification, for a decoder of so many layers."""
+    """For a decoder of so many layers: seconds of torch.export, of each pass and of verification; masks proven."""
     torch.manual_seed(0)
     config = PyDecoderConfig(
         vocab_size=128, d_model=32, num_layers=depth, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48
     )
     model = PyDecoder(config).eval()
-    with mock.patch("time.perf_counter", time.process_time):  # the clock of the report
+    clock = mock.patch("time.perf_counter", time.process_time)  # the clock of the report
+    with clock, mock.patch.object(read_masks, "read_mask_meaning", wraps=read_masks.read_mask_meaning) as proofs:
         report = kvpass.compile(model, kvpass.CacheConfig(num_blocks=8)).report
     assert len(report.sites) == depth and report.verification is not None and report.verification.passed
-    return dict(report.seconds)
+    return {"seconds": dict(report.seconds), "masks": proofs.call_count, "calls": report.calls[0]}
 
 
 def main() -> None:
@@ -51,19 +54,31 @@ def main() -> None:
     torch.set_num_threads(1)
     measure(2)  # what is loaded or compiled once
     table = Table(title="processor seconds of one compile")
-    for name in ("layers", "export", "passes", "times export", "passes per layer, ms", "slowest pass", "verify"):
+    for name in (
+        "layers",
+        "export",
+        "passes",
+        "times export",
+        "passes per layer, ms",
+        "slowest pass",
+        "masks",
+        "verify",
+    ):
         table.add_column(name, justify="right")
     rows = []
     for depth in options.depths:
         runs = [measure(depth) for _ in range(options.repeats)]
-        seconds = {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
+        times = [run["seconds"] for run in runs]
+        seconds = {name: round(statistics.median(time[name] for time in times), 4) for name in times[0]}
+        counted = {name: runs[0][name] for name in ("masks", "calls")}
         each = {name: value for name, value in seconds.items() if name not in APART}
         passes, export = sum(each.values()), seconds["export"]
         ratio = round(passes / export, 3)
-        rows.append({"layers": depth, "passes": round(passes, 4), "times_export": ratio, "seconds": seconds})
+        rows.append({"layers": depth, "passes": round(passes, 4), "times_export": ratio, **counted, "seconds": seconds})
         slowest = max(each, key=lambda name: each[name])
         cells = (f"{depth}", f"{export:.2f}", f"{passes:.2f}", f"{ratio:.2f}", f"{1000 * passes / depth:.1f}")
-        table.add_row(*cells, f"{slowest} {each[slowest]:.2f}", f"{seconds['verify']:.2f}")
+        found = f"{slowest} {each[slowest]:.2f}", str(counted["masks"])
+        table.add_row(*cells, *found, f"{seconds['verify']:.2f}")
     output().print(table)
     chosen = {"depths": list(options.depths), "repeats": options.repeats}
     output().print(f"written to {write_result(options.results, 'depth', chosen, rows)}", soft_wrap=True)

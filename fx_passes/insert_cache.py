@@ -15,6 +15,7 @@ from kvpass.fx_passes.axes import Factor, Kind
 from kvpass.fx_passes.clean_up import clean_up
 from kvpass.fx_passes.find_positions import SOURCE, PositionSource, Tabulated
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
+from kvpass.fx_passes.merge_projections import merge_projections
 from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan, live_nodes
 from kvpass.fx_passes.prove_token_axis import token_axes_of
 from kvpass.fx_passes.select_logits import select_logits
@@ -81,6 +82,7 @@ def _observe(captured: CapturedGraph, results: list[Node]) -> GraphModule:
     end = next(node for node in reversed(captured.graph.nodes) if node.op == "output")
     end.args = ((captured.output, *results),)
     clean_up(captured)
+    merge_projections(captured)
     copied = Graph()
     copied.output(copied.graph_copy(captured.graph, {}))
     observed = GraphModule(captured.module, copied)
