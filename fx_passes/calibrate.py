@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.bind import PagedModule
-from kvpass.fx_passes.graph import is_call
+from kvpass.fx_passes.graph import arguments, is_call
 from kvpass.fx_passes.insert_cache import PagedGraph
 from kvpass.fx_passes.verify import allowed_tokens, with_sites
 from kvpass.kernels.formats import allocate_cache, find_format
@@ -71,10 +71,10 @@ def _written_rows(exact: PagedGraph) -> dict[str, Node]:
     """For each buffer of scales the node that is written to the cache, already divided by it (``[T, Hkv, D]``)."""
     found = {}
     for write in exact.module.graph.nodes:
-        if not is_call(write, torch.ops.kvpass.write_cache):
+        if not is_call(write, torch.ops.kvpass.write_cache, torch.ops.kvpass.norm_rotary_write):
             continue
-        for row, cache in zip(write.args[:2], write.args[2:4], strict=True):
-            assert isinstance(row, Node) and isinstance(cache, Node)
+        named = arguments(write)
+        for row, cache in ((named[part], named[f"{part}_cache"]) for part in ("key", "value")):
             name = f"_scale_{cache.name}"
             if hasattr(exact.module, name):
                 found[name] = row

@@ -26,6 +26,6 @@ def _without_formats(module: GraphModule, graph: Graph) -> GraphModule:
     copied = Graph()
     copied.output(copied.graph_copy(graph, {}))
     for node in copied.nodes:
-        if is_call(node, ops.write_cache, ops.paged_attention, ops.latent_attention):
+        if is_call(node, ops.write_cache, ops.norm_rotary_write, ops.paged_attention, ops.latent_attention):
             node.kwargs = {k: v for k, v in node.kwargs.items() if k not in FORMAT_ARGUMENTS}
     return GraphModule(module, copied)

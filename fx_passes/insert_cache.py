@@ -14,6 +14,7 @@ from kvpass.fx_passes.arrange import arrange
 from kvpass.fx_passes.axes import Factor, Kind
 from kvpass.fx_passes.clean_up import clean_up
 from kvpass.fx_passes.find_positions import SOURCE, PositionSource, Tabulated
+from kvpass.fx_passes.fuse_writes import fuse_writes
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
 from kvpass.fx_passes.merge_projections import merge_projections
 from kvpass.fx_passes.plan_cache import GraphPlan, SitePlan, live_nodes
@@ -45,13 +46,14 @@ class PagedGraph:
     site_names: tuple[str, ...]
 
 
-def insert_cache(captured: CapturedGraph, plan: GraphPlan) -> PagedGraph:
+def insert_cache(captured: CapturedGraph, plan: GraphPlan, fuse: bool = False) -> PagedGraph:
     """Rewrite a planned graph to paged form; ``captured`` is used up.
 
     Before: ``kvpass::dense_attention`` over sequences; positions counted from the length.
     After: token ids are ``[1, T]``: the tokens of all sequences of the step in one row. Keys and values are written
         to their cache by ``kvpass::write_cache``, attention is ``kvpass::paged_attention``, positions are an input,
-        and only the rows asked for go through what follows the last attention.
+        and only the rows asked for go through what follows the last attention. With ``fuse``, what stands before a
+        write is part of it where it can be, see :func:`~kvpass.fx_passes.fuse_writes.fuse_writes`.
     Requires: that no pass refused.
     """
     device = captured.input_ids.meta["val"].device
@@ -73,16 +75,18 @@ def insert_cache(captured: CapturedGraph, plan: GraphPlan) -> PagedGraph:
     captured.tidy()
     select_logits(captured, step["logits_index"])
     cache_plan = store_in_formats(captured, plan.cache_plan, plan.formats)
-    observed = _observe(captured, results)
+    observed = _observe(captured, results, fuse)
     return PagedGraph(captured.module, cache_plan, observed, tuple(site.name for site in plan.sites))
 
 
-def _observe(captured: CapturedGraph, results: list[Node]) -> GraphModule:
+def _observe(captured: CapturedGraph, results: list[Node], fuse: bool) -> GraphModule:
     """Clean the graph up, and make the module that also returns ``results``."""
     end = next(node for node in reversed(captured.graph.nodes) if node.op == "output")
     end.args = ((captured.output, *results),)
     clean_up(captured)
     merge_projections(captured)
+    if fuse:
+        fuse_writes(captured)
     copied = Graph()
     copied.output(copied.graph_copy(captured.graph, {}))
     observed = GraphModule(captured.module, copied)

@@ -101,6 +101,16 @@ def choose(op: str, device: str, arguments: dict[str, Any]) -> Callable[..., Any
     raise InputError(f"kvpass::{op} has no backend for the device {device}")
 
 
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a backend other than the torch reference has a kernel for ``kvpass::op`` on a type of device.
+
+    It may still leave a single call to the reference, for its dtypes or formats.
+    """
+    forced = os.environ.get("KVPASS_BACKEND")
+    rows = [b for b in BACKENDS[:-1] if (b.name == forced if forced else not b.devices or device in b.devices)]
+    return any(hasattr(load(backend), op) for backend in rows)
+
+
 def _forced(name: str, op: str, arguments: dict[str, Any]) -> Callable[..., Any]:
     found = [backend for backend in BACKENDS if backend.name == name]
     if not found:

@@ -26,6 +26,7 @@ from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.plan_cache import plan_cache
 from kvpass.fx_passes.token_mixers import convolutions_over_tokens
 from kvpass.fx_passes.verify import format_bound, reference_graph, verify
+from kvpass.kernels.backends import has_kernel
 from kvpass.report import RewriteReport
 from kvpass.runtime.output_text import decode_of
 from kvpass.runtime.speculation import Drafter
@@ -177,7 +178,7 @@ def rewrite(
         max_length_reason=plan.cache_plan.max_length_reason,
         forbidden_tokens=plan.cache_plan.forbidden_tokens,
     )
-    paged = exact = insert_cache(captured, plan)
+    paged = exact = insert_cache(captured, plan, fuse=has_kernel("norm_rotary_write", device.type))
     after = count_nodes(paged.module.graph)
     report = replace(report, calls=(before[0], after[0]), launches=(before[1], after[1]))
     lossy = paged.plan != plan.cache_plan

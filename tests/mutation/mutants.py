@@ -187,6 +187,16 @@ MUTANTS: dict[str, Mutant] = {
         "pass",
         "causal matrix over time",
     ),
+    # the step's clean-up
+    "merged projections exchanged": Mutant(
+        "merge_projections:_merge", "(parts, place)", "(parts, (0, 2, 1)[place])", "GQA by repeat_interleave"
+    ),
+    "pairs of the fused rotation exchanged": Mutant(
+        "fuse_writes:_Fusion.fuse", "sin, of_key[1].interleaved", "sin, not of_key[1].interleaved", "rotary by YaRN"
+    ),
+    "fused norm without its epsilon": Mutant(
+        "fuse_writes:_Fusion.fuse", "max(eps, default=0.0)", "1.0", "softcap and q/k norms"
+    ),
 }
 
 

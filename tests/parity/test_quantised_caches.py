@@ -8,7 +8,7 @@ from kvpass import compiler
 from kvpass.engine import Engine
 from kvpass.errors import ConfigError, VerificationError
 from kvpass.fx_passes import store_in_formats
-from kvpass.fx_passes.graph import is_call
+from kvpass.fx_passes.graph import arguments, is_call
 from kvpass.kernels.formats import FORMATS, pack_slabs, unpack_slabs
 from tests.decoders import heads
 from tests.decoders.skeleton import HEAD_DIM, VOCAB, Decoder, decoder, decoder_around
@@ -86,14 +86,16 @@ def test_sharing_preemption_and_chunks_do_not_change_a_token(engine: Engine) -> 
 
 def test_only_formats_that_ask_for_it_put_ops_around_their_caches(engine: Engine) -> None:
     graph = engine.module.graph_module.graph
-    writes = [node for node in graph.nodes if is_call(node, torch.ops.kvpass.write_cache)]
+    ops = torch.ops.kvpass
+    writes = [node for node in graph.nodes if is_call(node, ops.write_cache, ops.norm_rotary_write)]
     assert [dict(write.kwargs) for write in writes] == [
         {},
         {"key_format": "int8"},
         {"key_format": "int4", "value_format": "int4"},
         {},
     ]
-    divided = [is_call(beneath_moves(write.args[i]), torch.ops.aten.div) for write in writes for i in (0, 1)]
+    rows = [arguments(write)[part] for write in writes for part in ("key", "value")]
+    divided = [is_call(beneath_moves(row), torch.ops.aten.div) for row in rows]
     assert divided == [True, True, False, True, False, False, False, False]
     rotations = [n for n in graph.nodes if n.op == "get_attr" and n.target.startswith("_hadamard_4_")]
     assert len(rotations) == 4  # keys, queries, values and outputs of the third layer
