@@ -179,7 +179,7 @@ def _compiled(model: nn.Module) -> kvpass.Engine | Row:
 
 def _generated(engine: kvpass.Engine, prompts: list[list[int]], wanted: list[Greedy]) -> Row:
     recorder = Recorder(engine.module)
-    engine.module = recorder
+    engine = kvpass.Engine(recorder, engine.plan, engine.config, engine.report)
     greedy = kvpass.Sampling(ignore_eos=True)
     compared, worst, wrong = 0, 0.0, []
     for turn in ("cold", "with cached prefixes"):
