@@ -244,6 +244,16 @@ def _repeat_once(captured: CapturedGraph, node: Node) -> Node | None:
     return None
 
 
+def _view_as_complex(captured: CapturedGraph, node: Node) -> Node | None:
+    """A view as complex numbers demands adjacent pairs, and the copies that made them so are gone: pairs are joined."""
+    pairs = node.args[0]
+    if is_call(pairs, aten.stack):
+        return None
+    halves = [emit(captured, aten.select.int, pairs, -1, i, like=node) for i in (0, 1)]
+    joined = emit(captured, aten.stack.default, halves, -1, like=node)
+    return emit(captured, aten.view_as_complex.default, joined, like=node)
+
+
 RULES: dict[object, Rule] = {
     aten.clone: _source,
     aten.contiguous: _source,
@@ -276,5 +286,6 @@ RULES: dict[object, Rule] = {
     aten.transpose: _transposed_twice,
     aten.t: _t,
     aten.repeat: _repeat_once,
+    aten.view_as_complex: _view_as_complex,
     aten.cat: _cat,
 }

@@ -16,6 +16,7 @@ SPELLINGS = {
     "views": lambda m, x: x.contiguous().view(x.size(0), x.size(1), 2, 3).reshape(x.size(0), -1, 6),
     "no_ops": lambda m, x: (F.dropout(x.to(x.dtype).clone(), 0.1, False)[:, :] + 0) * 1 / 1,
     "transposed_twice": lambda m, x: x.transpose(-1, -2).transpose(2, 1),
+    "pairs_apart": lambda m, x: torch.view_as_complex(x.unflatten(-1, (2, 3)).mT.contiguous()).abs(),
     "softmax_by_hand": lambda m, x: _over_sum((x - x.amax(-1, keepdim=True)).exp()),
     "softmax_by_division": lambda m, x: _over_sum(x.exp()),
     "softmax_by_log": lambda m, x: x.log_softmax(-1).exp(),

@@ -139,7 +139,8 @@ class RandomAttention(Part):
         frame = replace(frame, seen=frame.place(self.visible(n, device)))
         scores = masks.HIDING[spec["hiding"]](scores, frame.seen)
         if spec["unsound"] == "softmax over queries":
-            frame = replace(frame, keys=-1 if frame.keys in (2, -2) else -2)
+            queries = -1 if frame.keys in (2, -2) else -2
+            frame = replace(frame, keys=1 if spec["scores"] in ("heads last", "queries before heads") else queries)
         weights = attention.SOFTMAXES[spec["softmax"]](self, scores, frame)
         out = attention.weighted(self, weights, t)
         if spec["softmax"] == "divided after values":
