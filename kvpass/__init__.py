@@ -19,11 +19,12 @@ from kvpass.fx_passes.bind import PagedModule
 from kvpass.handle import Handle
 from kvpass.report import RewriteReport, SiteReport
 from kvpass.runtime.prompt_lookup import PromptLookup
-from kvpass.types import CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs, TokenLogprobs
+from kvpass.types import AttentionSinks, CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs, TokenLogprobs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionSinks",
     "CacheConfig",
     "CachePlan",
     "CacheSpec",

@@ -23,7 +23,7 @@ from kvpass.fx_passes.exact_formats import with_exact_formats
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.insert_cache import insert_cache
 from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.plan_cache import plan_cache
+from kvpass.fx_passes.plan_cache import GraphPlan, plan_cache
 from kvpass.fx_passes.token_mixers import convolutions_over_tokens
 from kvpass.fx_passes.verify import format_bound, reference_graph, verify
 from kvpass.kernels.backends import has_kernel
@@ -142,6 +142,22 @@ def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
         raise RefusedError(f"kvpass could not capture the model. {error}", report) from error
 
 
+def check_forgetting(plan: GraphPlan) -> None:
+    """Refuse to forget tokens where what is left would not be attended to as it was.
+
+    What is forgotten leaves no gap in the cache, so no mask or bias may depend on the distance of two tokens, beyond
+    that none sees a later one.
+
+    Raises:
+        RefusedError: naming the first attention of which that is not so.
+    """
+    for site in plan.sites:
+        mask = site.mask
+        if mask.reach is not None or mask.slopes is not None or mask.bias is not None:
+            reason = f"its mask is {mask.describe()}: tokens can be forgotten only where every mask is causal alone"
+            raise _refused([Refusal(reason, site.name, pass_name="plan-cache")])
+
+
 def _refused(refusals: Sequence[Refusal], seconds: dict[str, float] | None = None) -> RefusedError:
     listed = "\n".join(f"- {refusal}" for refusal in refusals[:8])
     message = f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}"
@@ -171,6 +187,8 @@ def rewrite(
         raise _refused(log.refusals, seconds) from log.error
     start = time.perf_counter()
     plan = plan_cache(captured, config, _vocabulary(captured))
+    if config.forgetting is not None:
+        check_forgetting(plan)
     reference = reference_graph(captured, [site.node.name for site in plan.sites])
     report = RewriteReport(
         sites=site_reports(captured, plan),

@@ -10,7 +10,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from kvpass.errors import ConfigError
-from kvpass.types import Sampling
+from kvpass.types import AttentionSinks, Sampling
 
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
@@ -84,6 +84,8 @@ class CacheConfig:
         disk: a folder for what host memory has no room for. It is found again by later engines of the same model and
             the same configuration of the cache.
         disk_memory: most bytes on disk.
+        forgetting: what long sequences forget, such as ``kvpass.AttentionSinks(window=1024)``: lossy, off by default.
+            Prefixes are not shared then.
 
     Raises:
         ConfigError: on construction, for values that cannot be used.
@@ -103,6 +105,7 @@ class CacheConfig:
     host_memory: str | int | None = None
     disk: str | PathLike[str] | None = None
     disk_memory: str | int = "10GiB"
+    forgetting: AttentionSinks | None = None
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -120,6 +123,7 @@ class CacheConfig:
                 continue
             if not _is_count(value):
                 raise ConfigError(f"{name}={value!r} is not a whole number of at least 1")
+        self._check_forgetting()
 
     def _check_tiers(self) -> None:
         if self.eviction not in EVICTION_POLICIES:
@@ -133,6 +137,21 @@ class CacheConfig:
         if self.host_memory is not None:
             parse_bytes(self.host_memory, "host_memory")
         parse_bytes(self.disk_memory, "disk_memory")
+
+    def _check_forgetting(self) -> None:
+        forgetting = self.forgetting
+        if forgetting is None:
+            return
+        if not isinstance(forgetting, AttentionSinks):
+            raise ConfigError(
+                f"forgetting={forgetting!r} is no way to forget tokens: give kvpass.AttentionSinks(window=1024)"
+            )
+        for name in ("window", "sinks", "every"):
+            value = getattr(forgetting, name)
+            if not _is_count(value) and not (name == "every" and value is None):
+                raise ConfigError(f"{name}={value!r} of kvpass.AttentionSinks is no whole number of at least 1")
+        if self.host_memory is not None or self.disk is not None:
+            raise ConfigError("sequences that forget share no prefixes: leave host_memory and disk out")
 
     def formats(self, attentions: int) -> tuple[tuple[str, str], ...]:
         """Formats of keys and values that ``dtype`` asks for, for each of so many attentions; may be ``"auto"``.

@@ -75,11 +75,18 @@ class Engine:
         self._pool = BlockPool(num_blocks, plan.block_size, config.scrub)
         windows = plan.group_windows
         policy = POLICIES[config.eviction]()
-        prefix_cache = PrefixCache(self._pool, windows, policy) if config.prefix_sharing else None
+        sharing = config.prefix_sharing and config.forgetting is None
+        prefix_cache = PrefixCache(self._pool, windows, policy) if sharing else None
         self._moves = moves = make_moves(module, plan, config, caches, self._pool, prefix_cache)
         swap = moves if config.host_bytes else None
         self._scheduler = Scheduler(
-            self._pool, prefix_cache, config.max_batch_tokens, config.max_sequences, windows, swap
+            self._pool,
+            prefix_cache,
+            config.max_batch_tokens,
+            config.max_sequences,
+            windows,
+            swap,
+            forgetting=config.forgetting,
         )
         self._loop = StepLoop(module, plan, caches, self._scheduler, moves)
         self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive)

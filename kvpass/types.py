@@ -161,6 +161,47 @@ class CachePlan:
         return tuple(None if None in found else max((w for w in found if w), default=None) for found in groups)
 
 
+@dataclass(frozen=True)
+class AttentionSinks:
+    """Forgets the middle of long sequences, which bounds their cache and is lossy (StreamingLLM, arXiv 2309.17453).
+
+    Kept are the first tokens, which attention needs as sinks, and the newest ones; whole blocks between them are given
+    back. What a token sees changes where its position is a multiple of ``every``, and so depends on nothing but its
+    position: from there the first ``sinks`` tokens and those no more than ``window`` before, each rounded up to blocks.
+
+    Unlike the paper's, positions are not counted anew in what is left: keys are cached with their own positions, and
+    keep them, so distances to the sinks grow with the sequence.
+
+    Attributes:
+        window: newest tokens that are kept.
+        sinks: first tokens that are kept.
+        every: tokens from one time of forgetting to the next, which is also the longest chunk of a prompt; a quarter of
+            the window when None.
+    """
+
+    window: int
+    sinks: int = 4
+    every: int | None = None
+
+    @property
+    def stride(self) -> int:
+        """``every``, or what it is when None."""
+        return max(1, self.window // 4) if self.every is None else self.every
+
+    def kept_blocks(self, block_size: int) -> int:
+        """Blocks at the front that are never given back."""
+        return -(-self.sinks // block_size)
+
+    def count_passed(self, computed: int, block_size: int) -> int:
+        """Blocks from the front, those of the sinks among them, before what a token at position ``computed`` sees."""
+        passed = max(0, computed - computed % self.stride - self.window) // block_size
+        return passed if passed > self.kept_blocks(block_size) else 0
+
+    def next_change(self, computed: int) -> int:
+        """The first position after ``computed`` where what is seen may change."""
+        return computed - computed % self.stride + self.stride
+
+
 @dataclass(frozen=True, eq=False)
 class StepInputs:
     """One step of a paged module: T tokens of N sequences, prefill and decode in any mix.

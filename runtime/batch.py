@@ -22,6 +22,8 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
     known = np.array([sequence.num_tokens for sequence, _, _ in step.ranges], dtype=np.int64)
     counts = ends - starts
     query_start = np.concatenate(([0], np.cumsum(counts)))
+    # Tokens whose blocks were given back leave no gap: those that are left come one after the other, in order.
+    gone = np.array([sequence.tables[0].num_forgotten for sequence, _, _ in step.ranges], dtype=np.int64) * block_size
     tables = _block_tables(step, (-(-ends // block_size)).tolist())
     if query_start[-1] == len(starts) and (ends == known).all():  # one token of each sequence, its newest
         tokens = np.array([sequence.newest for sequence, _, _ in step.ranges], dtype=np.int64)
@@ -30,7 +32,8 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
         tokens = np.concatenate(parts).astype(np.int64)
     rows = np.repeat(np.arange(len(starts)), counts)
     positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[rows]
-    slots = tables[:, rows, positions // block_size] * block_size + positions % block_size
+    places = positions - gone[rows]
+    slots = tables[:, rows, places // block_size] * block_size + places % block_size
 
     def move(array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -40,7 +43,7 @@ def build_step_inputs(step: Step, block_size: int, device: torch.device | str = 
         positions=move(positions),
         slot_mapping=move(slots),
         block_tables=move(tables),
-        seq_lens=move(ends),
+        seq_lens=move(ends - gone),
         query_start=move(query_start),
         logits_index=move(_rows_with_logits(query_start[1:], ends - known)),
     )
@@ -62,7 +65,7 @@ def _rows_with_logits(row_ends: NDArray[np.int64], beyond: NDArray[np.int64]) ->
 
 
 def _block_tables(step: Step, widths: list[int]) -> NDArray[np.int64]:
-    """``[G, N, W]``: the first ``widths`` blocks of each sequence in each group, then zeros."""
+    """``[G, N, W]``: the first ``widths`` blocks of each sequence in each group, but those forgotten, then zeros."""
     groups = len(step.ranges[0].sequence.tables)
     tables = np.zeros((groups, len(widths), max(widths)), dtype=np.int64)
     for group, rows in enumerate(tables):

@@ -13,13 +13,16 @@ class BlockTable:
 
     Attributes:
         num_blocks: entries, those that were given back included.
-        num_passed: entries from the front whose blocks no query to come can see; they were given back and are 0.
+        num_kept: entries at the front that are never given back, while later ones are; 0 where there are no such.
+        num_passed: entries from the front whose blocks no query to come can see; but for those kept they were given
+            back and are 0.
     """
 
-    __slots__ = ("_blocks", "num_blocks", "num_passed")
+    __slots__ = ("_blocks", "num_blocks", "num_kept", "num_passed")
 
-    def __init__(self) -> None:
+    def __init__(self, num_kept: int = 0) -> None:
         self.num_blocks = 0
+        self.num_kept = num_kept
         self.num_passed = 0
         # Grows by doubling: what a request asks for at most is no measure of what it will need.
         self._blocks: NDArray[np.int64] = np.empty(_FIRST_CAPACITY, dtype=np.int64)
@@ -36,12 +39,40 @@ class BlockTable:
     @property
     def owned(self) -> list[int]:
         """The blocks that were not given back."""
-        owned: list[int] = self._blocks[self.num_passed : self.num_blocks].tolist()
+        owned: list[int] = self.present(self.num_blocks).tolist()
         return owned
 
+    @property
+    def num_given_back(self) -> int:
+        """Entries whose blocks were given back."""
+        return max(0, self.num_passed - self.num_kept)
+
+    @property
+    def num_forgotten(self) -> int:
+        """Entries whose blocks were given back behind the kept ones. The kernels must not see these entries at all."""
+        return self.num_given_back if self.num_kept else 0
+
+    def present(self, count: int) -> NDArray[np.int64]:
+        """Of the first ``count`` entries, or as many as there are, those whose blocks were not given back."""
+        entries = self.entries[:count]
+        if not self.num_given_back:
+            return entries
+        return np.concatenate((entries[: self.num_kept], entries[self.num_passed :]))
+
+    def twin(self, count: int) -> BlockTable:
+        """A table with the same first ``count`` entries."""
+        twin = BlockTable(self.num_kept)
+        twin.extend(self.entries[:count].tolist())
+        twin.num_passed = min(self.num_passed, count)
+        return twin
+
     def copy_to(self, row: NDArray[np.int64], count: int) -> None:
-        """Write the first ``count`` entries to the beginning of ``row``."""
-        row[:count] = self._blocks[:count]
+        """Write the first ``count`` entries, without those forgotten, to the beginning of ``row``."""
+        if self.num_forgotten:
+            entries = self.present(count)
+            row[: len(entries)] = entries
+        else:
+            row[:count] = self._blocks[:count]
 
     def extend(self, blocks: list[int]) -> None:
         """Append blocks."""
@@ -66,15 +97,17 @@ class BlockTable:
             self.num_passed = self.num_blocks
 
     def pass_front(self, count: int) -> list[int]:
-        """Take the first ``count`` blocks out, as far as they are still there, and return them."""
-        passed: list[int] = self._blocks[self.num_passed : count].tolist()
-        self._blocks[self.num_passed : count] = 0
+        """Take the first ``count`` blocks out, as far as they are still there and not kept, and return them."""
+        first = max(self.num_passed, self.num_kept)
+        passed: list[int] = self._blocks[first:count].tolist()
+        self._blocks[first:count] = 0
         self.num_passed = max(self.num_passed, count)
         return passed
 
     def take_end(self, count: int) -> list[int]:
         """Take out all entries but the first ``count``, and return their blocks."""
-        taken: list[int] = self._blocks[max(count, self.num_passed) : self.num_blocks].tolist()
+        held = len(self.present(count))
+        taken: list[int] = self.present(self.num_blocks)[held:].tolist()
         self.num_blocks = min(count, self.num_blocks)
         self.num_passed = min(self.num_passed, self.num_blocks)
         return taken

@@ -14,6 +14,7 @@ from kvpass.runtime.prefix_cache import PrefixNode
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step_registry import StepRegistry
 from kvpass.runtime.swap_space import SwapSpace
+from kvpass.types import AttentionSinks
 
 
 class Holdings:
@@ -33,31 +34,39 @@ class Holdings:
         windows: Ordered[int | None],
         max_chunk: int,
         swap: SwapSpace | None = None,
+        forgetting: AttentionSinks | None = None,
     ) -> None:
         self._pool = pool
         self._registry = registry
         # Of each group the newest tokens, its own included, that a query may look at; None for all.
         self._windows = tuple(windows)
-        self._bounded = any(window is not None for window in windows)
+        # What sequences forget; only where no group has a window. None where everything is remembered.
+        self._forgetting = forgetting
+        self._bounded = forgetting is not None or any(window is not None for window in windows)
         self._max_chunk = max_chunk
         self._swap = swap
         self.copies: list[tuple[int, int]] = []
 
     def open(self, sequence: Sequence) -> None:
         """Give a new sequence its empty tables."""
-        sequence.tables = tuple(BlockTable() for _ in self._windows)
+        kept = 0 if self._forgetting is None else self._forgetting.kept_blocks(self._pool.block_size)
+        sequence.tables = tuple(BlockTable(kept) for _ in self._windows)
 
     def count_passed(self, num_computed: int) -> list[int]:
         """In each group the first blocks that neither the token at ``num_computed`` nor any later one looks at."""
         size = self._pool.block_size
+        if self._forgetting is not None:
+            return [self._forgetting.count_passed(num_computed, size)] * len(self._windows)
         return [0 if window is None else max(0, num_computed - window + 1) // size for window in self._windows]
 
     def count_held(self, sequence: Sequence) -> int:
         """Blocks that a sequence owns, in all groups."""
-        return sum(table.num_blocks - table.num_passed for table in sequence.tables)
+        return sum(table.num_blocks - table.num_given_back for table in sequence.tables)
 
     def most_held(self, start: int, length: int, chunk: int) -> int:
         """Most blocks that a sequence holds at once while it grows from ``start`` to ``length`` tokens in chunks."""
+        if self._forgetting is not None:
+            return self._most_remembered(self._forgetting, start, length) * len(self._windows)
         most = 0
         for window, passed in zip(self._windows, self.count_passed(start), strict=True):
             blocks = self._pool.blocks_for(length) - passed
@@ -67,6 +76,15 @@ class Holdings:
                 blocks = min(blocks, self._pool.blocks_for(span + self._pool.block_size - 1))
             most += blocks
         return most
+
+    def _most_remembered(self, forgetting: AttentionSinks, start: int, length: int) -> int:
+        """The same in one group, where sequences forget."""
+        size = self._pool.block_size
+        kept = forgetting.kept_blocks(size)
+        passed = forgetting.count_passed(start, size)
+        span = self._pool.blocks_for(forgetting.window + forgetting.stride + size - 1)
+        # Before the first block is given back there may be one more than the sinks and the span.
+        return min(self._pool.blocks_for(length) - max(0, passed - kept), kept + 1 + span)
 
     def will_need(self, sequence: Sequence) -> int:
         """Blocks that a sequence will ask for to compute the tokens it has, and one for each group if it goes on."""
@@ -91,6 +109,9 @@ class Holdings:
         if spare < 0:
             return sequence.num_computed
         blocks = sequence.tables[0].num_blocks + spare // len(self._windows)
+        if self._forgetting is not None:
+            # What is seen changes there, and has to be the same for all tokens of a step.
+            length = min(length, self._forgetting.next_change(sequence.num_computed))
         return min(length, max(sequence.num_computed, blocks * self._pool.block_size))
 
     def grow(self, sequence: Sequence, length: int) -> None:
@@ -147,12 +168,9 @@ class Holdings:
     def share(self, sequence: Sequence, twin: Sequence) -> None:
         """Let ``twin``, which has the same tokens, own all that ``sequence`` has computed."""
         used = self._pool.blocks_for(sequence.num_computed)
-        twin.tables = tuple(BlockTable() for _ in self._windows)
-        for table, copy in zip(sequence.tables, twin.tables, strict=True):
-            owned = table.entries[table.num_passed : used].tolist()
-            self._pool.acquire(owned)
-            copy.skip(table.num_passed)
-            copy.extend(owned)
+        twin.tables = tuple(table.twin(used) for table in sequence.tables)
+        for table in twin.tables:
+            self._pool.acquire(table.owned)
         twin.num_computed = sequence.num_computed
         twin.num_registered, twin.branch = sequence.num_registered, sequence.branch
         twin.shares_tail = sequence.shares_tail = sequence.num_computed % self._pool.block_size != 0
@@ -179,7 +197,7 @@ class Holdings:
 
         All of it must be there already: nothing of it is left to the step that is being scheduled.
         """
-        computed, swap = sequence.num_computed, self._swap
+        computed, swap = sequence.num_computed, None if self._forgetting is not None else self._swap
         used = self._pool.blocks_for(computed)
         content = [block for table in sequence.tables for block in table.entries[table.num_passed : used].tolist()]
         handle = swap.swap_out(content) if swap is not None and content else None
@@ -283,7 +301,8 @@ class Holdings:
         for table, passed in zip(sequence.tables, self.count_passed(sequence.num_computed), strict=True):
             _require(sequence.num_computed <= table.num_blocks * size, "tokens without a block")
             _require(table.num_passed <= passed, "a block was given back that is still seen")
-            _require(not table.entries[: table.num_passed].any(), "a block that was given back is in a table")
+            gone = table.entries[table.num_kept : table.num_passed]
+            _require(not gone.any(), "a block that was given back is in a table")
             _require(table.num_blocks == sequence.tables[0].num_blocks, "the tables of a sequence differ in length")
             tail = sequence.num_computed // size
             if sequence.num_computed % size and not sequence.shares_tail and not in_flight:

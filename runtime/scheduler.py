@@ -32,7 +32,7 @@ from kvpass.runtime.step import SchedulerCounts, Step
 from kvpass.runtime.step_builder import StepBuilder
 from kvpass.runtime.step_registry import StepRegistry
 from kvpass.runtime.swap_space import SwapSpace
-from kvpass.types import FinishReason
+from kvpass.types import AttentionSinks, FinishReason
 
 
 class Scheduler:
@@ -51,6 +51,7 @@ class Scheduler:
         windows: Ordered[int | None] = (None,),
         swap: SwapSpace | None = None,
         clock: Callable[[], float] = time.monotonic,
+        forgetting: AttentionSinks | None = None,
     ) -> None:
         """Schedule over ``pool``.
 
@@ -62,6 +63,8 @@ class Scheduler:
                 :attr:`kvpass.types.CachePlan.group_windows`.
             swap: where the blocks of preempted sequences go; None to compute them again.
             clock: what deadlines are measured by, in seconds.
+            forgetting: what long sequences forget; None where they remember everything. It goes with neither windows
+                nor a prefix cache: what a block holds would depend on what was forgotten before it.
         """
         self._pool = pool
         self._prefix_cache = prefix_cache
@@ -72,7 +75,10 @@ class Scheduler:
         # The step between schedule and commit, what it registered and copies, and who was cancelled meanwhile.
         self._in_flight: Step | None = None
         self._registry = StepRegistry(pool, prefix_cache)
-        self._holdings = Holdings(pool, self._registry, windows, max_batch_tokens, swap)
+        _require(
+            forgetting is None or (prefix_cache is None and set(windows) == {None}), "forgetting goes with no windows"
+        )
+        self._holdings = Holdings(pool, self._registry, windows, max_batch_tokens, swap, forgetting)
         self._dropped: set[Sequence] = set()
         pins = None if prefix_cache is None else prefix_cache.pins
         self._builder = StepBuilder(
