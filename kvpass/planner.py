@@ -160,7 +160,8 @@ def plan_memory(received: int, exact: CachePlan, stored: CachePlan, config: Cach
             f"({stored.max_length_reason}): ask for a shorter one"
         )
     num_blocks, size = count_blocks(stored, config), bytes_per_block(stored)
-    memory = config.memory_bytes if config.num_blocks is None else num_blocks * size
+    given = config.num_blocks is None and config.memory_share is None
+    memory = config.memory_bytes if given else num_blocks * size
     stages = [_contiguous("every head that attention receives", received, memory, demand)]
     unwindowed = [_without_windows(plan) for plan in (exact, stored)]
     stages.append(_paged("the narrowest cut", unwindowed[0], memory, demand, 0))

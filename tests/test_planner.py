@@ -65,6 +65,11 @@ def test_as_many_sequences_run_at_once_as_were_planned(block_size, context, pref
     assert min(found.stages[-1].fit, 40) == admitted(num_blocks, block_size, context, prefix) > 2
 
 
+def test_a_share_of_the_device_is_planned_as_the_blocks_that_it_gives():
+    found = plan_shape(SMALL, 2, CacheConfig(memory="1%"), Demand(320))
+    assert found.bytes_given == found.bytes_reserved == found.num_blocks * found.bytes_per_block > 0
+
+
 def test_requests_take_the_shared_prefix_once():
     config = CacheConfig(memory="1GiB")
     found = plan_shape(SMALL, 2, config, Demand(320, 160, requests=10))
