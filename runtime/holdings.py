@@ -182,10 +182,17 @@ class Holdings:
         bounded = [(group, window - 1) for group, window in enumerate(self._windows) if window is not None]
         size = self._pool.block_size
         for sequence in sequences:
+            if self._forgetting is not None:
+                self._give_back_forgotten(sequence, self._forgetting.count_passed(sequence.num_computed, size))
             for group, reach in bounded:
                 table = sequence.tables[group]
                 if (sequence.num_computed - reach) // size > table.num_passed and table.num_blocks:
                     self._pool.release(table.pass_front((sequence.num_computed - reach) // size))
+
+    def _give_back_forgotten(self, sequence: Sequence, count: int) -> None:
+        for table in sequence.tables:
+            if count > table.num_passed and table.num_blocks:
+                self._pool.release(table.pass_front(count))
 
     def give_back_all(self, sequence: Sequence) -> None:
         """Empty the tables of a sequence."""
