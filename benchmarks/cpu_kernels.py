@@ -1,17 +1,22 @@
 """The native CPU kernels against memory, and against torch's own attention, in the same run.
 
 Every figure is a median of repeated calls over caches too large for the processor's caches; the fraction of bandwidth
-is that of a sequential read measured between the calls. `packed bmm` is the torch backend of kvpass. SDPA and
-flex_attention are given contiguous keys and values, which they need not gather; they have no cache formats, so only
-the bfloat16 rows have them.
+is that of a sequential read measured between the calls. The roofline of a row is the longer of two times: to read the
+cache once at that bandwidth, and to multiply at the speed of a matrix product of torch in the query's dtype, measured
+in the same run. `of bound` is the part of the roofline that the kernel reaches. For a cascade, the roofline of the same
+step without sharing says by how much sharing can be quicker.
 
-    python benchmarks/cpu_kernels.py [--quick] [--threads 1 2]
+`packed bmm` is the torch backend of kvpass. SDPA and flex_attention are given contiguous keys and values, which they
+need not gather; they have no cache formats, so only the bfloat16 and float32 rows have them.
+
+    python benchmarks/cpu_kernels.py [--quick] [--threads 1 2] [--page]
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_kernels_page import rewrite
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -79,6 +85,8 @@ SHAPES = (
     Shape("cascade 64 x (8192 + 128)", "cascade_attention", 64, 8320, (32, 8), (128, 128), shared=8192),
 )  # fmt: skip
 QUICK = (0, 5, 7)
+PAGE = Path(__file__).parents[1] / "docs" / "kernels-cpu.md"
+PEAK_SIZE = 1024  # of the square matrices whose product is the peak
 
 
 def read_bandwidth(memory: Tensor, clock: Clock) -> float:
@@ -86,6 +94,37 @@ def read_bandwidth(memory: Tensor, clock: Clock) -> float:
     start = clock()
     memory.sum()
     return memory.numel() * 4 / (clock() - start) / 1e9
+
+
+@functools.cache
+def peak_speed(dtype: torch.dtype, threads: int, clock: Clock) -> float:
+    """GFLOP/s of a matrix product with this many threads: the best of several, as it is a bound."""
+    torch.set_num_threads(threads)
+    left, right = (torch.randn(PEAK_SIZE, PEAK_SIZE).to(dtype) for _ in range(2))
+    return 2 * PEAK_SIZE**3 / min(time_calls(lambda: left @ right, 20, 1.0, clock)) / 1e9
+
+
+def count_flops(shape: Shape) -> float:
+    """Multiplications and additions of queries with keys and of weights with values, that nothing can save."""
+    seen = shape.length - (shape.new - 1) / 2  # keys of a query on average
+    return 2.0 * shape.sequences * shape.new * shape.heads[0] * seen * sum(shape.dims)
+
+
+def roofline(shape: Shape, cache_bytes: int, dtype: torch.dtype, read: float, clock: Clock) -> dict[str, Any]:
+    """The least milliseconds that bandwidth and arithmetic allow, and which of them decides."""
+    peak = peak_speed(dtype, torch.get_num_threads(), clock)
+    memory, arithmetic = cache_bytes / read / 1e6, count_flops(shape) / peak / 1e6
+    found: dict[str, Any] = {
+        "peak_gigaflops": round(peak, 1),
+        "memory_milliseconds": round(memory, 3),
+        "arithmetic_milliseconds": round(arithmetic, 3),
+        "bound_by": "memory" if memory > arithmetic else "arithmetic",
+    }
+    if shape.shared:
+        tokens = shape.shared + shape.sequences * (shape.length - shape.shared)
+        alone = memory * shape.sequences * shape.length / tokens
+        found["possible times without sharing"] = round(max(alone, arithmetic) / max(memory, arithmetic), 2)
+    return found
 
 
 def make_cache(name: str, blocks: int, heads: int, size: int, dim: int) -> Tensor:
@@ -190,7 +229,10 @@ def measure(
         "gigabytes_per_second": round(cache_bytes / median / 1e9, 2),
         "sequential_read": round(statistics.median(reads), 2),
         "fraction": round(cache_bytes / median / 1e9 / statistics.median(reads), 3),
+        **roofline(shape, cache_bytes, arguments["query"].dtype, statistics.median(reads), clock),
     }
+    bound = max(row["memory_milliseconds"], row["arithmetic_milliseconds"])
+    row["fraction_of_bound"] = round(bound / row["milliseconds"], 3)
     for peer, call in peers_of(shape, name, arguments).items() if peers else ():
         try:
             took = statistics.median(time_calls(call, 3, 1.0, clock))
@@ -211,10 +253,12 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="on a busy machine: processor, with one thread")
     parser.add_argument("--name", default="cpu_kernels", help="name of the JSON")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="write the digest into this page of docs/")
     options = parser.parse_args()
     clock = CLOCKS[options.clock]
     memory = torch.ones(READ_BYTES // 4)
-    names = ("shape", "heads", "dims", "format", "threads", "ms", "GB/s", "of read", "x bf16", "peers")
+    names = ("shape", "heads", "dims", "format", "threads", "ms", "GB/s", "of read")
+    names = (*names, "memory ms", "arithmetic ms", "of bound", "x bf16", "peers")
     table = Table(title=f"CPU kernels, level {loader.supported_levels()[-1]}, blocks of {options.block_size} tokens")
     for name in names:
         table.add_column(name, justify="left" if name in ("shape", "peers") else "right")
@@ -230,13 +274,20 @@ def main() -> None:
                 row["times_bfloat16"] = round(base / row["milliseconds"], 2) if base else None
                 rows.append(row)
                 peers = ", ".join(f"{k.removeprefix('times ')} {v}" for k, v in row.items() if k.startswith("times "))
-                cells = (row["milliseconds"], row["gigabytes_per_second"], row["fraction"], row["times_bfloat16"])
+                if "possible times without sharing" in row:
+                    peers += f" (of {row['possible times without sharing']} possible)"
+                shown = ("milliseconds", "gigabytes_per_second", "fraction", "memory_milliseconds",
+                         "arithmetic_milliseconds", "fraction_of_bound", "times_bfloat16")  # fmt: skip
+                cells = tuple(row[name] for name in shown)
                 heads, dims = ("/".join(map(str, pair)) for pair in (shape.heads, shape.dims))
                 output().print(f"{shape.name}, {name}, {threads} threads: {row['milliseconds']} ms; {peers}")
                 table.add_row(shape.name, heads, dims, name, str(threads), *(f"{cell or '-'}" for cell in cells), peers)
     output().print(table)
     chosen = {"block_size": options.block_size, "repeats": options.repeats, "clock": options.clock}
-    output().print(f"written to {write_result(options.results, options.name, chosen, rows)}", soft_wrap=True)
+    written = write_result(options.results, options.name, chosen, rows)
+    output().print(f"written to {written}", soft_wrap=True)
+    if options.page:
+        rewrite(options.page, json.loads(written.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -51,6 +51,9 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("triton", "kvpass.kernels.triton_kernels.backend", ("cuda",)),
     Backend("reference", "kvpass.kernels.reference"),
 )
+
+
+CALLS_KEPT = 256  # different calls of an op whose check and choice are remembered
 
 
 @functools.cache
@@ -132,12 +135,16 @@ def _forced(name: str, op: str, arguments: dict[str, Any]) -> Callable[..., Any]
 def implementation_of(op: str, names: tuple[str, ...], check: Callable[..., object]) -> Callable[..., Any]:
     """What runs when ``kvpass::op`` is called: the chosen backend, without gradients and autocast.
 
+    Neither the check nor the choice looks at what tensors hold, so what they found is kept for calls whose arguments
+    have the same shapes, strides, dtypes and devices: it would cost more than a kernel that decodes a short sequence.
+
     Args:
         op: name of the op.
         names: its arguments in order.
         check: its shape function, which complains of arguments that do not fit each other. Kernels that work on bare
             memory rely on it.
     """
+    chosen: dict[Hashable, Callable[..., Any]] = {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -149,13 +156,29 @@ def implementation_of(op: str, names: tuple[str, ...], check: Callable[..., obje
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return run(*args, **kwargs)
-        try:
-            check(*args, **kwargs)
-        except RuntimeError as error:
-            raise InputError(f"kvpass::{op} has arguments that do not fit each other: {error}") from None
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        if os.environ.get("KVPASS_DEBUG", "") not in ("", "0"):
-            check_indices(op, arguments)
-        return choose(op, device, arguments)(*args, **kwargs)
+        debug = os.environ.get("KVPASS_DEBUG", "") not in ("", "0")
+        named = tuple(kwargs)
+        call = (os.environ.get("KVPASS_BACKEND"), named, *map(_describe, args), *map(_describe, kwargs.values()))
+        kernel = None if debug else chosen.get(call)
+        if kernel is None:
+            try:
+                check(*args, **kwargs)
+            except RuntimeError as error:
+                raise InputError(f"kvpass::{op} has arguments that do not fit each other: {error}") from None
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            if debug:
+                check_indices(op, arguments)
+            kernel = choose(op, device, arguments)
+            if len(chosen) >= CALLS_KEPT:
+                chosen.clear()
+            chosen[call] = kernel
+        return kernel(*args, **kwargs)
 
     return run
+
+
+def _describe(argument: Any) -> Hashable:
+    """What a check may depend on."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return tuple(map(_describe, argument)) if isinstance(argument, (list, tuple)) else argument

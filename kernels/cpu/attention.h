@@ -36,6 +36,7 @@ public:
         if (item.begin < item.end) {
             locator_.locate(item, item.head, item.begin, *chunk);
             keys_of(*chunk).fetch(0, kChunk);
+            if (!call_.latent) values_of(*chunk).fetch(0, kChunk);
         }
         for (int64_t at = item.begin; at < item.end; at += kChunk)
             for (int64_t h = 0; h < item.heads; h++) {
@@ -119,7 +120,7 @@ private:
             read_scales(chunk, chunk.key_scales, key_scales);
             keys.key_scales = key_scales;
         }
-        products.scores(chunk, call_.latent ? Upcoming{} : values_of(chunk));
+        products.scores(chunk, keys_of(next));
         if (locator_.value().scale_bytes) {
             read_scales(chunk, chunk.value_scales, value_scales);
             keys.value_scales = value_scales;
@@ -132,7 +133,7 @@ private:
             float* out = w.out + r * w.out_width;
             for (int64_t i = 0; i < w.out_width; i += kLanes) store(out + i, load<vf>(out + i) * factor);
         }
-        products.values(chunk, keys_of(next));
+        products.values(chunk, call_.latent ? Upcoming{} : values_of(next));
     }
 
     int64_t index(const Item& item, int row) const { return item.first + row / item.group_rows; }

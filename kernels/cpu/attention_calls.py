@@ -172,7 +172,8 @@ def _attend(
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk={chunk} must be at least 1")
     tables, lens, starts = (part if part.is_contiguous() else part.contiguous() for part in step)
-    require_int64(op, block_tables=tables, seq_lens=lens, query_start=starts)
+    if not tables.dtype is lens.dtype is starts.dtype is torch.int64:
+        require_int64(op, block_tables=tables, seq_lens=lens, query_start=starts)
     sequences, columns = tables.shape
     if lens.shape[0] != sequences or starts.shape[0] != sequences + 1 or (tree is not None and len(tree) != tokens):
         raise explain_attention(op, query, key_cache, step, features, shared)

@@ -1,13 +1,15 @@
 // Attention of a few query rows straight from the cache: every element is loaded once for up to four rows.
 //
 // This is decode. The rows of a chunk of keys are given by pointers, so that blocks of any size, anywhere, look alike.
-// While a chunk's keys are read its values are fetched into the second-level cache, and the next chunk's keys while its
-// values are read: the slabs of a sequence lie anywhere in memory, and no hardware prefetcher crosses from one to the next.
+// While a chunk's keys are read those of the next are fetched into the second-level cache, and so with its values: the
+// slabs of a sequence lie anywhere in memory, and no hardware prefetcher crosses from one to the next.
 #pragma once
+
+#include <array>
 
 #include "simd.h"
 
-constexpr int kChunk = 64;  // keys taken together
+constexpr int kChunk = 128;  // keys taken together
 constexpr int kDirectRows = 4;
 
 // Rows that are wanted next.
@@ -49,8 +51,10 @@ INLINE void direct_scores(
             }
         }
         if (whole < dim)
-            for (int k = 0; k < K; k++) {
+#pragma GCC unroll 16
+            for (int k = 0; k < K; k++) {  // unrolled, or else the sums would lie in memory
                 vf element = load_tail<F>(keys[j + k], whole, dim - whole);
+#pragma GCC unroll 4
                 for (int r = 0; r < R; r++) sums[r * K + k] += load<vf>(query + r * query_stride + whole) * element;
             }
         float flat[kLanes];
@@ -110,8 +114,44 @@ INLINE void direct_values(
 #if KVPASS_DOT
 INLINE __m512bh as_pairs(__m512i bits) { return (__m512bh)bits; }
 
-// The same from bfloat16 keys and a query in bfloat16, in one part or in two (high and low) when it is not exact in one.
-template <int R, int Parts>
+// 32 numbers of fp8 as bfloat16, which holds them all. Exponents get another bias; the smallest numbers, among them those
+// that have no exponent, are looked up.
+template <int F>
+INLINE __m512i widen_bytes(__m256i bytes) {
+    constexpr int kMantissa = F == kE4M3 ? 3 : 2, kShift = 7 - kMantissa;
+    constexpr int kBias = (F == kE4M3 ? 127 - 7 : 127 - 15) << 7;
+    alignas(64) static constexpr auto kSmallest = [] {
+        std::array<uint16_t, 32> table{};
+        for (int code = 1; code < 32; code++) {
+            int exponent = 1, number = code;  // number * 2^(exponent - bias - mantissa bits)
+            if (code >> kMantissa) exponent = code >> kMantissa, number = (code & ((1 << kMantissa) - 1)) | (1 << kMantissa);
+            while (number < 1 << kMantissa) number *= 2, exponent--;
+            table[code] = static_cast<uint16_t>(exponent * 128 + kBias + ((number - (1 << kMantissa)) << kShift));
+        }
+        return table;
+    }();
+    __m512i code = _mm512_cvtepu8_epi16(bytes);
+    __m512i magnitude = _mm512_and_si512(_mm512_slli_epi16(code, kShift), _mm512_set1_epi16(0x7f << kShift));
+    __m512i pairs = _mm512_add_epi16(magnitude, _mm512_set1_epi16(kBias));
+    __mmask32 small = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x60));
+    pairs = _mm512_mask_permutexvar_epi16(pairs, small, code, _mm512_load_si512(kSmallest.data()));
+    constexpr int kSpecial = F == kE4M3 ? 0x7f : 0x7c;  // NaN, or infinity and NaN
+    __mmask32 special = _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(kSpecial << kShift));
+    pairs = _mm512_mask_blend_epi16(special, pairs, _mm512_or_si512(pairs, _mm512_set1_epi16(0x7f80)));
+    return _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi16(code, 8), _mm512_set1_epi16(INT16_MIN), 0xf8);
+}
+
+// 32 neighbouring elements in bfloat16.
+template <int F>
+INLINE __m512i load_pairs(const uint8_t* row, int64_t i) {
+    if constexpr (F == kBFloat16)
+        return _mm512_loadu_si512(row + 2 * i);
+    else
+        return widen_bytes<F>(load<__m256i>(row + i));
+}
+
+// The same from keys that are exact in bfloat16 and a query in bfloat16, in one part or in two (high and low) when it is not exact in one.
+template <int F, int R, int Parts>
 INLINE void dot_scores(
     const uint16_t* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, float* scores,
     const Upcoming& upcoming
@@ -128,7 +168,7 @@ INLINE void dot_scores(
             for (int r = 0; r < R * Parts; r++) q[r] = as_pairs(_mm512_loadu_si512(query + r * query_stride + d));
 #pragma GCC unroll 16
             for (int k = 0; k < K; k++) {
-                __m512bh element = as_pairs(_mm512_loadu_si512(keys[j + k] + 2 * d));
+                __m512bh element = as_pairs(load_pairs<F>(keys[j + k], d));
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -154,7 +194,7 @@ INLINE __m512i interleave_words(__m512i a, __m512i b, bool high) {
 }
 
 // Weights in bfloat16 pairs of neighbouring keys, [R][Parts][kChunk / 2].
-template <int R, int Parts>
+template <int F, int R, int Parts>
 INLINE void dot_values(
     const uint32_t* weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
     const Upcoming& upcoming
@@ -172,8 +212,8 @@ INLINE void dot_values(
             __m512bh element[4];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-                int64_t at = 2 * (d + (wide ? 32 * half : 0));
-                __m512i a = _mm512_loadu_si512(values[j] + at), b = _mm512_loadu_si512(values[j + 1] + at);
+                int64_t at = d + (wide ? 32 * half : 0);
+                __m512i a = load_pairs<F>(values[j], at), b = load_pairs<F>(values[j + 1], at);
                 element[2 * half] = as_pairs(interleave_words(a, b, false));
                 element[2 * half + 1] = as_pairs(interleave_words(a, b, true));
             }

@@ -1,13 +1,18 @@
 // Reading back: what the caches hold for each sequence, as floats.
 #pragma once
 
+#include <algorithm>
+
+#include "dispatch.h"
 #include "pack.h"
-#include "products.h"
+#include "settled.h"
 #include "threads.h"
 
 // The rows [0, count) of one block of all heads, in order of tokens and heads; zeros for the rest of the block.
 template <int F>
-INLINE void gather_block(const GatherCall& call, const Layout& layout, int64_t block, int64_t count, float* row, float* out) {
+INLINE void gather_block(
+    const GatherCall& call, const Layout& layout, int64_t block, int64_t count, float* row, float* out
+) {
     int64_t dim = call.cache.dim;
     for (int64_t head = 0; count && head < call.kv_heads; head++) {
         const uint8_t* slab = call.cache.data + (block * call.kv_heads + head) * layout.slab_bytes;

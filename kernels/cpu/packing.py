@@ -8,6 +8,7 @@ what its numbers say (lengths, block ids) by the kernels before they touch anyth
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import threading
 
@@ -43,8 +44,14 @@ MEMORY = CallMemory()
 
 def cache_fields(cache: Tensor, name: str | None) -> CacheFields:
     """Pointer, format, row width and end of a cache tensor."""
-    form, start = format_of(cache, name), cache.data_ptr()
-    return start, CODES[form.name], form.row_width(cache.shape[3]), start + cache.numel() * cache.element_size()
+    start = cache.data_ptr()
+    return start, *_find_format(cache.dtype, name, cache.shape[3]), start + cache.numel() * cache.element_size()
+
+
+@functools.cache
+def _find_format(dtype: torch.dtype, name: str | None, stored: int) -> tuple[int, int]:
+    form = format_of(torch.empty(0, dtype=dtype), name)
+    return CODES[form.name], form.row_width(stored)
 
 
 def as_numbers(tensor: Tensor | None) -> Tensor | None:

@@ -1,30 +1,8 @@
 // The two products of a tile, each in the way that suits format, rows and machine.
 #pragma once
 
+#include "dispatch.h"
 #include "tile.h"
-
-// Calls body(format constant) for the format of a cache.
-template <class Body>
-INLINE void with_format(int64_t format, Body body) {
-    switch (format) {
-        case kFloat32: return body(std::integral_constant<int, kFloat32>{});
-        case kBFloat16: return body(std::integral_constant<int, kBFloat16>{});
-        case kFloat16: return body(std::integral_constant<int, kFloat16>{});
-        case kE4M3: return body(std::integral_constant<int, kE4M3>{});
-        case kE5M2: return body(std::integral_constant<int, kE5M2>{});
-        case kInt8: return body(std::integral_constant<int, kInt8>{});
-        default: return body(std::integral_constant<int, kInt4>{});
-    }
-}
-
-// Calls body(first row, rows constant) for rows in fours, and a last two or one; three are served as four.
-template <class Body>
-INLINE void with_rows(int rows, Body body) {
-    int r = 0;
-    for (; rows - r >= 3; r += 4) body(r, std::integral_constant<int, 4>{});
-    if (rows - r == 2) body(r, std::integral_constant<int, 2>{});
-    if (rows - r == 1) body(r, std::integral_constant<int, 1>{});
-}
 
 class Products {
 public:
@@ -32,7 +10,7 @@ public:
         : call_(call), w_(space), rows_(rows),
           key_way_(choose_way(call.keys.format, call.query_format, call.keys.dim, rows)),
           value_row_(call.latent && call.values.format == kInt4 ? call.keys.dim : call.values.dim),
-          value_way_(choose_way(call.values.format, call.query_format, value_row_ | call.values.dim, rows)),
+          value_way_(choose_value_way(call, value_row_, rows)),
           pair_parts_(call.query_format == kBFloat16 ? 1 : 2),
           key_parts_(call.keys.format == kInt4 && call.query_format == kBFloat16 ? 1 : 2) {}
 
@@ -46,6 +24,11 @@ public:
             if (key_way_ == Way::kDirectPairs || key_way_ == Way::kPackPairs) {
                 uint16_t* pairs = w_.query_pairs + r * pair_parts_ * w_.width;
                 split_row(row, w_.width, pair_parts_, pairs, pairs + w_.width);
+            } else if (key_way_ == Way::kDirectWords) {
+                uint16_t* words = w_.query_pairs + r * w_.width;
+                w_.query_unit[r] = query_to_words(row, call_.keys.dim, w_.width, words);
+            } else if (key_way_ == Way::kDirectNibbles) {
+                prepare_nibbles(row, r);
             } else if (key_way_ == Way::kPackBytes) {
                 int8_t* bytes = reinterpret_cast<int8_t*>(w_.query_bytes) + r * key_parts_ * w_.width;
                 w_.query_unit[r] =
@@ -73,6 +56,15 @@ public:
             }
 #if KVPASS_DOT
             case Way::kDirectPairs: return direct_pairs(chunk, columns, upcoming);
+            case Way::kDirectWords:
+                with_rows(rows_, [&](int r, auto R) {
+                    word_scores<R>(
+                        w_.query_pairs + r * w_.width, w_.width, w_.query_unit + r, chunk.keys, columns, dim,
+                        w_.scores + r * kChunk, r == 0 ? upcoming : Upcoming{}
+                    );
+                });
+                return;
+            case Way::kDirectNibbles: return direct_nibbles(chunk, columns, upcoming);
             case Way::kPackPairs: {
                 int64_t padded = round_up(dim, 32);
                 const uint8_t* rows[kChunk];
@@ -129,6 +121,18 @@ public:
                 if (pair_parts_ == 1) return direct_pair_values<1>(chunk, upcoming);
                 return direct_pair_values<2>(chunk, upcoming);
             }
+            case Way::kDirectWords:
+                for (int r = 0; r < rows_; r++)
+                    w_.weight_unit[r] = weights_to_words(w_.scores + r * kChunk, w_.weight_pairs + r * kChunk);
+                with_rows(rows_, [&](int r, auto R) {
+                    word_values<R>(
+                        reinterpret_cast<uint32_t*>(w_.weight_pairs + r * kChunk), w_.weight_unit + r, chunk.values,
+                        static_cast<int>(round_up(chunk.count, 2)), dim, w_.out + r * w_.out_width, w_.out_width,
+                        r == 0 ? upcoming : Upcoming{}
+                    );
+                });
+                return;
+            case Way::kDirectNibbles: return direct_nibble_values(chunk, count, upcoming);
             case Way::kPackPairs: {
                 split_weights_to_pairs(1);
                 int64_t padded = round_up(dim, 32);
@@ -148,6 +152,12 @@ public:
     }
 
 private:
+    static Way choose_value_way(const AttentionCall& call, int64_t row_dim, int rows) {
+        Way way = choose_way(call.values.format, call.query_format, row_dim | call.values.dim, rows);
+        bool part = row_dim != call.values.dim;  // of the row, whose halves lie apart
+        return part && way == Way::kDirectNibbles ? Way::kPackBytes : way;
+    }
+
     // The rows as a format that can be loaded in order: what is narrower than a byte is expanded, all else is as it stands.
     int64_t readable(
         int64_t format, const uint8_t* const* from, const uint8_t* const* units, int count, int64_t dim,
@@ -211,24 +221,92 @@ private:
         with_format(format, [&](auto f) {
             for (int j = 0; j < count; j++) {
                 upcoming.fetch(j, 1);
+                uint16_t* to = w_.narrow + j * padded;
+                rows[j] = reinterpret_cast<uint8_t*>(to);
+                if constexpr (f == kE4M3 || f == kE5M2) {
+                    if (dim == padded) {
+                        for (int64_t i = 0; i < dim; i += 32)
+                            _mm512_storeu_si512(to + i, widen_bytes<f>(load<__m256i>(from[j] + i)));
+                        continue;
+                    }
+                }
                 float* row = w_.expanded;
                 expand_row<f>(from[j], row_dim, row);
                 for (int64_t i = dim; i < padded; i++) row[i] = 0.0f;
-                split_row(row, padded, 1, w_.narrow + j * padded, nullptr);
-                rows[j] = reinterpret_cast<uint8_t*>(w_.narrow + j * padded);
+                split_row(row, padded, 1, to, nullptr);
             }
         });
     }
 
     void direct_pairs(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+        with_pairs_format(call_.keys.format, [&](auto f) {
+            with_rows(rows_, [&](int r, auto R) {
+                const uint16_t* query = w_.query_pairs + r * pair_parts_ * w_.width;
+                float* scores = w_.scores + r * kChunk;
+                const Upcoming next = r == 0 ? upcoming : Upcoming{};
+                if (pair_parts_ == 1)
+                    dot_scores<f, R, 1>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
+                else
+                    dot_scores<f, R, 2>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
+            });
+        });
+    }
+
+    // Each 32 steps of the query twice, [parts][rows][2 * width].
+    void prepare_nibbles(const float* row, int r) {
+        int64_t dim = call_.keys.dim;
+        int8_t* parts = reinterpret_cast<int8_t*>(w_.expanded);
+        w_.query_unit[r] = quantise_query(row, dim, key_parts_, parts, parts + dim, w_.query_sums + 2 * r);
+        for (int p = 0; p < key_parts_; p++)
+            for (int64_t d = 0; d < dim; d += 32)
+                store(nibble_query(p, r) + 2 * d, _mm512_broadcast_i64x4(load<__m256i>(parts + p * dim + d)));
+    }
+
+    int8_t* nibble_query(int part, int row) const {
+        return reinterpret_cast<int8_t*>(w_.query_bytes) + (part * w_.rows + row) * 2 * w_.width;
+    }
+
+    void direct_nibbles(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+        for (int p = 0; p < key_parts_; p++)
+            with_rows(rows_, [&](int r, auto R) {
+                nibble_scores<R>(
+                    nibble_query(p, r), 2 * w_.width, chunk.keys, columns, call_.keys.dim,
+                    w_.sums + (p * w_.rows + r) * kChunk, p == 0 && r == 0 ? upcoming : Upcoming{}
+                );
+            });
+        byte_sums_to_scores(columns, 8, 1, w_.rows);
+    }
+
+    void direct_nibble_values(const ChunkRows& chunk, int count, const Upcoming& upcoming) {
+        bool enough = true;
+        int8_t *high = reinterpret_cast<int8_t*>(w_.weight_bytes), *low = high + w_.rows * kChunk;
+        for (int r = 0; r < rows_; r++)
+            enough &= weights_to_bytes(w_.scores + r * kChunk, high + r * kChunk, w_.weight_unit[r], w_.sums[r]);
+        add_nibble_values(high, chunk, count, upcoming);
+        if (enough) return;
+        for (int r = 0; r < rows_; r++)
+            rest_to_bytes(
+                w_.scores + r * kChunk, high + r * kChunk, low + r * kChunk, w_.weight_unit[r], w_.sums[r]
+            );
+        add_nibble_values(low, chunk, count, Upcoming{});
+    }
+
+    void add_nibble_values(
+        const int8_t* weights, const ChunkRows& chunk, int count, const Upcoming& upcoming
+    ) {
+        int64_t dim = call_.values.dim;
         with_rows(rows_, [&](int r, auto R) {
-            const uint16_t* query = w_.query_pairs + r * pair_parts_ * w_.width;
-            float* scores = w_.scores + r * kChunk;
+            const int8_t* of_rows = weights + r * kChunk;
+            float* out = w_.out + r * w_.out_width;
             const Upcoming next = r == 0 ? upcoming : Upcoming{};
-            if (pair_parts_ == 1)
-                dot_scores<R, 1>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
+            if (dim % 128 == 0)
+                nibble_values<R, false>(
+                    of_rows, w_.sums + r, w_.weight_unit + r, chunk.values, count, dim, out, w_.out_width, next
+                );
             else
-                dot_scores<R, 2>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
+                nibble_values<R, true>(
+                    of_rows, w_.sums + r, w_.weight_unit + r, chunk.values, count, dim, out, w_.out_width, next
+                );
         });
     }
 
@@ -241,12 +319,14 @@ private:
 
     template <int Parts>
     void direct_pair_values(const ChunkRows& chunk, const Upcoming& upcoming) {
-        with_rows(rows_, [&](int r, auto R) {
-            dot_values<R, Parts>(
-                reinterpret_cast<uint32_t*>(w_.weight_pairs + r * Parts * kChunk), chunk.values,
-                static_cast<int>(round_up(chunk.count, 2)), call_.values.dim, w_.out + r * w_.out_width,
-                w_.out_width, r == 0 ? upcoming : Upcoming{}
-            );
+        with_pairs_format(call_.values.format, [&](auto f) {
+            with_rows(rows_, [&](int r, auto R) {
+                dot_values<f, R, Parts>(
+                    reinterpret_cast<uint32_t*>(w_.weight_pairs + r * Parts * kChunk), chunk.values,
+                    static_cast<int>(round_up(chunk.count, 2)), call_.values.dim, w_.out + r * w_.out_width,
+                    w_.out_width, r == 0 ? upcoming : Upcoming{}
+                );
+            });
         });
     }
 
@@ -261,14 +341,18 @@ private:
             reinterpret_cast<uint32_t*>(w_.query_bytes), w_.packed_keys, w_.sums, rows_ * key_parts_, dim / 4, columns,
             {w_.width / 4, kChunk, kChunk}, false
         );
-        int offset = four ? 8 : 128;
+        byte_sums_to_scores(columns, four ? 8 : 128, key_parts_, 1);
+    }
+
+    // Sums of products with unsigned bytes, `offset` too large, as scores; a row's parts lie `part` rows apart.
+    void byte_sums_to_scores(int columns, int offset, int64_t row, int64_t part) {
         for (int r = 0; r < rows_; r++) {
-            const int32_t* high = w_.sums + r * key_parts_ * kChunk;
+            const int32_t *high = w_.sums + r * row * kChunk, *low = high + part * kChunk;
             int32_t undo_high = offset * w_.query_sums[2 * r], undo_low = offset * w_.query_sums[2 * r + 1];
             for (int i = 0; i < columns; i += kLanes) {
                 vf score = __builtin_convertvector(load<vi>(high + i) - undo_high, vf);
                 if (key_parts_ == 2)
-                    score = score * 256.0f + __builtin_convertvector(load<vi>(high + kChunk + i) - undo_low, vf);
+                    score = score * 256.0f + __builtin_convertvector(load<vi>(low + i) - undo_low, vf);
                 store(w_.scores + r * kChunk + i, score * w_.query_unit[r]);
             }
         }

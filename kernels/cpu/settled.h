@@ -39,10 +39,10 @@ INLINE void expand_settled(int64_t format, const uint8_t* row, const uint8_t* un
         float* to = out + part * width;
         const uint8_t* own = units + part * width;
         for (; i + kLanes <= width; i += kLanes) {
-            vi byte = __builtin_convertvector(load<vb>(row + i), vi);
+            vi byte = load_bytes<false>(row + i);
             vf number = __builtin_convertvector((byte >> static_cast<int>(shift)) & static_cast<int>(mask), vf) - middle;
             if (format == kK4) {
-                vi unit = __builtin_convertvector(load<vb>(own + i), vi) + static_cast<int>(kChannelBias);
+                vi unit = load_bytes<false>(own + i) + static_cast<int>(kChannelBias);
                 number *= as_float(unit << 20);
             }
             store(to + i, number);

@@ -35,8 +35,6 @@ typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
-typedef uint8_t vb __attribute__((vector_size(kLanes)));
-typedef int8_t vsb __attribute__((vector_size(kLanes)));
 
 template <class V>
 INLINE V load(const void* from) {
@@ -68,19 +66,40 @@ INLINE void prefetch(const uint8_t* address) { __builtin_prefetch(address, 0, 2)
 INLINE vf at_least(vf value, float bound) { return value < bound ? splat(bound) : value; }
 INLINE vf at_most(vf value, float bound) { return value > bound ? splat(bound) : value; }
 
-template <int Step, int... I>
-INLINE vf every_second(vf a, vf b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (2 * I + Step)...);
+// Of each four lanes the first or the last two of both, interleaved one by one (Width 1) or in pairs (Width 2).
+template <int Width, bool High, class V, int... I>
+INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+    constexpr int kFrom = High ? 2 : 0;
+    if (Width == 1)
+        return __builtin_shufflevector(a, b, (I / 4 * 4 + kFrom + I % 4 / 2 + (I % 2 ? kLanes : 0))...);
+    return __builtin_shufflevector(a, b, (I / 4 * 4 + kFrom + I % 2 + (I % 4 / 2 ? kLanes : 0))...);
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]; the rows are overwritten.
-INLINE vf sum_each(vf* rows) {
+// The even or the odd ones of the fours of both.
+template <bool Odd, class V, int... I>
+INLINE V every_second_four(V a, V b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I / 4 * 2 + (Odd ? 1 : 0)) * 4 + I % 4)...);
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]; the rows, floats or integers, are overwritten.
+template <class V>
+INLINE V sum_each(V* rows) {
     constexpr auto all = std::make_integer_sequence<int, kLanes>{};
 #pragma GCC unroll 8
-    for (int count = kLanes / 2; count >= 1; count /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < count; i++)
-            rows[i] = every_second<0>(rows[2 * i], rows[2 * i + 1], all) + every_second<1>(rows[2 * i], rows[2 * i + 1], all);
+    for (int i = 0; i < kLanes / 2; i++)
+        rows[i] = interleave<1, false>(rows[2 * i], rows[2 * i + 1], all) +
+                  interleave<1, true>(rows[2 * i], rows[2 * i + 1], all);
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes / 4; i++)
+        rows[i] = interleave<2, false>(rows[2 * i], rows[2 * i + 1], all) +
+                  interleave<2, true>(rows[2 * i], rows[2 * i + 1], all);
+    if constexpr (kLanes >= 8)
+#pragma GCC unroll 2
+        for (int i = 0; i < kLanes / 8; i++)
+            rows[i] = every_second_four<false>(rows[2 * i], rows[2 * i + 1], all) +
+                      every_second_four<true>(rows[2 * i], rows[2 * i + 1], all);
+    if constexpr (kLanes == 16)
+        rows[0] = every_second_four<false>(rows[0], rows[1], all) + every_second_four<true>(rows[0], rows[1], all);
     return rows[0];
 }
 
@@ -175,12 +194,35 @@ INLINE vf tanh_of(vf x) {
     return select((x < 0.35f) & (x > -0.35f), series, far);
 }
 
-INLINE vf half_to_float(vi half) {
-    vi magnitude = (half & 0x7fff) << 13;
-    vf value = as_float(magnitude) * 0x1p112f;  // exact, and right for subnormals
+// The bits of kLanes halves, one in each lane, as floats.
+INLINE vf half_bits_to_float(vi half) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)half));
+#elif defined(__F16C__) && defined(__AVX2__)
+    __m128i low = _mm256_castsi256_si128((__m256i)half), high = _mm256_extracti128_si256((__m256i)half, 1);
+    return (vf)_mm256_cvtph_ps(_mm_packus_epi32(low, high));
+#else
+    vf value = as_float((half & 0x7fff) << 13) * 0x1p112f;  // exact, and right for subnormals
     vi special = (half & 0x7c00) == 0x7c00;
-    vi bits = as_int(value) | (special & 0x7f800000) | ((half & 0x8000) << 16);
-    return as_float(bits);
+    return as_float(as_int(value) | (special & 0x7f800000) | ((half & 0x8000) << 16));
+#endif
+}
+
+// kLanes bytes as integers. The compilers convert such vectors element by element.
+template <bool Signed>
+INLINE vi load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+    __m128i bytes = load<__m128i>(from);
+    return (vi)(Signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+    __m128i bytes = _mm_loadl_epi64((const __m128i*)from);
+    return (vi)(Signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+    uint32_t bytes = load<uint32_t>(from);
+    vi spread = {static_cast<int32_t>(bytes << 24), static_cast<int32_t>(bytes << 16), static_cast<int32_t>(bytes << 8),
+                 static_cast<int32_t>(bytes)};
+    return Signed ? spread >> 24 : (vi)((vu)spread >> 24);
+#endif
 }
 
 // kLanes elements of a format as floats. int4 is not here: its halves lie apart, see expand_row.
@@ -196,18 +238,18 @@ INLINE vf load_elements(const uint8_t* row, int64_t i) {
 #elif defined(__F16C__) && defined(__AVX2__)
         return (vf)_mm256_cvtph_ps(load<__m128i>(row + 2 * i));
 #else
-        return half_to_float(__builtin_convertvector(load<vh>(row + 2 * i), vi));
+        return half_bits_to_float(__builtin_convertvector(load<vh>(row + 2 * i), vi));
 #endif
     } else if constexpr (F == kE4M3) {
-        vi byte = __builtin_convertvector(load<vb>(row + i), vi);
-        vf value = as_float((byte & 0x7f) << 20) * 0x1p120f;
-        vi nan = (byte & 0x7f) == 0x7f;
-        return as_float(as_int(value) | (nan & 0x7fc00000) | ((byte & 0x80) << 24));
+        // its bits are those of a half but for a bias that is 8 less
+        vi byte = load_bytes<true>(row + i);
+        vf value = half_bits_to_float(((byte << 7) & 0x3f80) | (byte & 0x8000)) * 256.0f;
+        return as_float(as_int(value) | (((byte & 0x7f) == 0x7f) & 0x7fc00000));
     } else if constexpr (F == kE5M2) {
-        return half_to_float(__builtin_convertvector(load<vb>(row + i), vi) << 8);
+        return half_bits_to_float(load_bytes<false>(row + i) << 8);
     } else {
         static_assert(F == kInt8, "no elements of this format can be loaded in order");
-        return __builtin_convertvector(__builtin_convertvector(load<vsb>(row + i), vi), vf);
+        return __builtin_convertvector(load_bytes<true>(row + i), vf);
     }
 }
 

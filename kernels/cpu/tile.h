@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "direct_bytes.h"
 #include "gemm.h"
-#include "pack.h"
 #include "settled.h"
 #include "weigh.h"
 
@@ -40,23 +40,27 @@ private:
     int64_t size_ = 0, used_ = 0;
 };
 
-// How a product is computed: from the cache itself, or packed; in floats, bfloat16 pairs or bytes.
-enum class Way { kDirect, kDirectPairs, kPackFloats, kPackPairs, kPackBytes };
+// How a product is computed: from the cache itself, in floats, bfloat16 pairs, 16-bit integers or nibbles; or packed, in
+// floats, bfloat16 pairs or bytes.
+enum class Way { kDirect, kDirectPairs, kDirectWords, kDirectNibbles, kPackFloats, kPackPairs, kPackBytes };
 
 constexpr int kMostDirectRows = 8;
 
 inline Way choose_way(int64_t format, int64_t query_format, int64_t dim, int64_t rows) {
-    if (settles(format)) return rows <= kMostDirectRows ? Way::kDirect : Way::kPackFloats;
+    bool few = rows <= kMostDirectRows;
+    if (settles(format)) return few ? Way::kDirect : Way::kPackFloats;
 #if KVPASS_DOT
+    if (format == kInt8 && few && dim % 32 == 0) return Way::kDirectWords;
+    if (format == kInt4 && few && dim % 64 == 0) return Way::kDirectNibbles;
     if (format == kInt8 && dim % 16 == 0) return Way::kPackBytes;
     if (format == kInt4 && dim % 32 == 0) return Way::kPackBytes;
-    if (rows <= kMostDirectRows) return format == kBFloat16 && dim % 32 == 0 ? Way::kDirectPairs : Way::kDirect;
     bool exact = format != kFloat32 && format != kFloat16;  // in bfloat16
-    if (query_format == kBFloat16 && exact) return Way::kPackPairs;
+    if (few && exact && dim % 32 == 0) return Way::kDirectPairs;
+    if (!few && query_format == kBFloat16 && exact) return Way::kPackPairs;
 #else
     (void)format, (void)query_format, (void)dim;
 #endif
-    return rows <= kMostDirectRows ? Way::kDirect : Way::kPackFloats;
+    return few ? Way::kDirect : Way::kPackFloats;
 }
 
 // Where a thread works: what each head keeps, and below it what all heads use in turn. Rows are padded to a multiple of
@@ -84,7 +88,7 @@ struct Workspace {
         part.total += head * rows;
         part.query_unit += head * rows;
         part.query_pairs += head * 2 * rows * width;
-        part.query_bytes += head * 2 * rows * width;
+        part.query_bytes += head * 4 * rows * width;
         part.query_sums += head * 2 * rows;
         return part;
     }
@@ -102,7 +106,7 @@ struct Workspace {
             total = arena.take<float>(heads * rows);
             query_unit = arena.take<float>(heads * rows);
             query_pairs = arena.take<uint16_t>(heads * 2 * rows * width);
-            query_bytes = arena.take<uint8_t>(heads * 2 * rows * width);
+            query_bytes = arena.take<uint8_t>(heads * 4 * rows * width);
             query_sums = arena.take<int32_t>(heads * 2 * rows);
             scores = arena.take<float>(rows * kChunk);
             expanded = arena.take<float>(kChunk * both);

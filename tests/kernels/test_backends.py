@@ -144,6 +144,34 @@ def test_debug_mode_lets_forgotten_blocks_be(monkeypatch: pytest.MonkeyPatch) ->
     torch.ops.kvpass.paged_attention(**case.arguments)
 
 
+def test_arguments_are_checked_again_when_they_look_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    monkeypatch.setattr(backends, "choose", lambda *_: lambda *args, **named: None)
+    monkeypatch.setattr(backends, "check_indices", lambda *_: None)
+    monkeypatch.delenv("KVPASS_DEBUG", raising=False)
+    run = implementation_of("some_op", ("first", "second"), lambda *_, **__: checked.append(1))
+
+    def checks(*args: Any, **named: Any) -> int:
+        before = len(checked)
+        run(*args, **named)
+        return len(checked) - before
+
+    rows = torch.zeros(4, 6)
+    assert [checks(rows, 2), checks(rows + 1, 2), checks([rows], 2), checks([rows], 2)] == [1, 0, 1, 0]
+    for other in (rows[:3], rows.t(), rows.double(), rows.t().contiguous().t()):
+        assert [checks(other, 2), checks(other, 2)] == [1, 0]
+    assert [checks(rows, 3), checks(rows, None), checks(rows, second=2), checks(rows, second=2)] == [1, 1, 1, 0]
+    monkeypatch.setenv("KVPASS_BACKEND", "reference")
+    assert [checks(rows, 2), checks(rows, 2)] == [1, 0]
+    monkeypatch.setenv("KVPASS_DEBUG", "1")
+    assert [checks(rows, 2), checks(rows, 2)] == [1, 1]
+    monkeypatch.setenv("KVPASS_DEBUG", "0")
+    assert checks(torch.zeros(3), 2) == 1
+    for size in range(4, backends.CALLS_KEPT + 4):
+        checks(torch.zeros(size), 2)
+    assert checks(torch.zeros(3), 2) == 1, "only so many calls are remembered"
+
+
 def test_an_implementation_names_the_arguments_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
