@@ -12,11 +12,15 @@ import random
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 
 from kvpass.errors import InputError
 from kvpass.kernels import ops
+from kvpass.kernels.cpu import loader
+from kvpass.kernels.formats import FORMATS
+from kvpass.measure import write_result
 from tests.kernels.cache_cases import CHECKS
 from tests.kernels.format_bounds import check_within_formats
 from tests.kernels.random_cases import ATTENTIONS, attention_case
@@ -46,9 +50,11 @@ def main() -> int:
                         "quantise queries or weights as well")  # fmt: skip
     parser.add_argument("--within-formats", action="store_true", help="allow attention what the formats' own rounding "
                         "implies, for the same kernels; of the cpu backend always so")  # fmt: skip
+    parser.add_argument("--results", type=Path, help="folder for kernel_sweep_<backend>.json, with level and versions")
     chosen = parser.parse_args()
     slack = None if chosen.within_formats or chosen.backend == "cpu" else chosen.slack
     os.environ["KVPASS_BACKEND"] = chosen.backend
+    level = cpu_level() if chosen.backend == "cpu" else None
     start, done = time.perf_counter(), Counter[str]()
     for seed in range(chosen.seed, chosen.seed + chosen.cases):
         pick = random.Random(~seed)
@@ -67,7 +73,18 @@ def main() -> int:
     refused = done.pop("refused", 0)
     took, counts = time.perf_counter() - start, dict(sorted(done.items()))
     print(f"{sum(done.values())} cases right, {refused} refused, in {took:.0f} s: {counts}")
+    if chosen.results:
+        name = "_".join(filter(None, ("kernel_sweep", chosen.backend, level)))
+        options = {"cases": chosen.cases, "first_seed": chosen.seed, "level": level, "within_formats": slack is None}
+        options["refused"] = refused
+        rows = [{"op": op, "right": count} for op, count in sorted(done.items())]
+        print(f"written to {write_result(chosen.results, name, options, rows)}")
     return 0
+
+
+def cpu_level() -> str:
+    """The level of instruction sets whose kernels are run."""
+    return os.environ.get("KVPASS_CPU_ISA") or loader.supported_levels()[-1]
 
 
 if __name__ == "__main__":
