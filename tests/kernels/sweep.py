@@ -19,7 +19,6 @@ import torch
 from kvpass.errors import InputError
 from kvpass.kernels import ops
 from kvpass.kernels.cpu import loader
-from kvpass.kernels.formats import FORMATS
 from kvpass.measure import write_result
 from tests.kernels.cache_cases import CHECKS
 from tests.kernels.format_bounds import check_within_formats
