@@ -1,4 +1,4 @@
-"""A request gets its own tokens, alone or in any mix: shared, chunked, preempted, sampled n times, drafted.
+"""A request gets its own tokens, alone or in any mix: shared, chunked, preempted, swapped, sampled n times, drafted.
 
 One export for each family; the engines differ in their pools and schedules alone.
 """
@@ -87,6 +87,7 @@ MIXES = {
     "unshared": {"prefix_sharing": False},
     "shared": {},
     "preempted": TIGHT,
+    "preempted and swapped": {"host_memory": "16MiB", **TIGHT},
     "chunked, unshared": {"max_batch_tokens": 7, "prefix_sharing": False, **TIGHT},
 }
 
@@ -97,8 +98,9 @@ def test_greedy_tokens_are_those_of_the_model(family: Family, mix: str) -> None:
     for _ in range(2):
         assert_tokens_equal(family.model, engine, family.prompts)
         engine.check_integrity()
-    if mix == "preempted" and any(spec.window is None for spec in engine.plan.caches):
+    if "preempted" in mix and any(spec.window is None for spec in engine.plan.caches):
         assert engine.stats().preemptions > 0
+        assert ("swapped" in mix) == (engine._scheduler.counts.restored_tokens > 0)
     assert ("unshared" in mix) == (engine.stats().prefix_hit_tokens == 0)
     assert_tokens_equal(family.model, OneByOne(engine, alone=True), family.prompts)
     assert_tokens_equal(family.model, OneByOne(engine, alone=False, n=2), family.prompts)
