@@ -240,8 +240,9 @@ class Tiers:
         with self._lock:
             self._closed = True
             self._lock.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
         with self._lock:
             self._host.overflow = None
             self._host.drop(None)

@@ -84,6 +84,31 @@ def test_clearing_and_dropping_forget_and_disturb_nobody():
     check_idle(engine)
 
 
+@pytest.mark.parametrize("options", [{}, {"host_memory": "1MiB"}])
+def test_a_namespace_never_hits_what_another_one_left(options):
+    """Prompts that are equal, longer, or part of one another, kept on the device or evicted to host memory."""
+    engine = make_engine(num_blocks=16, **options)
+
+    def hits_of(prompt, namespace):
+        before = engine.stats().prefix_hit_tokens
+        assert engine.submit(prompt, 3, namespace=namespace).result() == naive(prompt, 3)
+        return engine.stats().prefix_hit_tokens - before
+
+    assert hits_of(PROMPT, "ours") == 0
+    for theirs in ("", "theirs", "our", "ours ", "OURS"):
+        for prompt in (PROMPT, PROMPT[:9], [*PROMPT, 7, 7]):
+            engine.cache.drop(theirs)
+            assert hits_of(prompt, theirs) == 0
+    if options:
+        crowd_out(engine)
+        assert engine.stats().tiers.demoted > 2
+        engine.cache.drop("theirs")
+        assert hits_of(PROMPT, "theirs") == 0
+        assert hits_of(PROMPT, "ours") >= 8
+    check_idle(engine)
+    engine.close()
+
+
 @pytest.mark.parametrize("scrub", [False, True])
 def test_tokens_of_finished_requests_cannot_be_read_back_from_wiped_blocks(scrub):
     engine = make_engine(scrub=scrub, prefix_sharing=False)
