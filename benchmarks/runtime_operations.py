@@ -5,18 +5,25 @@ pin, evict, swap out and in (and lose what was swapped), deadlines, steps that f
 model reads every slot back through the block tables, so a block of two owners that one writes, or a wrong copy, gives
 wrong tokens at once. Any failure ends the run with the seed of its game.
 
+With ``--tiers`` freed blocks are wiped, evicted ones go to host memory and disk and back, prefixes are saved, and the
+process ends now and then: another one finds its files as they were at that moment.
+
     python -m benchmarks.runtime_operations --operations 1000000
+    python -m benchmarks.runtime_operations --operations 100000 --tiers
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
 from kvpass.measure import write_result
 from kvpass.terminal import output
+from tests.runtime.machine import Machine
 from tests.runtime.operations import play
+from tests.runtime.tiered_machine import TieredMachine, play_tiers
 
 GAME = 400
 
@@ -25,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=1_000_000, help="operations (default 1,000,000)")
     parser.add_argument("--seed", type=int, default=1_000, help="seed of the first game (default 1000)")
+    parser.add_argument("--tiers", action="store_true", help="with host memory, disk, wiping and ends of the process")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args()
     games = -(-options.operations // GAME)
@@ -32,19 +40,25 @@ def main() -> None:
     start = time.perf_counter()
     for game in range(games):
         try:
-            machine = play(options.seed + game, GAME)
+            if options.tiers:
+                with tempfile.TemporaryDirectory() as folder:
+                    machine: Machine = play_tiers(options.seed + game, GAME, Path(folder))
+            else:
+                machine = play(options.seed + game, GAME)
         except BaseException:
             output().print(f"the game of seed {options.seed + game} failed", style="bold red")
             raise
         counts = machine.scheduler.counts
-        for name, count in (*vars(counts).items(), ("copied_blocks", machine.num_copied)):
-            totals[name] = totals.get(name, 0) + count
+        tiers = vars(machine.tiers.counts).items() if isinstance(machine, TieredMachine) else ()
+        for key, count in (*vars(counts).items(), *tiers, ("copied_blocks", machine.num_copied)):
+            totals[key] = totals.get(key, 0) + count
         if game % 250 == 249:
             done = (game + 1) * GAME
             output().print(f"{done} operations, {time.perf_counter() - start:.0f} s", soft_wrap=True)
+    name = "runtime_operations_tiers" if options.tiers else "runtime_operations"
     chosen = {"operations": games * GAME, "games": games, "seed": options.seed}
-    row = {"failures": 0, **{name: count for name, count in totals.items() if not name.endswith("slots")}}
-    output().print(f"written to {write_result(options.results, 'runtime_operations', chosen, [row])}", soft_wrap=True)
+    row = {"failures": 0, **{key: count for key, count in totals.items() if not key.endswith("slots")}}
+    output().print(f"written to {write_result(options.results, name, chosen, [row])}", soft_wrap=True)
 
 
 if __name__ == "__main__":
