@@ -97,9 +97,9 @@ class Recompiler:
         self._adapter.eval()
         self._captured = capture_model(self._adapter, self._device)
 
-    def compile(self, config: CacheConfig, verify: bool = True) -> Engine:
-        """As :func:`compile`, with the same errors."""
-        module, report = rewrite(self._adapter, config, self._device, verify, self._captured.copy())
+    def compile(self, config: CacheConfig, verify: bool = True, examples: Tensor | None = None) -> Engine:
+        """As :func:`compile`, with the same errors; fp8 caches are calibrated with ids ``examples [B, S]``."""
+        module, report = rewrite(self._adapter, config, self._device, verify, self._captured.copy(), examples)
         return Engine(module, module.plan, config, report, end_of_sequence(self._model))
 
 

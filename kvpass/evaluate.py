@@ -31,6 +31,7 @@ GREEDY = Sampling(ignore_eos=True)
 DRAWN = Sampling(temperature=1.0, ignore_eos=True)
 CHUNK = 32  # tokens of a sequence in one step
 STEP_TOKENS = 512  # of all sequences together
+CALIBRATED = 2  # sequences that fp8 caches are calibrated with
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,9 @@ def evaluate(
     for name, config in configs.items():
         stage(f"rewrite with {name}")
         exact = config.dtype == REFERENCE
-        engines.append(reference if exact else recompiler.compile(config, verify=False))
+        engines.append(
+            reference if exact else recompiler.compile(config, verify=False, examples=calibration_text(samples))
+        )
     in_common: list[float | None] = [None] * len(engines)
     if prompts is not None:
         stage("continue prompts")
@@ -179,6 +182,11 @@ def evaluate(
         FormatQuality(name, bytes_per_token(engine.plan), bits_per_element(engine.plan), row, common)
         for name, engine, row, common in zip(formats, engines, scores, in_common, strict=True)
     ]
+
+
+def calibration_text(samples: Sequence[Samples]) -> Tensor | None:
+    """Token ids ``[B, S]`` that fp8 caches are calibrated with: a few of the sequences; None where there are none."""
+    return samples[0].input_ids[:CALIBRATED] if samples else None
 
 
 def bytes_per_token(plan: CachePlan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -45,7 +46,9 @@ def quality_cells(rows: Sequence[FormatQuality]) -> tuple[list[str], list[list[s
         for name in names:
             scores = row.scores[name]
             line.append(f"{scores.accuracy:.2%}" if is_task(name) else f"{scores.perplexity:.3f}")
-            line += [f"{scores.kl:.1e}", f"{scores.agreement:.2%}"]
+            # of independent tokens, as is usual; neighbours are not quite
+            deviation = math.sqrt(scores.agreement * (1 - scores.agreement) / scores.tokens)
+            line += [f"{scores.kl:.1e}", f"{scores.agreement:.2%} ± {100 * deviation:.2f}"]
         if row.greedy_in_common is not None:
             line.append(f"{row.greedy_in_common:.1%}")
         cells.append(line)

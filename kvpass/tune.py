@@ -19,7 +19,7 @@ from kvpass.compiler import Recompiler
 from kvpass.config import CacheConfig
 from kvpass.engine import Engine
 from kvpass.errors import ConfigError
-from kvpass.evaluate import CHUNK, REFERENCE, bytes_per_token, compare, count_numbers
+from kvpass.evaluate import CHUNK, REFERENCE, bytes_per_token, calibration_text, compare, count_numbers
 from kvpass.kernels.formats import find_format
 from kvpass.replay import Samples
 from kvpass.types import CacheSpec
@@ -156,7 +156,9 @@ def tune(
     recompiler = Recompiler(model)
 
     def build(dtype: Any) -> Engine:
-        return recompiler.compile(CacheConfig(dtype=dtype, num_blocks=1), verify=dtype == REFERENCE)
+        return recompiler.compile(
+            CacheConfig(dtype=dtype, num_blocks=1), verify=dtype == REFERENCE, examples=calibration_text(samples)
+        )
 
     reference = build(REFERENCE)
     specs = reference.plan.caches

@@ -14,7 +14,7 @@ from kvpass.config import CacheConfig
 from kvpass.engine import Engine
 from kvpass.errors import InputError
 from kvpass.eval_sets import EvalSets, EvalSizes, eval_sets, spread, text_sets
-from kvpass.evaluate import compare, evaluate
+from kvpass.evaluate import calibration_text, compare, evaluate
 from kvpass.loading import LoadedModel, load_model
 from kvpass.models.pydecoder import PyDecoder, PyDecoderConfig
 from kvpass.quality_tables import markdown_table, quality_data, quality_table
@@ -115,6 +115,17 @@ class Constant:
 
 def constant(*probabilities: float) -> Engine:
     return SimpleNamespace(module=Constant([math.log(p) for p in probabilities]), plan=CachePlan((), 4, 3))
+
+
+def test_fp8_is_calibrated_with_the_text_that_is_given(recompiler, samples):
+    config = CacheConfig(dtype="fp8_e4m3", num_blocks=1)
+    scales = [
+        recompiler.compile(config, verify=False, examples=ids).report.calibration
+        for ids in (calibration_text([samples]), torch.zeros(1, 2, dtype=torch.int64))
+    ]
+    assert scales[0].keys() == scales[1].keys() != set()
+    assert calibration_text([samples]).shape[0] <= 2 and calibration_text([]) is None
+    assert scales[0] != scales[1]  # of two tokens alike less is seen
 
 
 def test_divergence_and_agreement_have_their_closed_form():
