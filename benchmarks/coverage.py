@@ -38,9 +38,9 @@ from coverage_page import as_expected, page
 from torch import Tensor, nn
 
 import kvpass
-from kvpass.engine import StepModule
 from kvpass.measure import describe_machine
 from kvpass.models import zoo
+from kvpass.step_module import StepModule
 from kvpass.terminal import output
 from kvpass.types import StepInputs
 

@@ -37,6 +37,7 @@ FORMATS: dict[str, Any] = {
     "fp8_e5m2": "fp8_e5m2",
     "int8": "int8",
     "int4": "int4",
+    "k4v2": "k4v2",
     "K int8, V int4": {"key": "int8", "value": "int4"},
     "K int4, V int8": {"key": "int4", "value": "int8"},
     "int4, first and last layer bfloat16": WIDE_ENDS,

@@ -62,8 +62,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def make_cache(case: Case, heads: int = HEADS) -> Tensor:
-    form = FORMATS[case.form]
+def make_cache(case: Case, heads: int = HEADS, values: bool = False) -> Tensor:
+    form = FORMATS["v2" if values and case.form == "k4" else case.form]
     return empty(999, heads, case.block_size, form.stored_width(case.width), dtype=form.dtype)
 
 
@@ -74,7 +74,7 @@ def make_call(case: Case, target: Target) -> AttentionCall:
     tokens = SEQUENCES * (1 if case.rows == 16 or latent else 512)
     dtype = FORMATS[case.form].dtype if FORMATS[case.form].bits > 8 else torch.bfloat16
     keys = see_cache(make_cache(case, heads), case.form, target)
-    features = Features()
+    features, value_form = Features(), case.form.replace("k4", "v2")
     if case.features:
         made: dict[str, Any] = {
             "softcap": 30.0, "window": 4096, "chunk": 8192, "slopes": empty(heads * group, dtype=torch.float32),
@@ -84,7 +84,7 @@ def make_call(case: Case, target: Target) -> AttentionCall:
         features = Features(**{name: made[name] for name in case.features.split("+")})
     return AttentionCall(
         query=empty(tokens, heads * group, case.width, dtype=dtype), keys=keys, values=keys if latent else
-        see_cache(make_cache(case, heads), case.form, target), value_dim=512 if latent else case.width,
+        see_cache(make_cache(case, heads, True), value_form, target), value_dim=512 if latent else case.width,
         block_tables=empty(SEQUENCES, 512), seq_lens=empty(SEQUENCES), query_start=empty(SEQUENCES + 1), scale=0.1,
         features=features, shared=(empty(9), empty(8)) if case.op == "cascade" else None,
     )  # fmt: skip
@@ -106,6 +106,11 @@ def attention_cases(quick: bool) -> Iterator[Case]:
     yield Case("paged", "bfloat16", 128, 64, 16, "tree_mask")
     yield Case("paged", "bfloat16", 96, 16, 16)
     yield Case("cascade", "bfloat16", 128, 16, 16)
+    for width, rows in ((64, 16), (128, 16), (64, 64)):
+        yield from (Case("paged", "k4", width, rows, size) for size in (16, 64))
+    yield Case("paged", "k4", 128, 16, 32, "+".join(ALL_FEATURES))
+    yield from (Case(op, "k4") for op in ("mass", "gather"))
+    yield Case("gather", "v2")
     for form in (name for name, row in FORMATS.items() if row.settles is None):
         yield from (Case(op, form) for op in ("mass", "write", "fused", "gather"))
     yield from (Case("write", "int8", 576), Case("fused", "int4", 256), Case("copy"))
@@ -208,7 +213,7 @@ def check(case: Case, architecture: str, control: bool) -> list[dict[str, Any]]:
     rows = []
     for launch in launches:
         name = launch.kernel.fn.__name__
-        fixed = name != "attention_kernel"
+        fixed = name not in ("attention_kernel", "settled_attention_kernel")
         if fixed and case.op in ("paged", "latent") and case != Case("paged") and "tree" not in case.features:
             continue  # schedule and merge are the same for all of these
         began = time.time()
@@ -228,7 +233,7 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """The attention kernel's tiles as a page: one line for each case, one column for each target."""
     cells: dict[tuple[str, ...], dict[str, str]] = collections.defaultdict(dict)
     for row in rows:
-        if row["kernel"] != "attention_kernel" or row["op"] == "cascade":
+        if not row["kernel"].endswith("attention_kernel") or row["op"] == "cascade":
             continue
         features = row["features"].replace("+".join(ALL_FEATURES), "all").replace("_", " ")
         case = (row["op"], row["form"], *(str(row[name]) for name in ("width", "rows", "block_size")), features)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kvpass.fx_passes.graph import aten, is_call
 from kvpass.fx_passes.insert_cache import PagedGraph
 from kvpass.types import CachePlan, StepInputs
 
@@ -31,6 +32,9 @@ class PagedModule(nn.Module):
         self.device = tensors[0].device if tensors else torch.device("cpu")
         inputs = [node.name for node in self.graph_module.graph.nodes if node.op == "placeholder"]
         self.takes_position_ids = inputs[1] != "positions"
+        slots = next(node for node in self.graph_module.graph.nodes if node.name == "slot_mapping")
+        # Rows of slots and tables that the graph selects from.
+        self._rows = 1 + max((int(user.args[2]) for user in slots.users if is_call(user, aten.select.int)), default=0)
         self.eval()
 
     def forward(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -51,12 +55,15 @@ class PagedModule(nn.Module):
 
     def arguments(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """The step as the rewritten graph takes it: token ids ``[1, T]``, the step's tensors, the caches' tensors."""
+        slots, tables = step.slot_mapping, step.block_tables
+        if len(slots) < self._rows:  # no block is settled or wide: all caches have the same numbers
+            slots, tables = torch.cat((slots, slots)), torch.cat((tables, tables))
         return [
             step.token_ids.unsqueeze(0),
             *([step.positions.unsqueeze(0)] if self.takes_position_ids else []),
             step.positions,
-            step.slot_mapping,
-            step.block_tables,
+            slots,
+            tables,
             step.seq_lens,
             step.query_start,
             step.logits_index,

@@ -58,4 +58,9 @@ def final_formats(spec: CacheSpec, pair: tuple[str, str]) -> tuple[str, str]:
             find_format(name).stored_width(dim)
         except ConfigError as error:
             raise ConfigError(f"the cache of {spec.name} cannot be stored so: {error}") from None
+    if (keys == "k4") != (values == "v2"):
+        raise ConfigError(
+            f"the cache of {spec.name} cannot be stored so: its values are part of the rows of its keys, and k4v2 "
+            "stores keys and values apart; name int8 or int4 for this layer"
+        )
     return keys, values

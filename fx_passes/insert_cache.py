@@ -101,6 +101,7 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
     last = captured.position_ids or captured.input_ids
     batch, length = captured.input_ids.meta["val"].shape
     groups = len(plan.cache_plan.group_windows)
+    groups *= 2 if any(find_format(keys).settles for keys, _ in plan.formats) else 1
 
     def add(name: str, shape: list[Any], dtype: torch.dtype) -> None:
         nonlocal last
@@ -128,19 +129,27 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
 
 
 def _select_groups(captured: CapturedGraph, plan: GraphPlan, step: dict[str, Node]) -> list[dict[str, Node]]:
-    """The step's inputs as each cache needs them: slots and block tables of its group, selected once per group."""
+    """The step's inputs as each cache needs them: slots and block tables of its group, selected once per group.
+
+    Blocks of a cache that settles have other numbers: its slots and tables follow those of all groups.
+    """
     selected: dict[int, dict[str, Node]] = {}
+    groups = len(plan.cache_plan.group_windows)
+    rows = [
+        spec.group + groups * (find_format(keys).settles is not None)
+        for spec, (keys, _) in zip(plan.cache_plan.caches, plan.formats, strict=True)
+    ]
     with captured.graph.inserting_before(
         next(n for n in captured.graph.nodes if n.op not in ("placeholder", "get_attr"))
     ):
-        for spec in plan.cache_plan.caches:
-            if spec.group not in selected:
+        for row in rows:
+            if row not in selected:
                 chosen = {
-                    name: emit(captured, aten.select.int, step[name], 0, spec.group)
+                    name: emit(captured, aten.select.int, step[name], 0, row)
                     for name in ("slot_mapping", "block_tables")
                 }
-                selected[spec.group] = {**step, **chosen}
-    return [selected[spec.group] for spec in plan.cache_plan.caches]
+                selected[row] = {**step, **chosen}
+    return [selected[row] for row in rows]
 
 
 def _replace_positions(captured: CapturedGraph, plan: GraphPlan, live: set[Node], positions: Node) -> None:

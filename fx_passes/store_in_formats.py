@@ -2,7 +2,7 @@
 
 What a format needs around its kernels is put into the graph here, as ordinary ops:
 
-rotation (``int4``)
+rotation (``int4``; of k4v2 the values)
     A few large dims of a row would take the whole range of 15 codes. Keys are multiplied by a Hadamard matrix before
     they are stored, queries by its inverse, and the products stay what they were; values likewise, with the inverse
     on the attention's output. The matrix is block diagonal, its blocks the largest power of two that divides the row:
@@ -31,7 +31,7 @@ from kvpass.types import CachePlan
 
 ops = torch.ops.kvpass
 READS = (ops.paged_attention, ops.latent_attention)
-ROTATED = ("int4",)
+ROTATED = ("int4", "v2")
 SCALED_BY_HEAD = ("fp8_e4m3", "fp8_e5m2")
 
 
@@ -54,7 +54,7 @@ class StoredTensor:
     @property
     def name(self) -> str | None:
         """What the ops are told of the format; a float tensor says it itself."""
-        return self.form.name if self.form.scaled else None
+        return self.form.name if self.form.coded else None
 
     @property
     def scale(self) -> str | None:

@@ -13,6 +13,7 @@ from kvpass.fx_passes.bind import PagedModule
 from kvpass.fx_passes.graph import CapturedGraph
 from kvpass.fx_passes.insert_cache import PagedGraph
 from kvpass.kernels.formats import allocate_caches, find_format
+from kvpass.kernels.settling import SettlingTables
 from kvpass.types import CachePlan, StepInputs
 
 # Largest difference of logits over their largest magnitude, and the share of rows that has to keep to it: in low
@@ -24,7 +25,8 @@ TOLERANCE = {
     torch.bfloat16: (1e-1, 0.9),
 }
 # Largest rounding error of a format, relative to the number for fp8 and to the largest of its row for the others.
-ROUNDING = {"int8": 0.5 / 127, "fp8_e4m3": 2.0**-4, "fp8_e5m2": 2.0**-3, "int4": 0.5 / 7}
+ROUNDING = {"int8": 0.5 / 127, "fp8_e4m3": 2.0**-4, "fp8_e5m2": 2.0**-3, "int4": 0.5 / 7, "k4": 0.57 / 7,
+            "v2": 0.25}  # fmt: skip
 LONGEST = 640
 ROUNDINGS = 8.0  # how many roundings of a lossy format, each at its worst, the logits may be off
 
@@ -151,7 +153,9 @@ class _Run:
         self.tolerance = TOLERANCE[_coarsest(module)]
         block = self.plan.block_size
         windows = [s.window for s in self.plan.caches if s.window is not None and s.window < LONGEST - 16]
-        longest = max([2 * block + 9, 41, *(w + 9 for w in windows)])
+        # blocks that settle do so behind two more, and the first never does
+        blocks = 2 if not self.plan.settles else 5
+        longest = max([blocks * block + 9, 41, *(w + 9 for w in windows)])
         longest = min(longest, LONGEST, self.plan.max_length or LONGEST)
         generator = torch.Generator().manual_seed(0)
         allowed = allowed_tokens(self.plan)
@@ -173,9 +177,10 @@ class _Run:
             [[[free.pop() if i < n else 0 for i in range(width)] for n in counts] for _ in range(groups)]
         )
         self.tables[:, 1, : self.shared // block] = self.tables[:, 0, : self.shared // block]
-        self.caches = allocate_caches(self.plan.caches, total, block, self.device)
+        self.caches = allocate_caches(self.plan.caches, total, block, self.device, total)
         for tensor in (tensor for pair in self.caches for tensor in pair):
             tensor.view(torch.uint8).fill_(255)  # NaN in every float format, and as a scale
+        self.blocks = SettlingTables(self.plan.caches, self.caches, total, block)
 
     def position_ids(self, reference: GraphModule) -> tuple[Tensor, ...]:
         """Position ids of the first sequence, where the captured graph takes them."""
@@ -216,20 +221,24 @@ class _Run:
         return pieces
 
     def _arguments(self, work: dict[int, tuple[int, int]]) -> list[Tensor]:
-        block = self.plan.block_size
-        tokens, positions, slots, lengths, starts = [], [], [], [], [0]
+        tokens, positions, rows = [], [], []
+        lengths: list[int] = []
+        starts = [0]
         for index, (start, end) in work.items():
             where = torch.arange(start, end)
             tokens.append(self.sequences[index][start:end])
             positions.append(where)
-            slots.append(self.tables[:, index, where // block] * block + where % block)
+            rows.append(torch.full_like(where, len(lengths)))
             lengths.append(end)
             starts.append(starts[-1] + end - start)
+        tables = self.tables[:, list(work)]
+        self.blocks.settle(tables, torch.tensor([start for start, _ in work.values()]))
+        slots, tables = self.blocks.inputs(tables, torch.cat(positions), torch.cat(rows))
         step = StepInputs(
             torch.cat(tokens),
             torch.cat(positions).to(self.device),
-            torch.cat(slots, 1).to(self.device),
-            self.tables[:, list(work)].to(self.device),
+            slots.to(self.device),
+            tables.to(self.device),
             torch.tensor(lengths, device=self.device),
             torch.tensor(starts, device=self.device),
             torch.arange(starts[-1], device=self.device),

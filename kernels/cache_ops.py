@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpass.kernels.formats import CHANNEL_GROUP, format_of
+from kvpass.kernels.formats import CHANNEL_GROUP, find_format, format_of
 
 
 def fake_write_cache(
@@ -126,17 +126,19 @@ def fake_copy_blocks(caches: Sequence[Tensor], source: Tensor, target: Tensor) -
 
 
 def fake_settle_blocks(caches: Sequence[Tensor], formats: Sequence[str], source: Tensor, target: Tensor) -> None:
-    """Copy whole blocks, as ``copy_blocks`` does, in caches of which some are in settling formats.
+    """Copy whole blocks, as ``copy_blocks`` does, within caches of settling formats.
 
-    There a wide block that is copied to a narrow one is quantised; see :mod:`kvpass.kernels.settling`. All others have
-    their blocks for either kind: negative numbers count from their end.
+    A wide block that is copied to a narrow one is quantised, and a narrow one that is copied to a wide one is brought
+    back to what it stands for; see :mod:`kvpass.kernels.settling`.
 
     Args:
         caches: tensors ``[B, Hkv, P, W]``, contiguous; written.
         formats: the name of the format of each.
-        source: int64 ``[M]``.
-        target: int64 ``[M]``, all different; no wide one of a narrow source.
+        source: int64 ``[M]``, numbers of wide blocks negative.
+        target: int64 ``[M]``, all different.
     """
+    for name in formats:
+        torch._check(find_format(name).settles is not None, lambda: f"{name} does not settle: use copy_blocks")  # noqa: B023
     check_whole(source=source, target=target)
     check_sizes("there is a source for each target", source.shape[0], target.shape[0])
     check_sizes("there is a format for each cache", len(formats), len(caches))

@@ -115,11 +115,12 @@ class CacheFormat:
     ) -> Tensor:
         """Zeros of shape ``[B, heads, P, W]``. In main memory a block takes room only once it is written.
 
-        A settling format has room for ``num_blocks`` settled blocks and for ``wide_blocks`` more behind them, which
-        takes as many places as they need; any other has ``num_blocks + wide_blocks`` blocks.
+        A settling format has room for ``num_blocks`` settled blocks and for ``wide_blocks`` behind them, which takes as
+        many places as they need.
         """
-        size = max(1, self.bytes_per_token(heads, dim))
-        num_blocks += -(-wide_blocks * self.wide_bytes_per_token(heads, dim) // size) if dim else wide_blocks
+        if self.settles is not None:
+            wide, settled = (size(heads, dim) for size in (self.wide_bytes_per_token, self.bytes_per_token))
+            num_blocks += -(-wide_blocks * wide // settled)
         shape = (num_blocks, heads, block_size, self.stored_width(dim))
         if torch.device(device).type != "cpu" or not dim:
             return torch.zeros(shape, dtype=self.dtype, device=device)
@@ -352,7 +353,7 @@ def allocate_cache(
         num_blocks: blocks, of a settling format those for settled tokens.
         block_size: tokens per block, P.
         device: where.
-        wide_blocks: blocks more, which a settling format keeps in 16 bits.
+        wide_blocks: of a settling format, how many blocks may be wide at a time.
 
     Returns:
         keys ``[B, Hkv, P, W]`` and values ``[B, Hkv, P, Wv]``, each in its format; W is D in the float formats.

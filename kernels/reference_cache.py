@@ -107,11 +107,7 @@ def copy_blocks(caches: Sequence[Tensor], source: Tensor, target: Tensor) -> Non
 def settle_blocks(caches: Sequence[Tensor], formats: Sequence[str], source: Tensor, target: Tensor) -> None:
     """``kvpass::settle_blocks``; see :mod:`kvpass.kernels.cache_ops`."""
     for cache, name in zip(caches, formats, strict=True):
-        form = find_format(name)
-        if form.settles is None:
-            copy_blocks([cache], source.remainder(cache.shape[0]), target.remainder(cache.shape[0]))
-        else:
-            settle_cache(cache, form, source, target)
+        settle_cache(cache, find_format(name), source, target)
 
 
 def gather_cache(

@@ -21,11 +21,13 @@ Narrow slabs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kvpass.errors import InputError
 from kvpass.kernels.formats import CHANNEL_GROUP, FORMATS, SETTLED_SCALE_BYTES, CacheFormat
+from kvpass.types import CacheSpec
 
 CHANNEL_BIAS = 761  # of a channel's byte: 255 stands for 1
 VALUE_STEPS = tuple(n / 32 for n in range(8, 17))  # scales that are tried, in units of the row's largest magnitude
@@ -154,16 +156,14 @@ def gather_slabs(narrow: Tensor, wide: Tensor, form: CacheFormat, slabs: Tensor)
 
 def settle_cache(cache: Tensor, form: CacheFormat, source: Tensor, target: Tensor) -> None:
     """``kvpass::settle_blocks`` for one tensor of a settling format."""
-    if ((source >= 0) & (target < 0)).any():
-        raise InputError("kvpass::settle_blocks: a settled block cannot be copied into a wide one")
     wide = wide_view(cache, form)
-    settled, kept, moved = (source < 0) & (target >= 0), target < 0, source >= 0
+    settled, moved, widened = (source < 0) & (target >= 0), (source >= 0) & (target >= 0), target < 0
     slabs = settle_slabs(wide.index_select(0, source[settled] + len(wide)), form)
-    rows = wide.index_select(0, source[kept] + len(wide))
     blocks = cache.index_select(0, source[moved])
+    rows = read_blocks(cache, form, source[widened]).to(wide.dtype)
     cache.index_copy_(0, target[settled], slabs)
     cache.index_copy_(0, target[moved], blocks)
-    wide.index_copy_(0, target[kept] + len(wide), rows)
+    wide.index_copy_(0, target[widened] + len(wide), rows)
 
 
 def _channel_units(channels: Tensor) -> Tensor:
@@ -174,3 +174,64 @@ def _channel_units(channels: Tensor) -> Tensor:
 def _round_up(numbers: Tensor) -> Tensor:
     """Positive float32 numbers in bfloat16, never smaller."""
     return (((numbers.view(torch.int32) + 0xFFFF) >> 16) << 16).view(torch.float32).to(torch.bfloat16)
+
+
+class SettlingTables:
+    """Block tables for caches of a plan that settles, where every block may be wide: the block and wide block alike.
+
+    For those who drive a module by themselves, and for the verification; :class:`kvpass.Engine` has far fewer wide
+    blocks than blocks. A block begins wide, and settles once another full block follows it; the first block of a
+    sequence stays wide.
+    """
+
+    def __init__(
+        self, specs: Sequence[CacheSpec], caches: Sequence[tuple[Tensor, Tensor]], num_blocks: int, block_size: int
+    ) -> None:
+        """Begin with wide blocks.
+
+        Args:
+            specs: all caches of the plan.
+            caches: their tensors, allocated with ``num_blocks`` blocks and as many wide ones.
+            num_blocks: B.
+            block_size: P.
+        """
+        self._caches, self._formats = settling_caches(specs, caches)
+        self._block_size = block_size
+        self._wide = torch.ones(num_blocks, dtype=torch.bool)
+
+    def settle(self, tables: Tensor, lengths: Tensor) -> None:
+        """Settle what is due in sequences of which ``lengths [N]`` tokens are written; ``tables`` ``[G, N, W]``."""
+        tables, lengths = tables.cpu(), lengths.cpu()
+        index = torch.arange(tables.shape[2])
+        due = (index > 0) & ((index + 2) * self._block_size <= lengths[:, None])
+        blocks = tables[:, due].unique()
+        blocks = blocks[self._wide[blocks]]
+        if self._caches and len(blocks):
+            target = blocks.to(self._caches[0].device)
+            torch.ops.kvpass.settle_blocks(self._caches, self._formats, -1 - target, target)
+            self._wide[blocks] = False
+
+    def number(self, blocks: Tensor) -> Tensor:
+        """The numbers of blocks as the caches have them."""
+        return torch.where(self._wide.to(blocks.device)[blocks], -1 - blocks, blocks)
+
+    def inputs(self, tables: Tensor, positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots ``[G or 2 G, T]`` of tokens at ``positions [T]`` of sequences ``rows [T]``, and block tables.
+
+        The second half of each is for the caches that settle, and left out where none does.
+        """
+        size = self._block_size
+        all_tables = torch.cat((tables, self.number(tables))) if self._caches else tables
+        return all_tables[:, rows, positions // size] * size + positions % size, all_tables
+
+
+def settling_caches(
+    specs: Sequence[CacheSpec], caches: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[list[Tensor], list[str]]:
+    """The tensors that are in settling formats, and the names of these, each tensor once."""
+    found: dict[int, tuple[Tensor, str]] = {}
+    for spec, pair in zip(specs, caches, strict=True):
+        for tensor, name in zip(pair, (spec.key_format, spec.value_format), strict=True):
+            if FORMATS[name].settles is not None:
+                found.setdefault(tensor.data_ptr(), (tensor, name))
+    return [tensor for tensor, _ in found.values()], [name for _, name in found.values()]

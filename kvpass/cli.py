@@ -67,7 +67,8 @@ MODEL_HELP = (
     "pydecoder or recall (the models that come with kvpass), the folder of a transformers model, or module:callable."
 )
 
-DEFAULT_FORMATS = ",".join(CACHE_DTYPES[1:])  # all but "auto"
+# What any heads can be stored in.
+DEFAULT_FORMATS = ",".join(name for name in CACHE_DTYPES if name not in ("auto", "k4v2"))
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 Dtype = Annotated[str, typer.Option(help=f"Format of keys and values: {', '.join(CACHE_DTYPES)}.")]

@@ -13,11 +13,12 @@ from kvpass.errors import ConfigError
 from kvpass.types import AttentionSinks, Sampling
 
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "k4v2")
 DEFAULT_MEMORY = "1GiB"
 EVICTION_POLICIES = ("lru", "lfu", "fifo", "cost")
 # Host memory that blocks pass through on their way to and from disk, where none was asked for.
 DEFAULT_STAGING = "256MiB"
+LEAST_SETTLING_BLOCK = 16  # tokens: those whose keys k4v2 quantises together
 _SAMPLING_NUMBERS = (
     "temperature",
     "top_p",
@@ -112,6 +113,8 @@ class CacheConfig:
         size = self.block_size
         if not _is_count(size) or size & (size - 1):
             raise ConfigError(f"block_size={size!r} is not a power of two: choose for example 16, 32 or 64")
+        if size < LEAST_SETTLING_BLOCK and "k4v2" in _named(self.dtype):
+            raise ConfigError(f"block_size={size}: dtype k4v2 needs blocks of at least 16 tokens, choose 16, 32 or 64")
         if self.memory is not None and self.num_blocks is not None:
             raise ConfigError("memory and num_blocks both say how large the cache is: give one of them")
         if self.memory is not None and parse_share(self.memory) is None:
@@ -134,6 +137,8 @@ class CacheConfig:
             raise ConfigError(f"disk={self.disk!r} is no path of a folder")
         if (self.host_memory is not None or self.disk is not None) and not self.prefix_sharing:
             raise ConfigError("host_memory and disk keep registered prefixes: leave them out, or prefix_sharing on")
+        if "k4v2" in _named(self.dtype) and (self.host_memory is not None or self.disk is not None or self.scrub):
+            raise ConfigError("dtype k4v2 keeps its blocks on the device: leave out host_memory, disk and scrub")
         if self.host_memory is not None:
             parse_bytes(self.host_memory, "host_memory")
         parse_bytes(self.disk_memory, "disk_memory")
@@ -152,6 +157,8 @@ class CacheConfig:
                 raise ConfigError(f"{name}={value!r} of kvpass.AttentionSinks is no whole number of at least 1")
         if self.host_memory is not None or self.disk is not None:
             raise ConfigError("sequences that forget share no prefixes: leave host_memory and disk out")
+        if "k4v2" in _named(self.dtype):
+            raise ConfigError("dtype k4v2 tells the newest blocks by their place, which forgetting changes: choose int4")
 
     def formats(self, attentions: int) -> tuple[tuple[str, str], ...]:
         """Formats of keys and values that ``dtype`` asks for, for each of so many attentions; may be ``"auto"``.
@@ -212,6 +219,8 @@ def _check_choice(where: str, choice: Any) -> None:
         if set(choice) != {"key", "value"}:
             raise ConfigError(f"{where}={dict(choice)!r} must have a format for 'key' and one for 'value'")
         for part in ("key", "value"):
+            if choice[part] == "k4v2":
+                raise ConfigError(f"{where}[{part!r}]='k4v2' is a format of keys and values together: name it for both")
             _check_choice(f"{where}[{part!r}]", choice[part])
     elif not isinstance(choice, str) or choice not in CACHE_DTYPES:
         raise ConfigError(f"{where}={choice!r} is not a cache dtype: choose one of {', '.join(CACHE_DTYPES)}")
@@ -219,7 +228,16 @@ def _check_choice(where: str, choice: Any) -> None:
 
 def _pair(choice: Any) -> tuple[str, str]:
     """Formats of keys and values of a choice that was checked."""
-    return (choice["key"], choice["value"]) if isinstance(choice, Mapping) else (choice, choice)
+    if isinstance(choice, Mapping):
+        return choice["key"], choice["value"]
+    return ("k4", "v2") if choice == "k4v2" else (choice, choice)
+
+
+def _named(dtype: Any) -> list[Any]:
+    """All formats that a checked ``dtype`` names."""
+    if not isinstance(dtype, Mapping):
+        return [dtype]
+    return [name for choice in dtype.values() for name in _named(choice)]
 
 
 def check_sampling(sampling: Sampling) -> None:

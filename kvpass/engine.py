@@ -24,7 +24,7 @@ from kvpass.errors import ConfigError, InputError
 from kvpass.handle import Handle
 from kvpass.request import News, Request
 from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.capacity import allocate_caches, bytes_per_block, count_blocks
+from kvpass.runtime.capacity import allocate_caches, bytes_per_block, divide_memory
 from kvpass.runtime.eviction import POLICIES
 from kvpass.runtime.latency import Latencies
 from kvpass.runtime.output_text import decode_of
@@ -34,7 +34,10 @@ from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.speculation import Drafter, Speculator
 from kvpass.runtime.stats import EngineStats, gather_stats
-from kvpass.step_loop import StepLoop, StepModule
+from kvpass.runtime.wide_blocks import WideBlocks
+from kvpass.settling_module import SettlingModule
+from kvpass.step_loop import StepLoop
+from kvpass.step_module import StepModule
 from kvpass.types import CachePlan, Sampling
 
 if TYPE_CHECKING:
@@ -68,11 +71,11 @@ class Engine:
         self.plan = plan
         self.config = config
         self.report = report
-        num_blocks = count_blocks(plan, config, module.device)
-        caches = allocate_caches(plan, num_blocks, module.device)
+        room = self._room = divide_memory(plan, config, module.device)
+        caches = allocate_caches(plan, room.num_blocks, module.device, room.wide_blocks)
         self._eos_token_ids = eos_token_ids
         self._decode = None if tokenizer is None else decode_of(tokenizer)
-        self._pool = BlockPool(num_blocks, plan.block_size, config.scrub)
+        self._pool = BlockPool(room.num_blocks, plan.block_size, config.scrub)
         windows = plan.group_windows
         policy = POLICIES[config.eviction]()
         sharing = config.prefix_sharing and config.forgetting is None
@@ -82,12 +85,17 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool,
             prefix_cache,
-            config.max_batch_tokens,
-            config.max_sequences,
+            room.max_batch_tokens,
+            room.max_sequences,
             windows,
             swap,
             forgetting=config.forgetting,
         )
+        self._wide: WideBlocks | None = None
+        if plan.settles:
+            size = plan.block_size
+            self._wide = WideBlocks(room.num_blocks, room.wide_blocks, size, windows, self._pool.is_used)
+            module = SettlingModule(module, plan, self._wide)
         self._loop = StepLoop(module, plan, caches, self._scheduler, moves)
         self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive)
         self._driver = Driver(self._loop)
@@ -261,7 +269,8 @@ class Engine:
         """Figures of now and so far."""
         with self._loop.exclusive():
             tiers, size = self._moves.tier_counts, bytes_per_block(self.plan)
-            return gather_stats(self._pool, self._scheduler, self._loop.latencies, tiers, size)
+            wide = self._room.wide_bytes
+            return gather_stats(self._pool, self._scheduler, self._loop.latencies, tiers, size, wide)
 
     def latencies(self) -> Latencies:
         """How long tokens took so far, as histograms; a copy."""
@@ -281,6 +290,8 @@ class Engine:
         """
         with self._loop.exclusive():
             self._scheduler.check_integrity()
+            if self._wide is not None:
+                self._wide.check_integrity()
 
     def close(self) -> None:
         """Cancel all requests, end the thread that serves, and give the caches' memory back. Can be done twice.

@@ -16,7 +16,7 @@ from kvpass.config import CacheConfig
 from kvpass.errors import ConfigError, InputError
 from kvpass.fx_passes.group_caches import group_caches
 from kvpass.kernels.formats import cache_bytes_per_token
-from kvpass.runtime.capacity import bytes_per_block, count_blocks
+from kvpass.runtime.capacity import bytes_per_block, divide_memory
 from kvpass.runtime.footprint import blocks_of_prefix, blocks_of_sequence, sequences_that_fit
 from kvpass.types import CachePlan, CacheSpec
 
@@ -159,9 +159,10 @@ def plan_memory(received: int, exact: CachePlan, stored: CachePlan, config: Cach
             f"a context of {demand.context} tokens is longer than the model is proven for, {limit} "
             f"({stored.max_length_reason}): ask for a shorter one"
         )
-    num_blocks, size = count_blocks(stored, config), bytes_per_block(stored)
+    room, size = divide_memory(stored, config), bytes_per_block(stored)
+    num_blocks, reserved = room.num_blocks, room.num_blocks * size + room.wide_bytes
     given = config.num_blocks is None and config.memory_share is None
-    memory = config.memory_bytes if given else num_blocks * size
+    memory = config.memory_bytes if given else reserved
     stages = [_contiguous("every head that attention receives", received, memory, demand)]
     unwindowed = [_without_windows(plan) for plan in (exact, stored)]
     stages.append(_paged("the narrowest cut", unwindowed[0], memory, demand, 0))
@@ -172,7 +173,7 @@ def plan_memory(received: int, exact: CachePlan, stored: CachePlan, config: Cach
         stages.append(_paged("windows give blocks back", stored, memory, demand, 0))
     if demand.shared_prefix:
         stages.append(_paged(f"{demand.shared_prefix} tokens shared", stored, memory, demand, demand.shared_prefix))
-    return MemoryPlan(demand, stored.block_size, num_blocks, size, num_blocks * size, memory, tuple(stages))
+    return MemoryPlan(demand, stored.block_size, num_blocks, size, reserved, memory, tuple(stages))
 
 
 def plan_shape(shape: Shape, number_bytes: int, config: CacheConfig, demand: Demand) -> MemoryPlan:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpass.engine import Engine
+from kvpass.kernels.settling import SettlingTables
 from kvpass.runtime.capacity import allocate_caches
 from kvpass.types import StepInputs
 
@@ -47,7 +48,8 @@ class Replay:
         # Neighbours in the pool belong to different sequences, as they do in an engine.
         numbers = torch.arange(groups * blocks * sequences).view(groups, blocks, sequences)
         self.tables = numbers.transpose(1, 2).contiguous().to(self.module.device)
-        self.caches = allocate_caches(engine.plan, numbers.numel(), self.module.device)
+        self.caches = allocate_caches(engine.plan, numbers.numel(), self.module.device, numbers.numel())
+        self.blocks = SettlingTables(engine.plan.caches, self.caches, numbers.numel(), self.block_size)
 
     def step(self, tokens: Tensor, start: int, wanted: Tensor) -> Tensor:
         """Read the next chunk of every sequence.
@@ -61,18 +63,20 @@ class Replay:
             logits ``[R, V]`` of the wanted tokens, sequence by sequence; R = 0 where none are.
         """
         count, chunk = tokens.shape
-        device, size = self.module.device, self.block_size
+        device = self.module.device
         positions = torch.arange(start, start + chunk, device=device)
         rows = wanted.flatten().nonzero().flatten().to(device)
         last = torch.tensor([count * chunk - 1], device=device)  # a step has to ask for something
-        slots = self.tables[:, :, positions // size] * size + positions % size
+        sequences = torch.arange(count, device=device).repeat_interleave(chunk)
         with torch.inference_mode():
+            self.blocks.settle(self.tables, torch.full((count,), start))
+            slots, tables = self.blocks.inputs(self.tables, positions.repeat(count), sequences)
             logits: Tensor = self.module(
                 StepInputs(
                     token_ids=tokens.flatten().to(device),
                     positions=positions.repeat(count),
-                    slot_mapping=slots.flatten(1),
-                    block_tables=self.tables,
+                    slot_mapping=slots,
+                    block_tables=tables,
                     seq_lens=torch.full((count,), start + chunk, device=device),
                     query_start=torch.arange(0, count * chunk + 1, chunk, device=device),
                     logits_index=rows if len(rows) else last,

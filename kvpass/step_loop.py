@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
 from threading import Lock, get_ident
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,18 +26,9 @@ from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence, SequenceState
 from kvpass.runtime.speculation import Speculator
 from kvpass.runtime.verification import choose_tokens
-from kvpass.types import CachePlan, StepInputs
-
-
-class StepModule(Protocol):
-    """What the engine needs of a paged module."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the step's tensors and the caches have to be."""
-
-    def __call__(self, step: StepInputs, caches: Ordered[tuple[Tensor, Tensor]], /) -> Tensor:
-        """Write the caches of the step's tokens and return logits ``[R, V]``."""
+from kvpass.settling_module import SettlingModule
+from kvpass.step_module import StepModule
+from kvpass.types import CachePlan
 
 
 class StepLoop:
@@ -128,7 +118,9 @@ class StepLoop:
         self._computed = tuple(sequence for sequence, _, _ in step.ranges)
         with torch.inference_mode():
             self._moves.flush()
-            if step.copies:
+            if step.copies and isinstance(self._module, SettlingModule):
+                self._module.copy_blocks(self.caches, step.copies)
+            elif step.copies:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
             inputs = build_step_inputs(step, self._plan.block_size, self._module.device)

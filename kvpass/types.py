@@ -150,6 +150,11 @@ class CachePlan:
     forbidden_tokens: tuple[int, ...] = ()
 
     @property
+    def settles(self) -> bool:
+        """Whether a cache is in k4v2, whose blocks have other numbers than those of other caches."""
+        return any(spec.key_format == "k4" for spec in self.caches)
+
+    @property
     def group_windows(self) -> tuple[int | None, ...]:
         """For each group the newest tokens, the query's own included, that are looked at in any of its caches.
 
@@ -212,9 +217,10 @@ class StepInputs:
         token_ids: ``[T]``.
         positions: ``[T]``, position of each token in its sequence, from 0.
         slot_mapping: ``[G, T]``, where the token's keys and values are written in the caches of each group:
-            ``block * P + offset``.
-        block_tables: ``[G, N, W]``, blocks of each sequence in order, in each group; entries past the sequence's end,
-            and those that no query sees through the windows of the group, are ignored.
+            ``block * P + offset``. Where caches are in k4v2 ``[2 G, T]``: the second half for those, in the numbers of
+            :mod:`kvpass.kernels.settling`.
+        block_tables: ``[G, N, W]``, blocks of each sequence in order, in each group (or ``[2 G, N, W]``, as above);
+            entries past the sequence's end, and those that no query sees through the windows of the group, are ignored.
         seq_lens: ``[N]``, tokens of each sequence once this step is written, those of earlier steps included.
         query_start: ``[N + 1]``, first row of each sequence's tokens in ``token_ids``; the last entry is T.
         logits_index: ``[R]``, rows of ``token_ids`` whose logits are wanted.

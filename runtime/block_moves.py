@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpass.errors import ConfigError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.host_memory import BlockKey, StoredBlock
 from kvpass.runtime.tiers import Prefetch, TierCounts, Tiers
@@ -51,7 +52,13 @@ class BlockMoves:
         Args:
             tiers: where evicted blocks go; None to lose them.
             swap_bytes: most bytes of host memory for what is swapped out.
+
+        Raises:
+            ConfigError: if a cache is in k4v2, where a block's content is not always in its own place, and there is
+                host memory.
         """
+        if plan.settles and (tiers is not None or swap_bytes):
+            raise ConfigError("dtype k4v2 keeps its blocks on the device: leave out host_memory, disk and scrub")
         groups: list[list[Tensor]] = [[] for _ in plan.group_windows]
         for spec, pair in zip(plan.caches, caches, strict=True):
             groups[spec.group] += [_as_bytes(tensor) for tensor in pair if tensor.numel()]

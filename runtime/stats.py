@@ -69,9 +69,17 @@ class EngineStats:
 
 
 def gather_stats(
-    pool: BlockPool, scheduler: Scheduler, latencies: Latencies, tiers: TierCounts, block_bytes: int
+    pool: BlockPool,
+    scheduler: Scheduler,
+    latencies: Latencies,
+    tiers: TierCounts,
+    block_bytes: int,
+    wide_bytes: int = 0,
 ) -> EngineStats:
-    """The figures of a pool of blocks of so many bytes, of its scheduler and of its tokens' times."""
+    """The figures of a pool of blocks of so many bytes, of its scheduler and of its tokens' times.
+
+    ``wide_bytes`` are reserved besides, for blocks that have not settled.
+    """
     counts = scheduler.counts
     return EngineStats(
         blocks_total=pool.num_blocks,
@@ -79,7 +87,7 @@ def gather_stats(
         blocks_used=pool.num_used,
         blocks_cached=pool.num_cached,
         blocks_shared=pool.num_shared,
-        bytes_reserved=pool.num_blocks * block_bytes,
+        bytes_reserved=pool.num_blocks * block_bytes + wide_bytes,
         bytes_peak_used=pool.peak_used * block_bytes,
         waste=counts.unused_slots / max(1, counts.allocated_slots),
         running=scheduler.num_running,

@@ -22,12 +22,13 @@ NOT_OURS = {"build", "dist", "__pycache__", "venv"}
 BUILT = {".pyc", ".so", ".dylib", ".pyd", ".o"}
 
 SHARED = ("kvpass.types", "kvpass.config", "kvpass.errors")
+FORMATS = ("kvpass.kernels.formats", "kvpass.kernels.settling")
 # What a room may import of kvpass; a name stands for itself and all below it. Other packages are free.
 MAY_IMPORT = {
-    "fx_passes": (*SHARED, "kvpass.fx_passes", "kvpass.kernels.ops", "kvpass.kernels.formats"),
+    "fx_passes": (*SHARED, "kvpass.fx_passes", "kvpass.kernels.ops", *FORMATS),
     "kernels": (*SHARED, "kvpass.kernels"),
     "models": ("kvpass.models",),
-    "runtime": (*SHARED, "kvpass.runtime", "kvpass.kernels.formats"),
+    "runtime": (*SHARED, "kvpass.runtime", *FORMATS),
 }
 # The rooms meet in the shared modules, which therefore know of no room: else one could reach another through them.
 SHARED_FILES = ("kvpass/types.py", "kvpass/config.py", "kvpass/errors.py", "kvpass/report.py")

@@ -23,7 +23,7 @@ from kvpass.kernels.cpu.packing import (
 from kvpass.kernels.cpu.refusals import explain_copy, explain_gather, explain_settle, explain_write
 from kvpass.kernels.formats import find_format
 from kvpass.kernels.index_checks import count_wide_blocks
-from kvpass.kernels.settling import open_for_write, wide_view
+from kvpass.kernels.settling import open_for_write, read_blocks, wide_view
 
 # Of a write: count of query heads, their result, weights of keys and queries, eps, cos, sin, width, interleaved.
 NOTHING_BEFORE = (0, 0, 0, 0, 0.0, 0, 0, 0, 0)
@@ -162,18 +162,19 @@ def gather_cache(
 def settle_blocks(caches: Sequence[Tensor], formats: Sequence[str], source: Tensor, target: Tensor) -> None:
     """``kvpass::settle_blocks``; see :mod:`kvpass.kernels.cache_ops`."""
     require_int64("settle_blocks", source=source, target=target)
-    quantised, moved = (source < 0) & (target >= 0), source >= 0
-    if (moved & (target < 0)).any():
-        raise InputError("kvpass::settle_blocks: a settled block cannot be copied into a wide one")
-    for cache, name in zip(caches, formats, strict=True):
-        form = find_format(name)
-        if form.settles is None:
-            copy_blocks([cache], source.remainder(cache.shape[0]), target.remainder(cache.shape[0]))
-            continue
+    quantised = (source < 0) & (target >= 0)
+    if quantised.all():
+        for cache, name in zip(caches, formats, strict=True):
+            _settle(cache, name, source.contiguous(), target.contiguous())
+        return
+    moved, kept, widened = (source >= 0) & (target >= 0), (source < 0) & (target < 0), (source >= 0) & (target < 0)
+    for cache, name in zip(caches, formats, strict=True):  # all is read before it is written
+        wide = wide_view(cache, find_format(name))
+        rows = read_blocks(cache, find_format(name), source[widened]).to(wide.dtype)
         copy_blocks([cache], source[moved], target[moved])
         _settle(cache, name, source[quantised], target[quantised])
-        wide, kept = wide_view(cache, form), target < 0
         copy_blocks([wide], source[kept] + len(wide), target[kept] + len(wide))
+        wide.index_copy_(0, target[widened] + len(wide), rows)
 
 
 def _settle(cache: Tensor, name: str, source: Tensor, target: Tensor) -> None:

@@ -115,7 +115,9 @@ class AttentionCall:
         rich = any(feature is not None for feature in extra)
         tile = choose_tile(target, rows, max(self.keys.width, self.value_dim), bits, self.block_size, rich)
         # one kind of blocks in a tile
-        return tile if self.keys.form.settles is None else tile._replace(keys=min(tile.keys, self.block_size))
+        if self.keys.form.settles is None:
+            return tile
+        return tile._replace(keys=min(tile.keys, 32 if rows == 16 else 16, self.block_size), stages=1)
 
 
 def find_positions(call: AttentionCall) -> tuple[Tensor, Launch]:

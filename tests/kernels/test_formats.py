@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvpass.config import CACHE_DTYPES
+from kvpass.config import CACHE_DTYPES, CacheConfig
 from kvpass.errors import ConfigError, InputError
 from kvpass.kernels.fitted_codes import STEPS, fit_codes
 from kvpass.kernels.formats import (
@@ -130,7 +130,8 @@ def test_a_format_keeps_its_own_dtype_unchanged(name: str) -> None:
 
 
 def test_every_cache_dtype_of_the_config_is_a_format() -> None:
-    assert set(CACHE_DTYPES) - {"auto"} == set(ROWS)
+    assert set(CACHE_DTYPES) - {"auto", "k4v2"} == set(ROWS)
+    assert CacheConfig(dtype="k4v2").formats(2) == (("k4", "v2"), ("k4", "v2"))
 
 
 def test_an_unknown_format_is_named_with_the_choices() -> None:

@@ -1,0 +1,22 @@
+"""What the engine asks of whatever computes its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpass.types import StepInputs
+
+
+class StepModule(Protocol):
+    """What the engine needs of a paged module."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step's tensors and the caches have to be."""
+
+    def __call__(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]], /) -> Tensor:
+        """Write the caches of the step's tokens and return logits ``[R, V]``."""
