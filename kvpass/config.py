@@ -158,7 +158,9 @@ class CacheConfig:
         if self.host_memory is not None or self.disk is not None:
             raise ConfigError("sequences that forget share no prefixes: leave host_memory and disk out")
         if "k4v2" in _named(self.dtype):
-            raise ConfigError("dtype k4v2 tells the newest blocks by their place, which forgetting changes: choose int4")
+            raise ConfigError(
+                "dtype k4v2 tells the newest blocks by their place, which forgetting changes: choose int4"
+            )
 
     def formats(self, attentions: int) -> tuple[tuple[str, str], ...]:
         """Formats of keys and values that ``dtype`` asks for, for each of so many attentions; may be ``"auto"``.
