@@ -115,7 +115,8 @@ def _watch_fake(model: nn.Module, inputs: tuple[Tensor, ...], length: int) -> _O
         for path, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, path=path: ops.modules.append(path))
             module.register_forward_hook(lambda *_: _drop(ops.modules))
-        with torch.no_grad(), fake:
+        # What is compiled now would be found again by the capture (flex_attention compiles itself).
+        with torch.no_grad(), fake, torch.compiler.set_stance("force_eager"):
             ids = _inputs_of(inputs, length)
             with ops:
                 twin(*ids)

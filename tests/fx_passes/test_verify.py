@@ -150,9 +150,17 @@ def exchange(call: Node, first: str, second: str) -> None:
     set_argument(call, second, named[first])
 
 
-def to_cache(call: Node, module: GraphModule, number: int) -> None:
-    for part in ("key", "value"):
-        set_argument(call, f"{part}_cache", placeholder(module, f"{part}_cache_{number}"))
+def same_blocks(call: Node, other: Node, name: str) -> None:
+    """Let a call use the slots or the table of another, whose layer has another window and so blocks of its own."""
+    assert arguments(call)[name] is not arguments(other)[name]
+    set_argument(call, name, arguments(other)[name])
+
+
+def positions_by_row(module: GraphModule) -> None:
+    put_after(module, "positions", aten.cumsum.default, 0)
+    counted = next(n for n in module.graph.nodes if is_call(n, aten.cumsum))
+    with module.graph.inserting_before(counted):
+        counted.replace_input_with(counted.args[0], module.graph.call_function(aten.ones_like.default, counted.args[:1]))
 
 
 def zero_keys(module: GraphModule) -> None:
@@ -183,10 +191,7 @@ def heads_reversed(module: GraphModule) -> None:
 FAULTS: dict[str, Callable[[GraphModule], None]] = {
     "positions are zero": lambda m: put_after(m, "positions", aten.zeros_like.default),
     "positions start at one": lambda m: put_after(m, "positions", aten.add.Tensor, 1),
-    "positions are the rows of the step": lambda m: (
-        put_after(m, "slot_mapping", aten.mul.Tensor, 1)
-        or placeholder(m, "positions").replace_all_uses_with(placeholder(m, "slot_mapping"))
-    ),
+    "positions are the rows of the step": lambda m: positions_by_row(m),
     "window one shorter": lambda m: set_argument(attention(m), "window", WINDOW - 1),
     "window one longer": lambda m: set_argument(attention(m), "window", WINDOW + 1),
     "no window": lambda m: set_argument(attention(m), "window", None),
@@ -209,8 +214,10 @@ FAULTS: dict[str, Callable[[GraphModule], None]] = {
     "second layer is not written": lambda m: m.graph.erase_node(node(m, kvpass_ops.write_cache, 1)),
     "written after it is read": write_after_reading,
     "slots shifted by one": lambda m: put_after(m, "slot_mapping", aten.bitwise_xor.Scalar, 1),
-    "written to the other layer's cache": lambda m: to_cache(node(m, kvpass_ops.write_cache), m, 1),
-    "read from the other layer's cache": lambda m: to_cache(attention(m, 1), m, 0),
+    "written to the other layer's blocks": lambda m: same_blocks(
+        node(m, kvpass_ops.write_cache, 1), node(m, kvpass_ops.write_cache), "slot_mapping"
+    ),
+    "read from the other layer's blocks": lambda m: same_blocks(attention(m, 1), attention(m), "block_tables"),
     "block tables reversed": lambda m: put_after(m, "block_tables", aten.flip.default, [1]),
     "logits of other rows": lambda m: put_after(m, "logits_index", aten.flip.default, [0]),
     "one residual lost": drop_residual,
