@@ -160,7 +160,9 @@ def positions_by_row(module: GraphModule) -> None:
     put_after(module, "positions", aten.cumsum.default, 0)
     counted = next(n for n in module.graph.nodes if is_call(n, aten.cumsum))
     with module.graph.inserting_before(counted):
-        counted.replace_input_with(counted.args[0], module.graph.call_function(aten.ones_like.default, counted.args[:1]))
+        counted.replace_input_with(
+            counted.args[0], module.graph.call_function(aten.ones_like.default, counted.args[:1])
+        )
 
 
 def zero_keys(module: GraphModule) -> None:

@@ -1,7 +1,9 @@
 """Weights in half precision: the engine's tokens are as good as the original's own.
 
 Exact equality is not asked for: a step over T flattened tokens rounds otherwise than a pass over `[B, S]`. The
-original, run on what the engine generated, must hold each of its tokens for the best, or for as good as the best.
+original, run on what the engine generated, must hold each of its tokens for the best, or for as good as the best. Where
+tokens are routed to experts, rounding may send one to another expert, which moves its logits by any amount: there most
+tokens must be the original's.
 """
 
 import copy
@@ -18,6 +20,7 @@ from tests.parity.harness import CONFIG, NEW_TOKENS, SEED, Prompts, original_log
 AGREEMENT = 0.85  # share of tokens that are the original's best
 # Rounding of the logits, in units of their spread, that a token other than the best is forgiven.
 ROUNDING = {torch.bfloat16: 0.2, torch.float16: 0.05}
+ROUTED = ("experts, dense",)
 
 NAMES = (
     "GPT-2 with a tril buffer slice",
@@ -33,33 +36,36 @@ CASES = [(name, torch.bfloat16) for name in NAMES] + [(name, torch.float16) for 
 FAMILIES = [("llama", torch.bfloat16), ("gemma3_text", torch.bfloat16), ("gpt2", torch.float16)]
 
 
-def assert_plausible(original: nn.Module, outputs: Prompts, prompts: Prompts, dtype: torch.dtype) -> None:
+def assert_plausible(
+    original: nn.Module, outputs: Prompts, prompts: Prompts, dtype: torch.dtype, routed: bool = False
+) -> None:
     """Assert that the original, run over prompt and output, agrees with the output."""
     agreed = total = 0
     for prompt, output in zip(prompts, outputs, strict=True):
         logits = original_logits(original, torch.tensor([prompt + output]))[0, len(prompt) - 1 : -1].float()
         chosen = torch.tensor(output)
         behind = logits.amax(-1) - logits.gather(-1, chosen[:, None])[:, 0]
-        assert (behind <= ROUNDING[dtype] * logits.std()).all(), f"{behind.max():.3f} behind the best token"
+        close = behind <= ROUNDING[dtype] * logits.std()
+        assert routed or close.all(), f"{behind.max():.3f} behind the best token"
         agreed += int((behind == 0).sum())
         total += len(output)
     assert agreed >= AGREEMENT * total, f"only {agreed} of {total} tokens are the original's"
 
 
-def compile_and_compare(model: nn.Module, vocab_size: int, dtype: torch.dtype) -> kvpass.Engine:
+def compile_and_compare(model: nn.Module, vocab_size: int, dtype: torch.dtype, routed: bool = False) -> kvpass.Engine:
     model = model.to(dtype)
     engine = kvpass.compile(copy.deepcopy(model), CONFIG)
     assert engine.report.verification is not None and engine.report.verification.passed
     prompts = ragged_prompts(vocab_size)
     outputs = engine.generate(prompts, NEW_TOKENS, kvpass.Sampling(ignore_eos=True))
-    assert_plausible(model, outputs, prompts, dtype)
+    assert_plausible(model, outputs, prompts, dtype, routed)
     engine.check_integrity()
     return engine
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_half_precision_decoder(name: str, dtype: torch.dtype) -> None:
-    engine = compile_and_compare(DECODERS[name](SEED), VOCAB, dtype)
+    engine = compile_and_compare(DECODERS[name](SEED), VOCAB, dtype, name in ROUTED)
     assert {tensor.dtype for pair in engine.caches for tensor in pair} == {dtype}
 
 
