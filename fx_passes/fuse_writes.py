@@ -42,6 +42,12 @@ def _first_reader(write: Node) -> Node | None:
     return readers[0] if readers and is_call(readers[0], ops.paged_attention) and readers[0] > write else None
 
 
+def _has_heads(rows: Node) -> bool:
+    """Whether rows are ``[T, H, D]`` as they stand; one head may be left out, with batch and length in its place."""
+    sizes = shape_of(rows)
+    return len(sizes) == 3 and all(size.is_number for size in sizes[1:])
+
+
 @dataclass
 class _Fusion:
     """One run of the pass: what was read of equal layers, and the tables in the op's layout, are shared."""
@@ -55,6 +61,8 @@ class _Fusion:
         """Put the fused op before the attention ``read``, if it is proven to compute the same."""
         named = arguments(write)
         query, key = arguments(read)["query"], named["key"]
+        if not all(_has_heads(rows) for rows in (query, key, named["value"])):
+            return False
         of_query, of_key = self.read(query), self.read(key)
         if of_query is None or of_key is None:
             return False

@@ -17,6 +17,8 @@ from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.plan_cache import plan_cache
 from kvpass.fx_passes.verify import Comparison, reference_graph, verify
 from tests.fx_passes.tracing import VOCAB, captured
+from tests.grammar.check import judge
+from tests.grammar.decoder import DEFAULTS
 
 HEADS, KV_HEADS, DIM = 4, 2, 6
 WIDTH = HEADS * DIM
@@ -245,3 +247,9 @@ def test_the_norm_follows_a_change_of_its_weight(fused: Fused) -> None:
                  and arguments(n)["key_cache"].name == f"key_cache_{place}")  # fmt: skip
     weight = fused.paged.module.get_parameter(str(arguments(write)["query_weight"].target))
     assert weight is fused.model.layers[place].query_norm
+
+
+def test_a_single_head_that_is_left_out_stays_with_the_plain_write() -> None:
+    """Time first, one KV head: rows are ``[S, B, D]`` until the step flattens them."""
+    spec = {**DEFAULTS, "kv_heads": 1, "projection": "time first", "position": "rotary interleaved", "seed": 1352}
+    assert judge([spec])[0].outcome == "right"
