@@ -22,7 +22,8 @@ from rich.table import Table
 from kvpass.measure import write_result
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.eviction import POLICIES
-from kvpass.runtime.prefix_cache import PrefixCache, TokenArray
+from kvpass.runtime.prefix_cache import PrefixCache
+from kvpass.runtime.prefix_nodes import TokenArray
 from kvpass.terminal import output
 
 BLOCK_SIZE = 16

@@ -10,7 +10,7 @@ from kvpass.errors import IntegrityError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.block_table import BlockTable
 from kvpass.runtime.host_memory import StoredBlock
-from kvpass.runtime.prefix_cache import PrefixNode
+from kvpass.runtime.prefix_nodes import PrefixNode
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step_registry import StepRegistry
 from kvpass.runtime.swap_space import SwapSpace

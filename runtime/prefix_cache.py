@@ -20,11 +20,7 @@ from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.eviction import EvictionPolicy, EvictionQueue, LeastRecentlyUsed
 from kvpass.runtime.head_index import HeadIndex
 from kvpass.runtime.pins import Pin, Pins
-from kvpass.runtime.prefix_nodes import Branch as Branch
-from kvpass.runtime.prefix_nodes import Match as Match
-from kvpass.runtime.prefix_nodes import PrefixNode as PrefixNode
-from kvpass.runtime.prefix_nodes import Root as Root
-from kvpass.runtime.prefix_nodes import TokenArray as TokenArray
+from kvpass.runtime.prefix_nodes import Branch, Match, PrefixNode, Root, TokenArray
 from kvpass.runtime.shelf import Shelf
 from kvpass.runtime.tiers import Prefetch
 

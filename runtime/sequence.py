@@ -12,7 +12,7 @@ import numpy as np
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_table import BlockTable
 from kvpass.runtime.output_text import OutputText
-from kvpass.runtime.prefix_cache import Branch, TokenArray
+from kvpass.runtime.prefix_nodes import Branch, TokenArray
 from kvpass.runtime.tiers import Prefetch
 from kvpass.types import FinishReason, Sampling, TokenLogprobs
 

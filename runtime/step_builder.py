@@ -7,7 +7,7 @@ import sys
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.holdings import Holdings
 from kvpass.runtime.pins import Pins
-from kvpass.runtime.prefix_cache import Branch
+from kvpass.runtime.prefix_nodes import Branch
 from kvpass.runtime.queues import Queues, rank_of
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step import SchedulerCounts, TokenRange

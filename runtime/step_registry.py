@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.host_memory import StoredBlock
-from kvpass.runtime.prefix_cache import Branch, Match, PrefixCache, PrefixNode
+from kvpass.runtime.prefix_cache import PrefixCache
+from kvpass.runtime.prefix_nodes import Branch, Match, PrefixNode
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.tiers import Prefetch
 
