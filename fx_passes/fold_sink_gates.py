@@ -27,7 +27,7 @@ class Gate:
     """``sigmoid(logsumexp(scores) - sink)``.
 
     Attributes:
-        scores: the scores whose last dim is summed over, before casts.
+        scores: the scores that are summed over the keys, before casts.
         sink: a tensor or number that broadcasts against the log-sum-exp.
         keepdim: the log-sum-exp keeps the dim of the keys as 1, and the sink has it too.
     """
@@ -44,8 +44,8 @@ class FoldSinkGates:
     With ``l = logsumexp(s)``, ``softmax(s) * sigmoid(l - sink)`` is ``exp(s) / (sum(exp(s)) + exp(sink))``: the softmax
     with one more column, which is cut off again.
 
-    Before: ``softmax(s) @ v * sigmoid(logsumexp(s) - sink)``, or the gate on the weights; the gate may also be written
-        with ``exp``, or as ``exp(l - logaddexp(l, sink))``.
+    Before: ``softmax(s) @ v * sigmoid(logsumexp(s) - sink)``, or the gate on the weights, with the keys in any dim; the
+        gate may also be written with ``exp``, or as ``exp(l - logaddexp(l, sink))``.
     After: ``softmax(cat(sink, s))[1:] @ v``, which ``find-attention`` reads.
     Requires: ``canonicalize``.
     Refuses: nothing; a gate that is none of these stays as it is.
@@ -76,13 +76,14 @@ def _folded(captured: CapturedGraph, node: Node) -> Node | None:
         product = _uncast(out) if is_call(_uncast(out), aten.matmul, aten.bmm) else None
         weights = out if product is None else product.args[0]
         softmax = _uncast(weights)
-        if not is_call(softmax, *SOFTMAXES) or arguments(softmax)["dim"] % len(shape_of(softmax)) != _last(softmax):
+        if not is_call(softmax, *SOFTMAXES):
             continue
-        gate = read_gate(factor)
+        keys = _from_end(arguments(softmax)["dim"], softmax)
+        gate = read_gate(factor, keys) if product is None or keys == -1 else None
         if gate is None or _uncast(softmax.args[0]) is not gate.scores:
             continue
         with captured.graph.inserting_before(node):
-            joined = _softmax_with_sink(captured, softmax, gate, node)
+            joined = _softmax_with_sink(captured, softmax, keys, gate, node)
             current = _cast(captured, joined, weights, node)
             if product is not None:
                 current = emit(captured, product.target, current, product.args[1], like=node)
@@ -90,8 +91,10 @@ def _folded(captured: CapturedGraph, node: Node) -> Node | None:
     return None
 
 
-def _last(node: Node) -> int:
-    return len(shape_of(node)) - 1
+def _from_end(dim: int, node: Node) -> int:
+    """A dim counted from the end: -1 is the last."""
+    rank = len(shape_of(node))
+    return dim % rank - rank
 
 
 def _uncast(node: Any) -> Any:
@@ -107,39 +110,45 @@ def _cast(captured: CapturedGraph, node: Node, to: Any, like: Node) -> Node:
     )
 
 
-def _softmax_with_sink(captured: CapturedGraph, softmax: Node, gate: Gate, like: Node) -> Node:
+def _softmax_with_sink(captured: CapturedGraph, softmax: Node, keys: int, gate: Gate, like: Node) -> Node:
     scores = softmax.args[0]
     assert isinstance(scores, Node)
-    dtype, last = scores.meta["val"].dtype, _last(scores)
-    sizes = [emit(captured, aten.sym_size.int, scores, d, like=like) for d in range(last)]
+    dtype, rank = scores.meta["val"].dtype, len(shape_of(scores))
+    sizes = [
+        1 if d == keys else emit(captured, aten.sym_size.int, scores, rank + d, like=like) for d in range(-rank, 0)
+    ]
     if isinstance(gate.sink, Node):
-        sink = gate.sink if gate.keepdim else emit(captured, aten.unsqueeze.default, gate.sink, -1, like=like)
+        sink = gate.sink
+        if not gate.keepdim and len(shape_of(sink)) >= -keys:
+            sink = emit(captured, aten.unsqueeze.default, sink, keys, like=like)
         sink = _cast(captured, sink, scores, like)
     else:
         device = scores.meta["val"].device
         sink = emit(captured, aten.full.default, [1], gate.sink, dtype=dtype, device=device, like=like)
-    column = emit(captured, aten.expand.default, sink, [*sizes, 1], like=like)
-    joined = emit(captured, aten.cat.default, [column, scores], last, like=like)
+    column = emit(captured, aten.expand.default, sink, sizes, like=like)
+    joined = emit(captured, aten.cat.default, [column, scores], keys, like=like)
     weights = emit(captured, softmax.target, joined, *softmax.args[1:], like=like, **softmax.kwargs)
-    return emit(captured, aten.slice.Tensor, weights, last, 1, FULL, like=like)
+    return emit(captured, aten.slice.Tensor, weights, keys, 1, FULL, like=like)
 
 
-def read_gate(node: Node) -> Gate | None:
-    """The gate of a product with ``[..., Sq, width]``: its own last dim is 1."""
-    if shape_of(node)[-1:] != (1,):
+def read_gate(node: Node, keys: int) -> Gate | None:
+    """The gate of a product with scores, or with ``[..., Sq, width]``: the dim of the keys, from the end, is 1."""
+    rank = len(shape_of(node))
+    if rank < -keys - 1 or (rank >= -keys and shape_of(node)[keys] != 1):
         return None
     current = _uncast(node)
-    added = is_call(current, aten.unsqueeze) and current.args[1] in (-1, _last(current))
-    gate = _read_value(_uncast(current.args[0]) if added else current)
-    return gate if gate is not None and gate.keepdim is not added else None
+    added = is_call(current, aten.unsqueeze) and _from_end(current.args[1], current) == keys
+    gate = _read_value(_uncast(current.args[0]) if added else current, keys)
+    broadcast = rank == -keys - 1  # the keys come first, and the gate does without
+    return gate if gate is not None and gate.keepdim is not (added or broadcast) else None
 
 
-def _read_value(node: Any) -> Gate | None:
+def _read_value(node: Any, keys: int) -> Gate | None:
     """``sigmoid(l - sink)`` in its spellings."""
     if is_call(node, aten.sigmoid):
-        return _read_difference(node.args[0], 1)
+        return _read_difference(node.args[0], 1, keys)
     if is_call(node, aten.exp):
-        return _read_exp(_uncast(node.args[0]))
+        return _read_exp(_uncast(node.args[0]), keys)
     bottom: Any = node.args[0] if is_call(node, aten.reciprocal) else None
     if is_call(node, aten.div) and node.args[0] == 1:
         bottom = node.args[1]
@@ -147,29 +156,29 @@ def _read_value(node: Any) -> Gate | None:
         return None
     for one, other in (bottom.args[:2], bottom.args[1::-1]):
         if one == 1 and is_call(other, aten.exp):
-            return _read_difference(other.args[0], -1)
+            return _read_difference(other.args[0], -1, keys)
     return None
 
 
-def _read_difference(node: Any, sign: int) -> Gate | None:
+def _read_difference(node: Any, sign: int, keys: int) -> Gate | None:
     """``l - sink`` for a sign of 1, ``sink - l`` for -1."""
     node = _uncast(node)
     if is_call(node, aten.neg):
-        return _read_difference(node.args[0], -sign)
+        return _read_difference(node.args[0], -sign, keys)
     if not is_call(node, aten.sub) or arguments(node)["alpha"] != 1:
         return None
     total, sink = node.args[:2] if sign == 1 else node.args[1::-1]
-    return _read_pair(total, sink, node)
+    return _read_pair(total, sink, node, keys)
 
 
-def _read_exp(node: Any) -> Gate | None:
+def _read_exp(node: Any, keys: int) -> Gate | None:
     """``l - logaddexp(l, sink)``."""
     if not is_call(node, aten.sub) or arguments(node)["alpha"] != 1 or not is_call(node.args[1], aten.logaddexp):
         return None
     total = node.args[1]
     for one, other in (total.args[:2], total.args[1::-1]):
         if _same_sum(one, node.args[0]):
-            return _read_pair(one, other, node)
+            return _read_pair(one, other, node, keys)
     return None
 
 
@@ -178,16 +187,17 @@ def _same_sum(a: Any, b: Any) -> bool:
     return a is b or (is_call(a, aten.logsumexp) and is_call(b, aten.logsumexp) and arguments(a) == arguments(b))
 
 
-def _read_pair(total: Any, sink: Any, node: Node) -> Gate | None:
+def _read_pair(total: Any, sink: Any, node: Node, keys: int) -> Gate | None:
     total = _uncast(total)
     if not is_call(total, aten.logsumexp) or shape_of(node) != shape_of(total):
         return None
     named = arguments(total)
-    scores = named["self"]
-    if [d % len(shape_of(scores)) for d in named["dim"]] != [_last(scores)]:
+    scores, keepdim = named["self"], bool(named["keepdim"])
+    if [_from_end(d, scores) for d in named["dim"]] != [keys]:
         return None
-    if isinstance(sink, Node) and named["keepdim"] and shape_of(sink)[-1:] not in ((), (1,)):
+    if not isinstance(sink, Node):
+        return Gate(_uncast(scores), float(sink), keepdim)
+    rank = len(shape_of(sink))
+    if keepdim and rank >= -keys and shape_of(sink)[keys] != 1:
         return None
-    if isinstance(sink, Node) and not shape_of(sink) and not named["keepdim"]:
-        return None
-    return Gate(_uncast(scores), sink if isinstance(sink, Node) else float(sink), bool(named["keepdim"]))
+    return Gate(_uncast(scores), sink, keepdim)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from kvpass.fx_passes.axes import Kind
+from kvpass.fx_passes.axes import Axes, Kind
 from kvpass.fx_passes.graph import arguments, aten, is_call, shape_of
 from kvpass.fx_passes.read_scores import NotUnderstood, ScoreReader
 
@@ -29,6 +29,19 @@ class Softmax:
 
 
 @dataclass(frozen=True)
+class Coefficient:
+    """A tensor without a key axis that multiplies weights over keys.
+
+    Attributes:
+        node: the tensor.
+        axes: what its dims count, heads by the names they have where it multiplies.
+    """
+
+    node: Node
+    axes: Axes
+
+
+@dataclass(frozen=True)
 class Term:
     """One softmax, multiplied with coefficients that have no key axis.
 
@@ -41,7 +54,7 @@ class Term:
     """
 
     softmax: Softmax
-    coefficients: tuple[Node | float, ...] = ()
+    coefficients: tuple[Coefficient | float, ...] = ()
     heads: dict[int, int] = field(default_factory=dict)
     gates: tuple[Node, ...] = ()
 
@@ -60,11 +73,7 @@ def read_terms(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
     if is_call(
         node, aten._to_copy, aten.clone, aten.reshape, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze
     ):
-        terms = read_terms(reader, _input(node), key)
-        moved = not is_call(node, aten._to_copy, aten.clone)
-        if moved and any(term.gates or any(isinstance(c, Node) for c in term.coefficients) for term in terms):
-            raise NotUnderstood("weights over keys are reshaped after they were scaled", node)
-        return terms
+        return read_terms(reader, _input(node), key)
     if is_call(node, aten.slice, aten.narrow):
         return [Term(_without_sinks(reader, node, key))]
     if is_call(node, aten.add, aten.sub):
@@ -146,7 +155,11 @@ def _sum(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
         raise NotUnderstood("something is added to the weights over keys", node)
     names = _names_in_sum(reader, operands, node)
     second = [
-        replace(t, coefficients=(*t.coefficients, *([sign] if sign != 1 else [])), heads=names)
+        replace(
+            t,
+            coefficients=(*t.coefficients, *([sign] if sign != 1 else [])),
+            heads=names | {own: names.get(name, name) for own, name in t.heads.items()},
+        )
         for t in read_terms(reader, operands[1], key)
     ]
     return read_terms(reader, operands[0], key) + second
@@ -169,12 +182,12 @@ def _scaled(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
     if not reader.is_scores(weights):
         raise NotUnderstood("the weights of this attention are no softmax over keys", node)
     if isinstance(other, Node):
-        kinds = reader.kinds_of(other, node)
-        last = reader.inference.axes(node)[-1]
-        if reader.has(kinds, key) and not reader.inference.is_data(other):
+        axes = reader.kinds_of(other, node)
+        if reader.has(axes, key) and not reader.inference.is_data(other):
             return _gated(reader, weights, other, key, node)
-        if reader.has(kinds, key) or not (len(last) == 1 and last[0].kind is key):
+        if reader.has(axes, key):
             raise NotUnderstood("the weights over keys are multiplied with another tensor over keys", node)
+        other = Coefficient(other, axes)
     return [replace(t, coefficients=(*t.coefficients, other)) for t in read_terms(reader, weights, key)]
 
 

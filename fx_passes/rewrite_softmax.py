@@ -13,7 +13,7 @@ from kvpass.fx_passes.contraction import Contraction, contraction_of, operand_di
 from kvpass.fx_passes.dense import DenseInputs, emit_dense, factors_of, one_factor
 from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call
 from kvpass.fx_passes.infer_axes import Blocked, Inference
-from kvpass.fx_passes.read_probabilities import Softmax, Term, read_terms
+from kvpass.fx_passes.read_probabilities import Coefficient, Softmax, Term, read_terms
 from kvpass.fx_passes.read_scores import NotUnderstood, ScoreReader, Scores
 from kvpass.fx_passes.shape_values import ShapeEvaluator
 
@@ -81,8 +81,6 @@ def _attend(
 ) -> Node:
     """One softmax times the values, as a canonical attention in the layout of ``node``."""
     softmax = term.softmax
-    if weights is not contraction.left and any(isinstance(c, Node) for c in term.coefficients):
-        raise NotUnderstood("weights over keys are scaled by a tensor and stand right of the values", node)
     scores = reader.read(softmax.scores)
     if softmax.sinks is not None and scores.shifted:
         raise NotUnderstood("scores are shifted before a column of sinks joins them", softmax.node)
@@ -92,13 +90,28 @@ def _attend(
     sinks = _sinks(captured, reader, softmax, layout, node)
     scale = scores.scale * (1.0 if scores.cap is None else scores.cap)
     dense = emit_dense(captured, DenseInputs(q, k, v, bias, scale, scores.cap, sinks), node, "softmax")
+    for coefficient in term.coefficients:
+        dense = _scaled(captured, dense, coefficient, layout, node)
     out_axes = _output_axes(inference, contraction, weights, value_axes)
     width = factors_of(value_axes, Kind.FEATURE)
     out = spread(captured, dense, layout.rows(layout.queries, width), out_axes, node)
-    for coefficient in term.coefficients:
-        out = emit(captured, aten.mul.Tensor, out, coefficient, like=node)
     dtype = node.meta["val"].dtype
     return out if out.meta["val"].dtype == dtype else emit(captured, aten._to_copy.default, out, dtype=dtype, like=node)
+
+
+def _scaled(
+    captured: CapturedGraph, dense: Node, coefficient: Coefficient | float, layout: _Layout, node: Node
+) -> Node:
+    """A canonical attention times what multiplied its weights: a number, or one for each query and head."""
+    if not isinstance(coefficient, Coefficient):
+        return emit(captured, aten.mul.Tensor, dense, coefficient, like=node)
+    axes = renamed(coefficient.axes, layout.names)
+    rows = layout.rows(layout.queries, [])
+    if not {f for dim in axes for f in dim} <= {f for group in rows for f in group}:
+        raise NotUnderstood(
+            "the weights over keys are multiplied with a tensor that their scores do not line up with", node
+        )
+    return emit(captured, aten.mul.Tensor, dense, arrange(captured, coefficient.node, axes, rows, node), like=node)
 
 
 def _queries_and_keys(

@@ -89,12 +89,20 @@ DECODERS: dict[str, Builder] = {
     # scores
     "softcap and q/k norms": decoder_around(scores.SoftcapAndNorms),
     "sink column": decoder_around(scores.SinkColumn),
-    "sinks as gates": decoder(lambda: Decoder(in_turn(scores.SinkGate, lambda: scores.SinkGate("the log of a sum")))),
+    "sinks as gates": decoder(
+        lambda: Decoder(
+            in_turn(*(partial(scores.SinkGate, by) for by in ("sigmoid", "the log of a sum", "keys first"))),
+            num_layers=3,
+        )
+    ),
     "differential": decoder_around(scores.Differential),
     "temperature per head": decoder_around(scores.PerHeadTemperature),
     "temperatures of data": decoder(
         lambda: Decoder(
-            in_turn(*(partial(scores.DataTemperature, of) for of in ("query", "key", "weights"))), num_layers=3
+            in_turn(
+                *(partial(scores.DataTemperature, of) for of in ("query", "key", "weights", "weights that are moved"))
+            ),
+            num_layers=4,
         )
     ),
     # softmaxes and products by other means

@@ -56,7 +56,7 @@ class SinkColumn(nn.Module):
 
 
 class SinkGate(nn.Module):
-    """The sink of a head as a gate on its output, by the log-sum-exp of the scores, in two spellings."""
+    """The sink of a head as a gate on its output, by the log-sum-exp of the scores; or on its weights, keys first."""
 
     def __init__(self, spelling: str = "sigmoid") -> None:
         super().__init__()
@@ -69,6 +69,10 @@ class SinkGate(nn.Module):
         q, k, v = (split_heads(part) for part in self.qkv(x).chunk(3, dim=-1))
         scores = torch.matmul(q, k.transpose(2, 3)) * HEAD_DIM**-0.5
         scores = scores.masked_fill(future(x.size(1), x.device), -torch.inf)
+        if self.spelling == "keys first":
+            scores = scores.permute(3, 0, 1, 2)
+            gate = torch.sigmoid(scores.logsumexp(0) - self.sinks[:, None])
+            return self.out(torch.einsum("kbhq,bhkd->bqhd", scores.softmax(0) * gate, v).flatten(2))
         if self.spelling == "sigmoid":
             gate = torch.sigmoid(torch.logsumexp(scores, dim=-1) - self.sinks.view(1, -1, 1)).unsqueeze(-1)
         else:
@@ -137,6 +141,10 @@ class DataTemperature(nn.Module):
         weights = scores.masked_fill(future(x.size(1), x.device), -torch.inf).softmax(-1)
         if self.of == "weights":
             weights = weights * temperature.unsqueeze(-1)
+        elif self.of == "weights that are moved":
+            moved = (weights * temperature.unsqueeze(-1)).permute(1, 0, 2, 3).flatten(0, 1)
+            out = torch.bmm(moved, v.transpose(0, 1).flatten(0, 1))
+            return self.out(out.unflatten(0, (HEADS, -1)).permute(1, 2, 0, 3).flatten(2))
         elif self.of == "weights of a key":
             weights = weights * temperature.unsqueeze(-2)
         return self.out((weights @ v).transpose(1, 2).flatten(2))

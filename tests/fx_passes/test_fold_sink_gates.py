@@ -45,14 +45,20 @@ class Gated(nn.Module):
             scores = x @ x.mT
             results.append((scores.softmax(-1) @ x) * gate(scores, self.sink))
         scores = x @ x.mT
-        return (x, *results, (scores.softmax(-1) * GATES["sigmoid"](scores, self.sink)) @ x)
+        results.append((scores.softmax(-1) * GATES["sigmoid"](scores, self.sink)) @ x)
+        for dim in (1, -2):  # keys first
+            scores = x @ x.mT
+            total = scores.logsumexp(dim, keepdim=dim > 0)
+            gate = torch.sigmoid(total - self.sink)
+            results.append((scores.softmax(dim) * (gate if dim > 0 else gate.unsqueeze(1))).mT @ x)
+        return (x, *results)
 
 
 def test_gates_become_sinks_and_the_values_stay() -> None:
     model = Gated().eval()
     graph = captured(model)
     Canonicalize().apply(graph)
-    assert FoldSinkGates().apply(graph).rewritten == len(GATES) + 1
+    assert FoldSinkGates().apply(graph).rewritten == len(GATES) + 3
     left = [n for n in graph.graph.nodes if "logsumexp" in str(n.target)]
     assert len(left) == len(LEFT_ALONE)
     for shape in ((1, 1), (2, 6)):
