@@ -30,7 +30,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Coefficient:
-    """A tensor without a key axis that multiplies weights over keys.
+    """A tensor over queries or over keys, not both, that multiplies weights over keys.
 
     Attributes:
         node: the tensor.
@@ -43,7 +43,7 @@ class Coefficient:
 
 @dataclass(frozen=True)
 class Term:
-    """One softmax, multiplied with coefficients that have no key axis.
+    """One softmax, multiplied with coefficients.
 
     Attributes:
         softmax: the softmax.
@@ -175,7 +175,7 @@ def _names_in_sum(reader: ScoreReader, operands: tuple[Node, Node], node: Node) 
 
 
 def _scaled(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
-    """A factor without a key axis may as well multiply the result."""
+    """A factor for each query may as well multiply the result, and one for each key the values."""
     named = arguments(node)
     a, b = named["self"], named["other"]
     weights, other = (a, b) if reader.is_scores(a) and reader.has(reader.inference.axes(a), key) else (b, a)
@@ -185,7 +185,7 @@ def _scaled(reader: ScoreReader, node: Node, key: Kind) -> list[Term]:
         axes = reader.kinds_of(other, node)
         if reader.has(axes, key) and not reader.inference.is_data(other):
             return _gated(reader, weights, other, key, node)
-        if reader.has(axes, key):
+        if reader.has(axes, key) and reader.has(axes, reader.query):
             raise NotUnderstood("the weights over keys are multiplied with another tensor over keys", node)
         other = Coefficient(other, axes)
     return [replace(t, coefficients=(*t.coefficients, other)) for t in read_terms(reader, weights, key)]

@@ -86,12 +86,16 @@ def _attend(
         raise NotUnderstood("scores are shifted before a column of sinks joins them", softmax.node)
     layout, q, k = _queries_and_keys(captured, inference, reader, scores, term, node)
     v, value_axes = _values(captured, inference, contraction, weights, layout.heads, layout.tokens, node)
+    of_keys = [c for c in term.coefficients if isinstance(c, Coefficient) and reader.has(c.axes, reader.key)]
+    for of_key in of_keys:
+        v = _scaled(captured, v, of_key, layout, layout.tokens, node)
     bias = _canonical_bias(captured, reader, scores, term, layout, node)
     sinks = _sinks(captured, reader, softmax, layout, node)
     scale = scores.scale * (1.0 if scores.cap is None else scores.cap)
     dense = emit_dense(captured, DenseInputs(q, k, v, bias, scale, scores.cap, sinks), node, "softmax")
     for coefficient in term.coefficients:
-        dense = _scaled(captured, dense, coefficient, layout, node)
+        if coefficient not in of_keys:
+            dense = _scaled(captured, dense, coefficient, layout, layout.queries, node)
     out_axes = _output_axes(inference, contraction, weights, value_axes)
     width = factors_of(value_axes, Kind.FEATURE)
     out = spread(captured, dense, layout.rows(layout.queries, width), out_axes, node)
@@ -100,18 +104,18 @@ def _attend(
 
 
 def _scaled(
-    captured: CapturedGraph, dense: Node, coefficient: Coefficient | float, layout: _Layout, node: Node
+    captured: CapturedGraph, rows: Node, coefficient: Coefficient | float, layout: _Layout, of: Factor, node: Node
 ) -> Node:
-    """A canonical attention times what multiplied its weights: a number, or one for each query and head."""
+    """Canonical rows ``[B, H, S, width]`` times a number, or one for each row of ``of`` and head."""
     if not isinstance(coefficient, Coefficient):
-        return emit(captured, aten.mul.Tensor, dense, coefficient, like=node)
+        return emit(captured, aten.mul.Tensor, rows, coefficient, like=node)
     axes = renamed(coefficient.axes, layout.names)
-    rows = layout.rows(layout.queries, [])
-    if not {f for dim in axes for f in dim} <= {f for group in rows for f in group}:
+    target = layout.rows(of, [])
+    if not {f for dim in axes for f in dim} <= {f for group in target for f in group}:
         raise NotUnderstood(
-            "the weights over keys are multiplied with a tensor that their scores do not line up with", node
+            "weights over keys are multiplied with a tensor that their scores do not line up with", node
         )
-    return emit(captured, aten.mul.Tensor, dense, arrange(captured, coefficient.node, axes, rows, node), like=node)
+    return emit(captured, aten.mul.Tensor, rows, arrange(captured, coefficient.node, axes, target, node), like=node)
 
 
 def _queries_and_keys(

@@ -22,6 +22,8 @@ from tests.decoders import (
 )
 from tests.decoders.skeleton import DIM, Builder, Decoder, GeluMLP, decoder, decoder_around, in_turn
 
+TEMPERATURES = ("query", "key", "weights", "weights of a key", "weights that are moved")
+
 # Attention that leaves out most of the 60 tokens of a long prompt, even over two layers.
 NEAR_SIGHTED = {
     "band of triu and tril, rotary",
@@ -99,10 +101,7 @@ DECODERS: dict[str, Builder] = {
     "temperature per head": decoder_around(scores.PerHeadTemperature),
     "temperatures of data": decoder(
         lambda: Decoder(
-            in_turn(
-                *(partial(scores.DataTemperature, of) for of in ("query", "key", "weights", "weights that are moved"))
-            ),
-            num_layers=4,
+            in_turn(*(partial(scores.DataTemperature, of) for of in TEMPERATURES)), num_layers=len(TEMPERATURES)
         )
     ),
     # softmaxes and products by other means

@@ -60,8 +60,8 @@ REFUSED: dict[str, Expected] = {
         decoder_around(partial(scores.DataTemperature, "query after the mask")), r"after their mask", FIRST
     ),
     "bias of a key by data": Expected(decoder_around(partial(scores.DataTemperature, "bias")), r"data", FIRST),
-    "weights of a key by data": Expected(
-        decoder_around(partial(scores.DataTemperature, "weights of a key")), r"another tensor over keys", FIRST
+    "weights times a function of the scores": Expected(
+        decoder_around(partial(scores.DataTemperature, "weights by the scores")), r"another tensor over keys", FIRST
     ),
     "talking heads": Expected(decoder_around(attention.TalkingHeads), r"head|score|softmax|attention", FIRST),
     "keys flipped in time": Expected(decoder_around(attention.FlippedKeys), r"flip|order|" + TIME, FIRST),

@@ -147,4 +147,6 @@ class DataTemperature(nn.Module):
             return self.out(out.unflatten(0, (HEADS, -1)).permute(1, 2, 0, 3).flatten(2))
         elif self.of == "weights of a key":
             weights = weights * temperature.unsqueeze(-2)
+        elif self.of == "weights by the scores":
+            weights = weights * scores.sigmoid()
         return self.out((weights @ v).transpose(1, 2).flatten(2))
