@@ -111,6 +111,7 @@ def attention_cases(quick: bool) -> Iterator[Case]:
     yield Case("paged", "k4", 128, 16, 32, "+".join(ALL_FEATURES))
     yield from (Case(op, "k4") for op in ("mass", "gather"))
     yield Case("gather", "v2")
+    yield from (Case("settle", form, 128, 16, size) for form in ("k4", "v2") for size in (16, 64))
     for form in (name for name, row in FORMATS.items() if row.settles is None):
         yield from (Case(op, form) for op in ("mass", "write", "fused", "gather"))
     yield from (Case("write", "int8", 576), Case("fused", "int4", 256), Case("copy"))
@@ -134,6 +135,8 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
     cache = make_cache(case)
     if case.op == "copy":
         return cache_calls.lay_out_copy(cache, empty(9), empty(9))
+    if case.op == "settle":
+        return cache_calls.lay_out_settle(see_cache(cache, case.form, target), empty(9), empty(9))
     if case.op == "gather":
         out = empty(SEQUENCES, 512 * 16, HEADS, case.width, dtype=torch.float32)
         return [cache_calls.lay_out_gather(see_cache(cache, case.form, target), empty(64, 512), empty(64), out)]

@@ -24,6 +24,7 @@ from kvpass.kernels.triton_kernels.cache_calls import (
     Rotation,
     lay_out_copy,
     lay_out_gather,
+    lay_out_settle,
     lay_out_write,
 )
 from kvpass.kernels.triton_kernels.launch import INTERPRETED, find_target
@@ -229,6 +230,15 @@ def copy_blocks(caches: list[Tensor], source: Tensor, target: Tensor) -> None:
     check_arguments("copy_blocks", locals())
     for cache in caches:
         for launch in lay_out_copy(cache, source.contiguous(), target.contiguous()):
+            launch.run()
+
+
+def settle_blocks(caches: list[Tensor], formats: list[str], source: Tensor, target: Tensor) -> None:
+    """``kvpass::settle_blocks``: two launches per tensor, since blocks may be exchanged."""
+    check_arguments("settle_blocks", locals())
+    for cache, name in zip(caches, formats, strict=True):
+        stored = see_cache(cache, name, find_target(cache.device))
+        for launch in lay_out_settle(stored, source.contiguous(), target.contiguous()):
             launch.run()
 
 

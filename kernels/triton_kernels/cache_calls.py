@@ -1,4 +1,4 @@
-"""The launches of the ops that move cache rows: write, fused write, gather, copy."""
+"""The launches of the ops that move cache rows: write, fused write, gather, copy, settle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from kvpass.kernels.triton_kernels.launch import Launch
+from kvpass.kernels.triton_kernels.settle import place_kernel, settle_kernel
 from kvpass.kernels.triton_kernels.settled import settled_gather_kernel
 from kvpass.kernels.triton_kernels.stored import Stored
 from kvpass.kernels.triton_kernels.write import copy_kernel, gather_kernel, write_kernel
@@ -147,4 +148,27 @@ def lay_out_copy(cache: Tensor, source: Tensor, target: Tensor) -> list[Launch]:
             {"to": between, "at": blocks, "to_blocks": None, "at_blocks": source},
             {"to": blocks, "at": between, "to_blocks": target, "at_blocks": None},
         )
+    ]
+
+
+def lay_out_settle(stored: Stored, source: Tensor, target: Tensor) -> list[Launch]:
+    """The launches that settle, widen and copy blocks of one tensor: all are read before any is written."""
+    assert stored.scales is not None, "a settling format has scales"
+    heads = stored.tensor.shape[1]
+    between = stored.tensor.new_empty(source.shape[0] * heads * stored.block_size * stored.width * 2)
+    shared = {
+        "between_halves": between.view(torch.bfloat16),
+        "halves": stored.scales,
+        "end": stored.scales.numel(),
+        "target": target,
+        "heads": heads,
+        "D": stored.width,
+        "P": stored.block_size,
+        "SLAB": stored.slab,
+    }
+    reading = {"between": between, "codes": stored.tensor, "source": source, "PARTS": 8 // stored.form.bits}
+    grid = (source.shape[0], heads)
+    return [
+        Launch(settle_kernel, grid, {**shared, **reading, "COLUMNS": stored.piece_a}, stages=1),
+        Launch(place_kernel, grid, shared, stages=1),
     ]

@@ -43,6 +43,9 @@ def explain_refusal(op: str, arguments: Mapping[str, Any]) -> str | None:
             return f"the head dim of {name} is no multiple of {32 // form.bits}, as {form.name} needs"
         if form.row_width(cache.shape[3]) > WIDEST:
             return f"a head of {name} is wider than {WIDEST}"
+    for cache in arguments.get("caches", ()) if op == "settle_blocks" else ():
+        if cache.shape[2] & (cache.shape[2] - 1):
+            return "the block size is no power of two"
     if op.endswith("attention") or op == "paged_attention_stats":
         return _explain_width(arguments)
     return None

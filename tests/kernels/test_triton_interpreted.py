@@ -40,7 +40,7 @@ def test_random_calls_agree_with_float64(tmp_path: Path) -> None:
 SETTLED = """
 import random, sys
 from kvpass.kernels.triton_kernels import backend
-from tests.kernels.cache_cases import check_gather_cache
+from tests.kernels.cache_cases import check_gather_cache, check_settle_blocks
 from tests.kernels.random_cases import ATTENTIONS, attention_case
 ran = set()
 for op in ATTENTIONS:
@@ -52,6 +52,8 @@ for op in ATTENTIONS:
                 ran.add(op)
 for seed, name in ((1, "k4"), (2, "v2")):
     check_gather_cache(backend.gather_cache, seed, name)
+for seed in (2, 4):
+    check_settle_blocks(backend.settle_blocks, seed, "k4", "v2")
 assert len(ran) == 3, ran
 """
 

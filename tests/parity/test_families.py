@@ -103,9 +103,9 @@ def test_window_is_shorter_than_the_prompt() -> None:
 def test_generation_stops_at_the_end_of_sequence_of_the_model() -> None:
     model, vocab_size = zoo.tiny("llama", seed=SEED)
     prompts = ragged_prompts(vocab_size)
-    engine = kvpass.compile(model, CONFIG)
+    engine = kvpass.compile(model, CONFIG, verify=False)
     free = engine.generate(prompts, 16, kvpass.Sampling(ignore_eos=True))
     end = free[2][5]
     model.generation_config.eos_token_id = end
-    for output, whole in zip(kvpass.compile(model, CONFIG).generate(prompts, 16), free, strict=True):
+    for output, whole in zip(kvpass.compile(model, CONFIG, verify=False).generate(prompts, 16), free, strict=True):
         assert output == (whole[: whole.index(end) + 1] if end in whole else whole)
