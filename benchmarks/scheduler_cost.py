@@ -18,7 +18,7 @@ from statistics import median
 from rich.table import Table
 
 from kvpass.measure import write_result
-from kvpass.runtime.batch import build_step_inputs
+from kvpass.runtime.batch import BatchBuilder
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.scheduler import Scheduler
@@ -49,13 +49,13 @@ def fill(running: int, groups: int) -> Scheduler:
 
 def measure(running: int, groups: int, steps: int) -> dict[str, float]:
     """Milliseconds of each part of a step and of the whole, by median, and the median of means over sixteen steps."""
-    scheduler = fill(running, groups)
+    scheduler, batches = fill(running, groups), BatchBuilder(BLOCK)
     times: dict[str, list[float]] = {part: [] for part in PARTS}
     for _ in range(steps):
         marks = [time.thread_time()]
         step = scheduler.schedule()
         marks.append(time.thread_time())
-        build_step_inputs(step, BLOCK)
+        batches.build(step)
         marks.append(time.thread_time())
         scheduler.commit(step, [[0]] * len(step.sampled))
         marks.append(time.thread_time())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvpass.errors import InputError, IntegrityError, KvpassError
 from kvpass.request import Request
-from kvpass.runtime.batch import build_step_inputs
+from kvpass.runtime.batch import BatchBuilder
 from kvpass.runtime.block_moves import BlockMoves
 from kvpass.runtime.latency import Latencies
 from kvpass.runtime.scheduler import Scheduler
@@ -53,6 +53,7 @@ class StepLoop:
         self._moves = moves
         self._module = module
         self._plan = plan
+        self._batches = BatchBuilder(plan.block_size, module.device)
         self.caches: Ordered[tuple[Tensor, Tensor]] = caches
         self._scheduler = scheduler
         self.speculator: Speculator | None = None
@@ -123,8 +124,7 @@ class StepLoop:
             elif step.copies:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
-            inputs = build_step_inputs(step, self._plan.block_size, self._module.device)
-            tokens = choose_tokens(self._module(inputs, self.caches), step)
+            tokens = choose_tokens(self._module(self._batches.build(step), self.caches), step)
         if self.speculator is not None:
             self.speculator.learn(step, tokens, drafted - started, time.perf_counter() - started)
         self._scheduler.commit(step, tokens)

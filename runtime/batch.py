@@ -7,46 +7,66 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step import Step
+from kvpass.runtime.table_rows import TableRows
 from kvpass.types import StepInputs
 
 
-def build_step_inputs(step: Step, block_size: int, device: torch.device | str = "cpu") -> StepInputs:
-    """Flatten a step that is not empty: T tokens of N sequences, oldest sequence first.
+class BatchBuilder:
+    """Flattens one step after the other; what block tables have in common with the step before is not built again."""
 
-    Returns:
-        StepInputs on ``device``; ``logits_index`` has ``1 + drafted`` rows for each of ``step.sampled``, in that order.
-    """
-    starts = np.array([start for _, start, _ in step.ranges], dtype=np.int64)
-    ends = np.array([end for _, _, end in step.ranges], dtype=np.int64)
-    known = np.array([sequence.num_tokens for sequence, _, _ in step.ranges], dtype=np.int64)
-    counts = ends - starts
-    query_start = np.concatenate(([0], np.cumsum(counts)))
-    # Tokens whose blocks were given back leave no gap: those that are left come one after the other, in order.
-    gone = np.array([sequence.tables[0].num_forgotten for sequence, _, _ in step.ranges], dtype=np.int64) * block_size
-    tables = _block_tables(step, (-(-ends // block_size)).tolist())
-    if query_start[-1] == len(starts) and (ends == known).all():  # one token of each sequence, its newest
-        tokens = np.array([sequence.newest for sequence, _, _ in step.ranges], dtype=np.int64)
-    else:
-        parts = [sequence.tokens_to_compute(start, end) for sequence, start, end in step.ranges]
-        tokens = np.concatenate(parts).astype(np.int64)
-    rows = np.repeat(np.arange(len(starts)), counts)
-    positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[rows]
-    places = positions - gone[rows]
-    slots = tables[:, rows, places // block_size] * block_size + places % block_size
+    def __init__(self, block_size: int, device: torch.device | str = "cpu") -> None:
+        self._block_size = block_size
+        self._device = device
+        self._rows = TableRows()
 
-    def move(array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(device)
+    def build(self, step: Step) -> StepInputs:
+        """Flatten a step that is not empty: T tokens of N sequences, oldest sequence first.
 
-    return StepInputs(
-        token_ids=move(tokens),
-        positions=move(positions),
-        slot_mapping=move(slots),
-        block_tables=move(tables),
-        seq_lens=move(ends - gone),
-        query_start=move(query_start),
-        logits_index=move(_rows_with_logits(query_start[1:], ends - known)),
-    )
+        Returns:
+            StepInputs on the device; ``logits_index`` has ``1 + drafted`` rows for each of ``step.sampled``, in that
+            order. Later steps leave them as they are.
+        """
+        size = self._block_size
+        sequences: tuple[Sequence, ...]
+        sequences, first, last = zip(*step.ranges, strict=True)
+        starts, ends = np.array(first, dtype=np.int64), np.array(last, dtype=np.int64)
+        known = np.array([sequence.num_tokens for sequence in sequences], dtype=np.int64)
+        counts = ends - starts
+        query_start = np.concatenate(([0], counts.cumsum()))
+        tables = self._rows.build(sequences, -(-int(ends.max()) // size))
+        # Tokens whose blocks were given back leave no gap: those that are left come one after the other, in order.
+        gone = _forgotten_blocks(sequences) * size
+        if query_start[-1] == len(sequences) and (ends == known).all():  # one token of each sequence, its newest
+            tokens = np.array([sequence.newest for sequence in sequences], dtype=np.int64)
+            rows, positions = np.arange(len(sequences)), starts
+        else:
+            parts = [sequence.tokens_to_compute(start, end) for sequence, start, end in step.ranges]
+            tokens = np.concatenate(parts).astype(np.int64)
+            rows = np.repeat(np.arange(len(sequences)), counts)
+            positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[rows]
+        places = positions - gone[rows]
+        slots = tables[:, rows, places // size] * size + places % size
+        return StepInputs(
+            token_ids=self._move(tokens),
+            positions=self._move(positions),
+            slot_mapping=self._move(slots),
+            block_tables=self._move(tables),
+            seq_lens=self._move(ends - gone),
+            query_start=self._move(query_start),
+            logits_index=self._move(_rows_with_logits(query_start[1:], ends - known)),
+        )
+
+    def _move(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _forgotten_blocks(sequences: tuple[Sequence, ...]) -> NDArray[np.int64]:
+    """``[N]``: entries of each block table that the kernels must not see."""
+    if not sequences[0].tables[0].num_kept:  # the same for all: none forgets anything
+        return np.zeros(len(sequences), dtype=np.int64)
+    return np.array([sequence.tables[0].num_forgotten for sequence in sequences], dtype=np.int64)
 
 
 def _rows_with_logits(row_ends: NDArray[np.int64], beyond: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -62,13 +82,3 @@ def _rows_with_logits(row_ends: NDArray[np.int64], beyond: NDArray[np.int64]) ->
         return last
     ends = np.cumsum(drafted + 1)
     return np.arange(ends[-1]) + np.repeat(last + 1 - ends, drafted + 1)
-
-
-def _block_tables(step: Step, widths: list[int]) -> NDArray[np.int64]:
-    """``[G, N, W]``: the first ``widths`` blocks of each sequence in each group, but those forgotten, then zeros."""
-    groups = len(step.ranges[0].sequence.tables)
-    tables = np.zeros((groups, len(widths), max(widths)), dtype=np.int64)
-    for group, rows in enumerate(tables):
-        for row, (sequence, _, _), width in zip(rows, step.ranges, widths, strict=True):
-            sequence.tables[group].copy_to(row, width)
-    return tables

@@ -16,14 +16,16 @@ class BlockTable:
         num_kept: entries at the front that are never given back, while later ones are; 0 where there are no such.
         num_passed: entries from the front whose blocks no query to come can see; but for those kept they were given
             back and are 0.
+        changes: how often entries were changed.
     """
 
-    __slots__ = ("_blocks", "num_blocks", "num_kept", "num_passed")
+    __slots__ = ("_blocks", "changes", "num_blocks", "num_kept", "num_passed")
 
     def __init__(self, num_kept: int = 0) -> None:
         self.num_blocks = 0
         self.num_kept = num_kept
         self.num_passed = 0
+        self.changes = 0
         # Grows by doubling: what a request asks for at most is no measure of what it will need.
         self._blocks: NDArray[np.int64] = np.empty(_FIRST_CAPACITY, dtype=np.int64)
 
@@ -66,13 +68,11 @@ class BlockTable:
         twin.num_passed = min(self.num_passed, count)
         return twin
 
-    def copy_to(self, row: NDArray[np.int64], count: int) -> None:
-        """Write the first ``count`` entries, without those forgotten, to the beginning of ``row``."""
-        if self.num_forgotten:
-            entries = self.present(count)
-            row[: len(entries)] = entries
-        else:
-            row[:count] = self._blocks[:count]
+    def copy_to(self, row: NDArray[np.int64]) -> None:
+        """Write the entries, without those forgotten, to ``row``, as far as it reaches; then zeros."""
+        entries = (self.present(self.num_blocks) if self.num_forgotten else self.entries)[: len(row)]
+        row[: len(entries)] = entries
+        row[len(entries) :] = 0
 
     def extend(self, blocks: list[int]) -> None:
         """Append blocks."""
@@ -83,11 +83,13 @@ class BlockTable:
             self._blocks = grown
         self._blocks[self.num_blocks : end] = blocks
         self.num_blocks = end
+        self.changes += 1
 
     def replace(self, position: int, block: int) -> int:
         """Put ``block`` at ``position`` and return the block that was there."""
         old = int(self._blocks[position])
         self._blocks[position] = block
+        self.changes += 1
         return old
 
     def skip(self, count: int) -> None:
@@ -102,6 +104,7 @@ class BlockTable:
         passed: list[int] = self._blocks[first:count].tolist()
         self._blocks[first:count] = 0
         self.num_passed = max(self.num_passed, count)
+        self.changes += 1
         return passed
 
     def take_end(self, count: int) -> list[int]:
@@ -110,4 +113,5 @@ class BlockTable:
         taken: list[int] = self.present(self.num_blocks)[held:].tolist()
         self.num_blocks = min(count, self.num_blocks)
         self.num_passed = min(self.num_passed, self.num_blocks)
+        self.changes += 1
         return taken

@@ -155,8 +155,8 @@ class Scheduler:
             expired = self._deadlines.expired()
             self._drop(expired, "deadline")
             ranges = self._builder.build()
-            sampled = tuple(sequence for sequence, _, end in ranges if end >= sequence.num_tokens)
-            drafted = tuple(end - sequence.num_tokens for sequence, _, end in ranges if end >= sequence.num_tokens)
+            reached = [(sequence, end - sequence.num_tokens) for sequence, _, end in ranges if end >= sequence.num_tokens]
+            sampled, drafted = zip(*reached, strict=True) if reached else ((), ())
             step = Step(tuple(ranges), sampled, drafted, tuple(self._holdings.copies), tuple(expired))
             if ranges:
                 self._in_flight = step
@@ -286,18 +286,18 @@ class Scheduler:
 
     def _note_computed(self, step: Step) -> None:
         counts, size = self.counts, self._pool.block_size
-        prefill = decode = unused = 0
+        computed = decoded = blocks = ends = 0
         for sequence, start, end in step.ranges:
-            known = sequence.num_computed = min(end, sequence.num_tokens)
+            known = sequence.num_computed = end if end < sequence.num_tokens else sequence.num_tokens
+            computed += known - start
             if known - start == 1 and start >= sequence.prompt_length:
-                decode += 1
-            else:
-                prefill += known - start
-            unused += (sequence.tables[0].num_blocks * size - end) * len(sequence.tables)
+                decoded += 1
+            blocks += sequence.tables[0].num_blocks
+            ends += end
         counts.steps += 1
-        counts.prefill_tokens += prefill
-        counts.decode_tokens += decode
-        counts.unused_slots += unused
+        counts.prefill_tokens += computed - decoded
+        counts.decode_tokens += decoded
+        counts.unused_slots += (blocks * size - ends) * len(step.ranges[0].sequence.tables)
         counts.allocated_slots += self._pool.num_used * size
 
     def _reset(self) -> None:

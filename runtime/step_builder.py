@@ -66,11 +66,8 @@ class StepBuilder:
         spare = self._max_batch_tokens - (len(running) - len(lacking))
         shortest = self._shortest_waiting()
         preempted = False
-        index, size = 0, self._pool.block_size
-        # Preemption shortens the list from its end, never before the sequence at hand.
-        while index < len(running):
-            sequence = running[index]
-            index += 1
+        size = self._pool.block_size
+        for sequence in running:  # preemption shortens the list from its end, never before the sequence at hand
             first, end = sequence.num_computed, sequence.num_tokens
             in_prefill = end - first > 1
             if not in_prefill and first % size and end % size and not (sequence.num_draft or sequence.shares_tail):
