@@ -155,7 +155,7 @@ class Scheduler:
             expired = self._deadlines.expired()
             self._drop(expired, "deadline")
             ranges = self._builder.build()
-            reached = [(sequence, end - sequence.num_tokens) for sequence, _, end in ranges if end >= sequence.num_tokens]
+            reached = [(s, end - s.num_tokens) for s, _, end in ranges if end >= s.num_tokens]
             sampled, drafted = zip(*reached, strict=True) if reached else ((), ())
             step = Step(tuple(ranges), sampled, drafted, tuple(self._holdings.copies), tuple(expired))
             if ranges:

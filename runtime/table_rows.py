@@ -24,7 +24,10 @@ class TableRows:
         self._rows: NDArray[np.int64] = np.zeros((1, 0, _FIRST_WIDTH), dtype=np.int64)
 
     def build(self, sequences: tuple[Sequence, ...], width: int) -> NDArray[np.int64]:
-        """``[G, N, width]``: the first blocks of each of N sequences, but those forgotten, then zeros; yours to keep."""
+        """``[G, N, width]``: the first blocks of each of N sequences, but those forgotten, then zeros.
+
+        Later calls leave it as it is.
+        """
         groups = len(sequences[0].tables)
         if groups != len(self._rows) or width > self._rows.shape[2]:
             size = max(width, 2 * self._rows.shape[2])
