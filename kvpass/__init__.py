@@ -19,6 +19,7 @@ from kvpass.fx_passes.bind import PagedModule
 from kvpass.handle import Handle
 from kvpass.report import RewriteReport, SiteReport
 from kvpass.runtime.prompt_lookup import PromptLookup
+from kvpass.runtime.requests import sample_seed
 from kvpass.types import AttentionSinks, CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs, TokenLogprobs
 
 __version__ = "0.1.0"
@@ -49,4 +50,5 @@ __all__ = [
     "TokenLogprobs",
     "VerificationError",
     "compile",
+    "sample_seed",
 ]

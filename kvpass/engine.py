@@ -113,6 +113,8 @@ class Engine:
         max_new_tokens: int,
         sampling: Sampling | Ordered[Sampling] = GREEDY,
         on_token: Callable[[int, int], object] | None = None,
+        *,
+        n: int = 1,
     ) -> list[list[int]]:
         """Continue every prompt, and return the new tokens in the order of the prompts.
 
@@ -127,16 +129,19 @@ class Engine:
             sampling: how tokens are chosen, for all prompts or one for each; by default the most likely token. A
                 seed belongs to a request: equal prompts with equal seeds get equal tokens.
             on_token: called with ``(index of the prompt, token)`` for each token as it comes.
+            n: how many samples to continue each prompt with, which is computed once. Sample ``i`` of prompt ``p`` is
+                at ``p * n + i`` of what comes back, and that is its index for ``on_token``. Its seed is
+                :func:`kvpass.sample_seed` of that of its prompt: alone with that seed it has the same tokens.
 
         Raises:
-            InputError: if a prompt or ``max_new_tokens`` cannot be used, before anything is computed.
+            InputError: if a prompt, ``max_new_tokens`` or ``n`` cannot be used, before anything is computed.
             ConfigError: if an option of ``sampling`` cannot be used.
             CapacityError: if the pool is too small for one of the requests even alone.
             KvpassError: if the model gives logits with NaN or infinity, or a function in ``sampling`` fails.
         """
         if on_token is not None and not callable(on_token):
             raise InputError(f"on_token={on_token!r} cannot be called: give a function of an index and a token")
-        requests = self._prepare(prompts, max_new_tokens, sampling)
+        requests = self._prepare(prompts, max_new_tokens, sampling, n)
         with closing(self._run(requests)) as tokens:
             for index, token in tokens:
                 if on_token is not None:
@@ -148,6 +153,8 @@ class Engine:
         prompts: Ordered[Ordered[int]],
         max_new_tokens: int,
         sampling: Sampling | Ordered[Sampling] = GREEDY,
+        *,
+        n: int = 1,
     ) -> Generator[tuple[int, int], None, None]:
         """Continue every prompt, and yield ``(index of the prompt, token)`` for each token as it comes.
 
@@ -156,7 +163,7 @@ class Engine:
         early, leave the loop and call ``close()`` on the generator (which happens by itself once nothing refers to
         it): its requests are dropped and their blocks given back.
         """
-        return self._run(self._prepare(prompts, max_new_tokens, sampling))
+        return self._run(self._prepare(prompts, max_new_tokens, sampling, n))
 
     def submit(
         self,
@@ -181,8 +188,9 @@ class Engine:
                 whenever a step is chosen.
             namespace: blocks are shared with requests of the same namespace only.
             tenant: on whose behalf it is; tenants get equal shares of the engine.
-            n: how many samples to continue the prompt with; see :attr:`kvpass.Handle.samples`. The first has the seed
-                of ``sampling``, the others seeds that follow from it.
+            n: how many samples to continue the prompt with, which is computed once; see
+                :attr:`kvpass.Handle.samples`. Their seeds follow from that of ``sampling`` by
+                :func:`kvpass.sample_seed`: alone with its seed, each has the same tokens.
 
         Raises:
             InputError: if an argument cannot be used, or the engine was closed.
@@ -312,10 +320,10 @@ class Engine:
         self.close()
 
     def _prepare(
-        self, prompts: Ordered[Ordered[int]], max_new_tokens: int, sampling: Sampling | Ordered[Sampling]
+        self, prompts: Ordered[Ordered[int]], max_new_tokens: int, sampling: Sampling | Ordered[Sampling], n: int
     ) -> list[Request]:
         """The requests of one call, checked, in the order of its prompts."""
-        sequences = make_sequences(prompts, max_new_tokens, sampling, self.plan, self._eos_token_ids, self._decode)
+        sequences = make_sequences(prompts, max_new_tokens, sampling, self.plan, self._eos_token_ids, self._decode, n)
         self._check(sequences)
         news = News(pending=len(sequences), arrived=deque())
         return [Request(sequence, index, news) for index, sequence in enumerate(sequences)]

@@ -42,8 +42,16 @@ class Handle:
 
     @property
     def samples(self) -> tuple[Handle, ...]:
-        """One handle for each of the ``n`` samples that were asked for; this one is the first."""
+        """One handle for each of the ``n`` samples that were asked for; this one is the first.
+
+        Each can be waited for, and cancelled, by itself.
+        """
         return (self, *self._others)
+
+    @property
+    def seed(self) -> int:
+        """By which tokens are drawn: the request's own, or the one that was drawn for it; each sample has its own."""
+        return self._request.sequence.seed
 
     @property
     def tokens(self) -> list[int]:
@@ -115,12 +123,15 @@ class Handle:
         self._driver.wait(self._request.news, lambda: self._request.ended, timeout)
         return self._outcome()
 
-    def cancel(self) -> None:
+    def cancel(self, *, alone: bool = False) -> None:
         """Drop the request with all its samples, as far as they have not ended, and give their blocks back.
 
         Never waits: if a step is being computed, it takes effect right after it.
+
+        Args:
+            alone: leave the other samples; so it is anyway for all but the first.
         """
-        self._loop.cancel([sample._request for sample in self.samples])
+        self._loop.cancel([sample._request for sample in ((self,) if alone else self.samples)])
 
     def __iter__(self) -> Iterator[int]:
         position = 0

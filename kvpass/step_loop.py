@@ -116,7 +116,7 @@ class StepLoop:
             if step.expired:
                 return
             raise IntegrityError("requests are under way and none of them can be scheduled")
-        self._computed = tuple(sequence for sequence, _, _ in step.ranges)
+        self._computed = (*(sequence for sequence, _, _ in step.ranges), *step.sampled)
         with torch.inference_mode():
             self._moves.flush()
             if step.copies and isinstance(self._module, SettlingModule):
@@ -138,7 +138,7 @@ class StepLoop:
             self._computed = ()
             self.step()
         except BaseException as error:
-            concerned = [self.requests[s] for s in self._computed or self.requests if s in self.requests]
+            concerned = [self.requests[s] for s in {*self._computed} or self.requests if s in self.requests]
             self._settle(failed=True)
             self._drop(concerned, _step_failed(error))
 

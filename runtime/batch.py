@@ -55,7 +55,7 @@ class BatchBuilder:
             block_tables=self._move(tables),
             seq_lens=self._move(ends - gone),
             query_start=self._move(query_start),
-            logits_index=self._move(_rows_with_logits(query_start[1:], ends - known)),
+            logits_index=self._move(_rows_with_logits(step, query_start[1:], ends - known)),
         )
 
     def _move(self, array: NDArray[np.int64]) -> Tensor:
@@ -69,15 +69,20 @@ def _forgotten_blocks(sequences: tuple[Sequence, ...]) -> NDArray[np.int64]:
     return np.array([sequence.tables[0].num_forgotten for sequence in sequences], dtype=np.int64)
 
 
-def _rows_with_logits(row_ends: NDArray[np.int64], beyond: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows of the newest token of each sequence and of those proposed after it.
+def _rows_with_logits(step: Step, row_ends: NDArray[np.int64], beyond: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of the newest token of each sampled sequence, or of the one that it follows, and of those proposed after it.
 
     Args:
+        step: what is computed.
         row_ends: ``[N]``, where the rows of each sequence end.
         beyond: ``[N]``, how many tokens the range of each goes past its newest one; negative where it ends before.
     """
     reached = beyond >= 0
     last, drafted = row_ends[reached] - 1, beyond[reached]
+    if len(step.sampled) > len(last):
+        followed = np.cumsum([sequence.leader is None for sequence in step.sampled]) - 1
+        last, drafted = (last - drafted)[followed], np.array(step.drafted)
+        last = last + drafted
     if not drafted.any():
         return last
     ends = np.cumsum(drafted + 1)

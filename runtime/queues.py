@@ -11,16 +11,18 @@ from kvpass.runtime.waiting_queue import WaitingQueue
 
 
 class Queues:
-    """The unfinished sequences of a scheduler. An exception leaves each of them in at least one of the two queues.
+    """The unfinished sequences of a scheduler. An exception leaves each of them in at least one of the queues.
 
     Attributes:
         running: those that hold blocks, in the order of rank.
-        waiting: the others.
+        waiting: those that do not, but the following.
+        followers: of each leader that has no new token yet, the samples that wait for it to compute their prompt.
     """
 
     def __init__(self, max_running: int) -> None:
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
+        self.followers: dict[Sequence, list[Sequence]] = {}
         self._max_running = max_running
 
     @property
@@ -28,8 +30,28 @@ class Queues:
         """No more sequences may run."""
         return len(self.running) >= self._max_running
 
+    @property
+    def following(self) -> list[Sequence]:
+        """All followers."""
+        return [sequence for followers in self.followers.values() for sequence in followers]
+
+    def follow(self, sequence: Sequence, leader: Sequence) -> None:
+        """Have a sequence that has a rank wait for the prompt of ``leader``, which is queued."""
+        self.followers.setdefault(leader, []).append(sequence)
+        sequence.leader = leader
+        sequence.state = SequenceState.WAITING
+
+    def release(self, leader: Sequence) -> list[Sequence]:
+        """The followers of ``leader`` wait for themselves from now on; gives them."""
+        released = self.followers.get(leader, [])
+        for sequence in released:
+            self.wait(sequence)
+        self.followers.pop(leader, None)
+        return released
+
     def wait(self, sequence: Sequence) -> None:
-        """Queue a sequence that has a rank."""
+        """Queue a sequence that has a rank, for itself."""
+        sequence.leader = None
         self.waiting.push(sequence)
         sequence.state = SequenceState.WAITING
 
@@ -47,18 +69,28 @@ class Queues:
         return sequence
 
     def take_out(self, sequences: Collection[Sequence]) -> None:
-        """Forget sequences, wherever they are."""
+        """Forget sequences, wherever they are. Of the followers of one the first computes the prompt for the others."""
         for sequence in sequences:
             self.waiting.discard(sequence)
+            if sequence.leader in self.followers:
+                left = [s for s in self.followers[sequence.leader] if s is not sequence]
+                self.followers[sequence.leader] = left
+        for leader in self.followers.keys() & sequences:
+            if heirs := self.followers[leader]:
+                self.wait(heirs[0])
+                for sequence in heirs[1:]:
+                    self.follow(sequence, heirs[0])
+            del self.followers[leader]
         if sequences:
             self.running = [sequence for sequence in self.running if sequence not in sequences]
 
     def make_all_wait(self) -> list[Sequence]:
         """Stop everybody; gives the unfinished sequences. May itself be interrupted and done again."""
-        unfinished = {s for s in (*self.running, *self.waiting) if s.state is not SequenceState.FINISHED}
+        known = (*self.running, *self.waiting, *self.following)
+        unfinished = {sequence for sequence in known if sequence.state is not SequenceState.FINISHED}
         for sequence in unfinished:
             self.wait(sequence)
-        self.running = []
+        self.running, self.followers = [], {}
         for sequence in [s for s in self.waiting if s.state is SequenceState.FINISHED]:
             self.waiting.discard(sequence)
         return list(unfinished)
@@ -75,7 +107,11 @@ class Queues:
         for sequence in self.running:
             _require(sequence.state is SequenceState.RUNNING, "a sequence runs that should not")
             _require(sequence.num_tokens > sequence.num_computed, "a sequence runs that has nothing left to compute")
-        for sequence in self.waiting:
+        for leader, followers in self.followers.items():
+            found = leader in self.waiting if leader.state is SequenceState.WAITING else leader in self.running
+            _require(found and leader.num_output == 0, "samples wait for the prompt of one that does not compute it")
+            _require(all(s.leader is leader for s in followers), "a sample waits for the prompt of another one")
+        for sequence in (*self.waiting, *self.following):
             _require(sequence.state is SequenceState.WAITING, "a sequence waits that should not")
             held = any(table.owned for table in sequence.tables)
             _require(not held and sequence.num_computed == 0, "a waiting sequence holds blocks")

@@ -6,7 +6,6 @@ import math
 import secrets
 import time
 from collections.abc import Sequence as Ordered
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -30,17 +29,21 @@ def make_sequences(
     plan: CachePlan,
     eos_token_ids: tuple[int, ...],
     decode: Decode | None = None,
+    samples: int = 1,
 ) -> list[Sequence]:
-    """One new sequence per prompt, in order.
+    """New sequences of each prompt, in order; of each the first has the seed of its sampling, the others follow it.
 
     Raises:
-        InputError: if prompts, ``max_new_tokens`` or the number of samplings cannot be used.
+        InputError: if prompts, ``max_new_tokens`` or the numbers of samplings and ``samples`` cannot be used.
         ConfigError: if an option of a sampling cannot be used.
     """
     _check_prompts(prompts)
     new = _whole_number(max_new_tokens)
     if new is None or new < 1:
         raise InputError(f"max_new_tokens={max_new_tokens!r} is not a whole number of at least 1")
+    each = _whole_number(samples)
+    if each is None or each < 1:
+        raise InputError(f"n={samples!r} is not a whole number of at least 1")
     samplings = _samplings(sampling, len(prompts))
     sequences = []
     for index, (prompt, options) in enumerate(zip(prompts, samplings, strict=True)):
@@ -56,8 +59,13 @@ def make_sequences(
         seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
         stop_ids = options.stop_token_ids if options.ignore_eos else (*options.stop_token_ids, *eos_token_ids)
         _check_for_model(options, plan.vocab_size, decode)
-        text = OutputText(tokens, decode, options.stop, options.include_stop) if options.stop and decode else None
-        sequences.append(Sequence(tokens, new, options, seed, stop_ids, plan.forbidden_tokens, text))
+        leader: Sequence | None = None
+        for sample in range(each):
+            text = OutputText(tokens, decode, options.stop, options.include_stop) if options.stop and decode else None
+            own = sample_seed(seed, sample)
+            sequences.append(Sequence(tokens, new, options, own, stop_ids, plan.forbidden_tokens, text))
+            sequences[-1].leader = leader
+            leader = leader or sequences[-1]
     return sequences
 
 
@@ -70,7 +78,7 @@ def make_samples(
     eos_token_ids: tuple[int, ...],
     decode: Decode | None = None,
 ) -> list[Sequence]:
-    """``count`` new sequences of one prompt: the first with the seed of ``sampling``, the others with seeds after it.
+    """``count`` new sequences of one prompt, as :func:`make_sequences` makes them of several.
 
     Raises:
         InputError: if prompt, ``max_new_tokens`` or ``count`` cannot be used.
@@ -82,14 +90,7 @@ def make_samples(
         raise InputError("prompt is a list of lists: submit takes one prompt, a list of token ids; call it for each")
     if not isinstance(sampling, Sampling):
         raise ConfigError(f"sampling={sampling!r} is no kvpass.Sampling: submit takes one prompt and one of these")
-    samples = _whole_number(count)
-    if samples is None or samples < 1:
-        raise InputError(f"n={count!r} is not a whole number of at least 1")
-    (first,) = make_sequences([prompt], max_new_tokens, sampling, plan, eos_token_ids, decode)
-    options = [replace(sampling, seed=_seed_of_sample(first.seed, index)) for index in range(1, samples)]
-    if not options:
-        return [first]
-    return [first, *make_sequences([prompt] * len(options), max_new_tokens, options, plan, eos_token_ids, decode)]
+    return make_sequences([prompt], max_new_tokens, sampling, plan, eos_token_ids, decode, count)
 
 
 def set_service(
@@ -116,9 +117,12 @@ def set_service(
         sequence.tenant = tenant
 
 
-def _seed_of_sample(seed: int, index: int) -> int:
-    """Far from the seed, so that requests with neighbouring seeds have no samples in common."""
-    return (seed + index * SEED_STRIDE) % (1 << SEED_BITS)
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of the sample ``index`` of a request; of sample 0 the request's own.
+
+    The others are far from it, so that requests with neighbouring seeds have no samples in common.
+    """
+    return (seed + index * SEED_STRIDE) % (1 << SEED_BITS) if index else seed
 
 
 def _check_prompts(prompts: object) -> None:

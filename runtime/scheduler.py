@@ -95,7 +95,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that are queued, preempted ones included."""
-        return len(self._queues.waiting)
+        return len(self._queues.waiting) + len(self._queues.following)
 
     @property
     def decoding(self) -> list[Sequence]:
@@ -116,13 +116,23 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; also while a step is in flight.
 
+        One that has a ``leader`` is forked from it as soon as the prompt, which they share, is computed; unless that
+        has happened already.
+
         Raises:
             CapacityError: if it could never be computed.
         """
         self.check_fits(sequence)
         if sequence.state is not SequenceState.NEW:
             raise IntegrityError("a sequence can be added only once")
+        leader, sequence.leader = sequence.leader, None
         with self._changing():
+            if leader is not None and self._can_lead(leader):
+                self._queues.waiting.rank_after(sequence, leader)
+                self._holdings.open(sequence)
+                self._queues.follow(sequence, leader)
+                self._deadlines.add(sequence)
+                return
             self._queues.waiting.rank(sequence)
             self._enter(sequence)
             sequence.ahead = self._registry.prefetch(sequence)
@@ -143,9 +153,7 @@ class Scheduler:
             for twin in twins:
                 self._queues.waiting.rank_after(twin, sequence)
                 self._enter(twin)
-                if sequence.state is SequenceState.RUNNING and not self._queues.is_full:
-                    self._queues.run(twin)
-                    self._holdings.share(sequence, twin)
+                self._run_beside(twin, sequence)
         return twins
 
     def schedule(self) -> Step:
@@ -156,6 +164,8 @@ class Scheduler:
             self._drop(expired, "deadline")
             ranges = self._builder.build()
             reached = [(s, end - s.num_tokens) for s, _, end in ranges if end >= s.num_tokens]
+            if followers := self._queues.followers:
+                reached = [pair for s, n in reached for pair in ((s, n), *((f, 0) for f in followers.get(s, ())))]
             sampled, drafted = zip(*reached, strict=True) if reached else ((), ())
             step = Step(tuple(ranges), sampled, drafted, tuple(self._holdings.copies), tuple(expired))
             if ranges:
@@ -173,6 +183,7 @@ class Scheduler:
             raise IntegrityError("commit takes the step in flight, and at least one token for each sampled sequence")
         with self._changing():
             self._note_computed(step)
+            forked = self._fork_followers(step) if self._queues.followers else []
             for sequence, drafted, new in zip(step.sampled, step.drafted, tokens, strict=True):
                 if self._dropped and sequence in self._dropped:
                     continue
@@ -193,6 +204,7 @@ class Scheduler:
                 self._holdings.give_back_all(sequence)
             self._queues.take_out(ended)
             self._holdings.give_back_passed(sequence for sequence, _, _ in step.ranges)
+            self._holdings.give_back_passed(forked)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Drop sequences wherever they are, and give their blocks back; finished ones are left as they are.
@@ -200,7 +212,8 @@ class Scheduler:
         What a step in flight computes is dropped when it is committed.
         """
         with self._changing():
-            computed = {sequence for sequence, _, _ in self._in_flight.ranges} if self._in_flight else set()
+            step = self._in_flight
+            computed = {*(sequence for sequence, _, _ in step.ranges), *step.sampled} if step else set()
             unfinished = {sequence for sequence in sequences if sequence.state is not SequenceState.FINISHED}
             self._dropped |= unfinished & computed
             self._drop(unfinished - computed, None)
@@ -258,6 +271,29 @@ class Scheduler:
         self._holdings.open(sequence)
         self._queues.wait(sequence)
         self._deadlines.add(sequence)
+
+    def _can_lead(self, sequence: Sequence) -> bool:
+        """Whether the prompt of a sequence is still to be computed, so that others may wait for it."""
+        queued = sequence.leader is None and sequence.state in (SequenceState.RUNNING, SequenceState.WAITING)
+        sampled = self._in_flight.sampled if self._in_flight is not None else ()
+        return queued and sequence.num_output == 0 and sequence not in sampled
+
+    def _fork_followers(self, step: Step) -> list[Sequence]:
+        """Fork those whose prompt a step has computed, before anybody gets a token; gives them."""
+        self._registry.settle()  # what follows goes by the blocks that are registered
+        forked = []
+        for leader, _, _ in step.ranges:
+            if leader in self._queues.followers and leader.num_computed == leader.num_tokens:
+                for sequence in self._queues.release(leader):
+                    self._run_beside(sequence, leader)
+                    forked.append(sequence)
+        return forked
+
+    def _run_beside(self, twin: Sequence, sequence: Sequence) -> None:
+        """Have ``twin``, which waits and has the same tokens, own what ``sequence`` does, if both may run."""
+        if sequence.state is SequenceState.RUNNING and not self._queues.is_full:
+            self._queues.run(twin)
+            self._holdings.share(sequence, twin)
 
     def _drop(self, sequences: Iterable[Sequence], reason: FinishReason | None) -> None:
         """End sequences wherever they are."""

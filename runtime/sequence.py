@@ -57,6 +57,7 @@ class Sequence:
         tenant: on whose behalf it is; tenants get equal shares.
         deadline: when it is ended unless it has ended before, on the scheduler's clock; None for never.
         namespace: blocks are shared with sequences of the same namespace only.
+        leader: the sample of the same prompt that computes it for this one too; None once this one goes its own way.
         rank: place in the order of service, given by the scheduler.
         state: where the sequence is in its life.
         finish_reason: why it finished; None before, and when it was cancelled.
@@ -84,6 +85,7 @@ class Sequence:
         "failure",
         "finish_reason",
         "forbidden_ids",
+        "leader",
         "logprobs",
         "max_new_tokens",
         "namespace",
@@ -128,6 +130,7 @@ class Sequence:
         self.deadline: float | None = None
         self.namespace = ""
         self.ahead: Prefetch | None = None
+        self.leader: Sequence | None = None
         self.rank: Rank | None = None
         self.state = SequenceState.NEW
         self.finish_reason: FinishReason | None = None

@@ -22,7 +22,8 @@ class Step:
 
     Attributes:
         ranges: tokens of each sequence, oldest sequence first; empty when there is nothing to do.
-        sampled: sequences whose next token is to be chosen: those whose range reaches their newest token.
+        sampled: sequences whose next token is to be chosen: those whose range reaches their newest token, and after
+            each the samples that follow it, who choose from the same logits.
         drafted: for each of ``sampled``, how many proposed tokens follow its newest one in the step. It has one row of
             logits more than that: behind its newest token, and behind each proposed one.
         copies: pairs (source, destination) of blocks whose content has to be copied before the step is computed, all

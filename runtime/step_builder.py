@@ -90,7 +90,8 @@ class StepBuilder:
                     continue  # it keeps what it has, and those before it go on
             if in_prefill:
                 spare -= end - sequence.num_computed
-            if sequence.num_draft and end == sequence.num_tokens:
+            # Who is forked after this step must not have written what comes after the prompt.
+            if sequence.num_draft and end == sequence.num_tokens and sequence not in self._queues.followers:
                 drafted = holdings.longest(sequence, end + min(sequence.num_draft, max(0, spare))) - end
                 spare -= drafted
                 end += drafted

@@ -36,6 +36,9 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._members
+
     def __iter__(self) -> Iterator[Sequence]:
         """In no particular order."""
         return iter(self._members)
@@ -52,6 +55,8 @@ class WaitingQueue:
     def rank_after(self, sequence: Sequence, parent: Sequence) -> None:
         """Give a sequence the place of the one that it was forked from."""
         assert parent.rank is not None
+        work = sequence.max_new_tokens - sequence.num_output
+        self._ends[sequence.tenant] = max(self._clock, self._ends.get(sequence.tenant, 0)) + work
         sequence.rank = Rank(parent.rank.start, self._arrivals)
         self._arrivals += 1
 

@@ -103,6 +103,10 @@ class Machine:
         self.sequences.append((sequence, expected_output(prompt, max_new_tokens, stop_ids)))
         return sequence
 
+    def add_samples(self, count, prompt, max_new_tokens=4, stop_ids=(), **options):
+        first = self.add(prompt, max_new_tokens, stop_ids, **options)
+        return [first, *(self.add(prompt, max_new_tokens, stop_ids, **options, leader=first) for _ in range(count - 1))]
+
     def fork(self, sequence, count):
         expected = next(expected for known, expected in self.sequences if known is sequence)
         twins = self.scheduler.fork(sequence, range(count))
@@ -177,7 +181,8 @@ class Machine:
 
     def token_after(self, sequence, position):
         block, offset = divmod(position, self.pool.block_size)
-        return int(self.slots[sequence.tables[0][block] * self.pool.block_size + offset] % VOCABULARY)
+        owner = sequence.leader or sequence
+        return int(self.slots[owner.tables[0][block] * self.pool.block_size + offset] % VOCABULARY)
 
     def run(self, limit=10_000):
         steps = 0

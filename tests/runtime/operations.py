@@ -11,6 +11,7 @@ from tests.runtime.machine import Machine
 # Name of each operation, and how often it is drawn.
 OPERATIONS = {
     "add": 30,
+    "samples": 8,
     "step": 60,
     "propose": 20,
     "fork": 8,
@@ -59,7 +60,7 @@ def draw_operation(numbers: random.Random) -> str:
     return numbers.choices(list(OPERATIONS), list(OPERATIONS.values()))[0]
 
 
-def add(machine: Machine, numbers: random.Random) -> None:
+def add(machine: Machine, numbers: random.Random, samples: int = 1) -> None:
     options = {
         "priority": numbers.choice((0, 0, 0, 1, 3)),
         "tenant": numbers.choice("ab"),
@@ -67,7 +68,8 @@ def add(machine: Machine, numbers: random.Random) -> None:
         "namespace": numbers.choice(("", "", "other")),
     }
     try:
-        machine.add(random_prompt(numbers), numbers.randint(1, MOST_NEW), numbers.choice(((), (0,))), **options)
+        stop_ids = numbers.choice(((), (0,)))
+        machine.add_samples(samples, random_prompt(numbers), numbers.randint(1, MOST_NEW), stop_ids, **options)
     except CapacityError:
         most = len(machine.windows) * machine.pool.blocks_for(LONGEST_PROMPT + MOST_NEW)
         assert machine.pool.num_blocks < most
@@ -80,6 +82,8 @@ def operate(machine: Machine, numbers: random.Random, name: str) -> None:
     match name:
         case "add" if len(live) < MOST_LIVE:
             add(machine, numbers)
+        case "samples" if len(live) < MOST_LIVE:
+            add(machine, numbers, numbers.randint(2, 4))
         case "fork" if live and len(live) < MOST_LIVE:
             machine.fork(numbers.choice(live), numbers.randint(1, 3))
         case "propose":
@@ -105,7 +109,7 @@ def operate(machine: Machine, numbers: random.Random, name: str) -> None:
             if name == "cancel in flight":
                 machine.scheduler.cancel(some)
             elif len(live) < MOST_LIVE:
-                add(machine, numbers)
+                add(machine, numbers, numbers.choice((1, 1, 3)))
             machine.scheduler.check_integrity()
             if step.ranges:
                 machine.compute(step)
