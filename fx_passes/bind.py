@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from kvpass.errors import InputError
 from kvpass.fx_passes.graph import aten, is_call
 from kvpass.fx_passes.insert_cache import PagedGraph
-from kvpass.types import CachePlan, StepInputs
+from kvpass.fx_passes.tree_steps import with_tree_mask
+from kvpass.types import CachePlan, Refusal, StepInputs
 
 
 class PagedModule(nn.Module):
@@ -37,6 +41,14 @@ class PagedModule(nn.Module):
         self._rows = 1 + max((int(user.args[2]) for user in slots.users if is_call(user, aten.select.int)), default=0)
         self.eval()
 
+    @cached_property
+    def tree_step(self) -> GraphModule | Refusal:
+        """The graph of steps with a tree mask, made when it is first asked for; or why there is none."""
+        if self.plan.settles:
+            reason = "a cache in k4v2 stores blocks as a whole, and the rows of a tree are moved one by one"
+            return Refusal(reason, pass_name="with-tree-mask")
+        return with_tree_mask(self.graph_module)
+
     def forward(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Compute one step.
 
@@ -47,14 +59,20 @@ class PagedModule(nn.Module):
 
         Returns:
             logits ``[R, V]`` of the rows ``step.logits_index``, in the model's dtype.
+
+        Raises:
+            InputError: if the step has a tree mask, and :attr:`tree_step` is a refusal.
         """
-        logits = self.graph_module(*self.arguments(step, caches))
+        graph: GraphModule | Refusal = self.graph_module if step.tree_mask is None else self.tree_step
+        if isinstance(graph, Refusal):
+            raise InputError(f"a step of this model cannot have a tree mask: {graph}")
+        logits = graph(*self.arguments(step, caches))
         result = logits[0] if isinstance(logits, (tuple, list)) else logits
         assert isinstance(result, Tensor)
         return result[0]
 
     def arguments(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """The step as the rewritten graph takes it: token ids ``[1, T]``, the step's tensors, the caches' tensors."""
+        """The step as its graph takes it: token ids ``[1, T]``, the step's tensors, the caches' tensors."""
         slots, tables = step.slot_mapping, step.block_tables
         if len(slots) < self._rows:  # no block is settled or wide: all caches have the same numbers
             slots, tables = torch.cat((slots, slots)), torch.cat((tables, tables))
@@ -67,5 +85,6 @@ class PagedModule(nn.Module):
             step.seq_lens,
             step.query_start,
             step.logits_index,
+            *([] if step.tree_mask is None else [step.tree_mask]),
             *(tensor for pair in caches for tensor in pair),
         ]

@@ -107,19 +107,19 @@ def verify(
     scale = max(float(w.abs().max()) for w in wanted) or 1.0
     for name, index, rows, logits in run.steps():
         found.errors[name] = max(
-            found.errors.get(name, 0.0), _error(logits, wanted[index][rows], scale, run.tolerance[1])
+            found.errors.get(name, 0.0), logits_error(logits, wanted[index][rows], scale, run.tolerance[1])
         )
     alone = original(run.sequences[0][:1].unsqueeze(0))[0].float()
-    found.errors["single token"] = _error(run.first_logits, alone, scale, run.tolerance[1])
+    found.errors["single token"] = logits_error(run.first_logits, alone, scale, run.tolerance[1])
     sites = reference(run.sequences[0].unsqueeze(0), *run.position_ids(reference))[1:]
     for name, site, result in zip(paged.site_names, sites, run.site_rows(), strict=True):
         magnitude = float(site.float().abs().max()) or 1.0
-        found.site_errors[name] = _error(result.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
+        found.site_errors[name] = logits_error(result.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
     found.history_effect = _history_effect(original, run.sequences[0], wanted[0], scale, module.plan)
     return found
 
 
-def _error(got: Tensor, wanted: Tensor, scale: float, share: float) -> float:
+def logits_error(got: Tensor, wanted: Tensor, scale: float, share: float) -> float:
     """Largest relative difference of a row, over the ``share`` of the rows that fit best; NaN counts as infinite."""
     rows = (got.float() - wanted).abs().flatten(1).amax(1) / scale
     rows = torch.where(torch.isfinite(rows), rows, float("inf")).sort().values
@@ -150,7 +150,7 @@ class _Run:
         self.module = module
         self.device = module.device
         self.observed = paged.observed
-        self.tolerance = TOLERANCE[_coarsest(module)]
+        self.tolerance = tolerance_of(module)
         block = self.plan.block_size
         windows = [s.window for s in self.plan.caches if s.window is not None and s.window < LONGEST - 16]
         # blocks that settle do so behind two more, and the first never does
@@ -250,10 +250,9 @@ class _Run:
         return [torch.cat(rows, 1) for rows in self.first_rows]
 
 
-def _coarsest(module: PagedModule) -> torch.dtype:
-    """The least precise dtype that takes part."""
+def tolerance_of(module: PagedModule) -> tuple[float, float]:
+    """The row of :data:`TOLERANCE` for the least precise dtype that takes part."""
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
     for spec in module.plan.caches:
         dtypes |= {find_format(spec.key_format).dtype, find_format(spec.value_format).dtype}
-    known = [d for d in dtypes if d in TOLERANCE]
-    return max(known, key=lambda d: TOLERANCE[d][0], default=torch.float32)
+    return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float32])

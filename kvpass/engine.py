@@ -37,7 +37,7 @@ from kvpass.runtime.stats import EngineStats, gather_stats
 from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.settling_module import SettlingModule
 from kvpass.step_loop import StepLoop
-from kvpass.step_module import StepModule
+from kvpass.step_module import StepModule, check_trees
 from kvpass.types import CachePlan, Sampling
 
 if TYPE_CHECKING:
@@ -220,10 +220,12 @@ class Engine:
         decoded plainly. Nothing is proposed while it does not pay, by the engine's own times.
 
         Args:
-            drafter: a :class:`kvpass.PromptLookup`, a :class:`kvpass.DraftEngine`, or anything with their methods.
+            drafter: a :class:`kvpass.PromptLookup`, a :class:`kvpass.DraftEngine`, or anything with their methods. One
+                that proposes several continuations at once, a tree, has the model checked for that first.
 
         Raises:
             ConfigError: if it cannot draft for this engine.
+            VerificationError: if the model gives other logits for tokens in a tree.
         """
         if drafter is not None and not all(callable(getattr(drafter, name, None)) for name in ("propose", "forget")):
             raise ConfigError(
@@ -232,6 +234,8 @@ class Engine:
         check = getattr(drafter, "check_for", None)
         if check is not None:
             check(self)
+        if getattr(drafter, "branches", 1) > 1:
+            check_trees(self.module, self.report)
         with self._loop.exclusive():
             self._loop.speculator = None if drafter is None else Speculator(drafter, self.plan.vocab_size)
 

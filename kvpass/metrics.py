@@ -44,6 +44,7 @@ METRICS = (
     Metric("disk_bytes", "Bytes of evicted blocks on disk.", lambda s: s.tiers.disk_bytes, False),
     Metric("preemptions", "Sequences that gave their blocks back before their end.", lambda s: s.preemptions),
     Metric("drafted_tokens", "Proposed tokens that were computed.", lambda s: s.drafted_tokens),
+    Metric("drafted_trees", "Proposals with several continuations that were computed.", lambda s: s.drafted_trees),
     Metric("accepted_tokens", "Proposed tokens that were generated.", lambda s: s.accepted_tokens),
 )
 

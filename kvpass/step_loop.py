@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import InputError, IntegrityError, KvpassError
+from kvpass.kernels.row_moves import move_rows
 from kvpass.request import Request
 from kvpass.runtime.batch import BatchBuilder
 from kvpass.runtime.block_moves import BlockMoves
 from kvpass.runtime.latency import Latencies
+from kvpass.runtime.row_moves import rows_to_move
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence, SequenceState
 from kvpass.runtime.speculation import Speculator
+from kvpass.runtime.step import Step
 from kvpass.runtime.verification import choose_tokens
 from kvpass.settling_module import SettlingModule
 from kvpass.step_module import StepModule
@@ -124,13 +127,26 @@ class StepLoop:
             elif step.copies:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
-            tokens = choose_tokens(self._module(self._batches.build(step), self.caches), step)
+            inputs = self._batches.build(step)
+            tokens = choose_tokens(self._module(inputs, self.caches), step)
+            if inputs.tree_mask is not None:
+                self._move_rows(step, tokens)
         if self.speculator is not None:
             self.speculator.learn(step, tokens, drafted - started, time.perf_counter() - started)
         self._scheduler.commit(step, tokens)
         self._computed = ()
         for sequence in step.sampled:
             self._deliver(self.requests[sequence])
+
+    def _move_rows(self, step: Step, tokens: Ordered[Ordered[int] | None]) -> None:
+        """Put the rows of accepted tokens in their places; before the commit, which may share their blocks."""
+        moves = rows_to_move(step, tokens, self._plan.block_size)
+        if moves is None:
+            return
+        source, target = torch.from_numpy(moves).to(self._module.device)
+        for spec, (keys, values) in zip(self._plan.caches, self.caches, strict=True):
+            move_rows(keys, spec.key_format, source[spec.group], target[spec.group])
+            move_rows(values, spec.value_format, source[spec.group], target[spec.group])
 
     def step_for_nobody(self) -> None:
         """As :meth:`step`, where no caller waits whom an exception could reach: it ends the requests of the step."""

@@ -224,6 +224,10 @@ class StepInputs:
         seq_lens: ``[N]``, tokens of each sequence once this step is written, those of earlier steps included.
         query_start: ``[N + 1]``, first row of each sequence's tokens in ``token_ids``; the last entry is T.
         logits_index: ``[R]``, rows of ``token_ids`` whose logits are wanted.
+        tree_mask: bool ``[T, M]``, M the most tokens that a sequence has in the step: which of them each token sees,
+            where the tokens of a sequence are nodes of a tree that grows from its earlier ones. A row's bits are its
+            own and its ancestors', and its position is that of its depth; its slot is still that of its place among
+            the tokens. None where each token sees all before it.
     """
 
     token_ids: Tensor
@@ -233,6 +237,7 @@ class StepInputs:
     seq_lens: Tensor
     query_start: Tensor
     logits_index: Tensor
+    tree_mask: Tensor | None = None
 
 
 FinishReason = Literal["length", "stop", "error", "deadline"]

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpass.runtime.draft_tree import DraftTree
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step import Step
 from kvpass.runtime.table_rows import TableRows
@@ -38,6 +39,7 @@ class BatchBuilder:
         tables = self._rows.build(sequences, -(-int(ends.max()) // size))
         # Tokens whose blocks were given back leave no gap: those that are left come one after the other, in order.
         gone = _forgotten_blocks(sequences) * size
+        trees: dict[int, DraftTree] = {}
         if query_start[-1] == len(sequences) and (ends == known).all():  # one token of each sequence, its newest
             tokens = np.array([sequence.newest for sequence in sequences], dtype=np.int64)
             rows, positions = np.arange(len(sequences)), starts
@@ -46,8 +48,11 @@ class BatchBuilder:
             tokens = np.concatenate(parts).astype(np.int64)
             rows = np.repeat(np.arange(len(sequences)), counts)
             positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[rows]
+            trees = _trees_of(step)
         places = positions - gone[rows]
         slots = tables[:, rows, places // size] * size + places % size
+        for row, tree in trees.items():
+            positions[query_start[row + 1] - len(tree.tokens) : query_start[row + 1]] = known[row] - 1 + tree.depths()
         return StepInputs(
             token_ids=self._move(tokens),
             positions=self._move(positions),
@@ -56,6 +61,7 @@ class BatchBuilder:
             seq_lens=self._move(ends - gone),
             query_start=self._move(query_start),
             logits_index=self._move(_rows_with_logits(step, query_start[1:], ends - known)),
+            tree_mask=torch.from_numpy(_tree_mask(query_start, trees)).to(self._device) if trees else None,
         )
 
     def _move(self, array: NDArray[np.int64]) -> Tensor:
@@ -67,6 +73,29 @@ def _forgotten_blocks(sequences: tuple[Sequence, ...]) -> NDArray[np.int64]:
     if not sequences[0].tables[0].num_kept:  # the same for all: none forgets anything
         return np.zeros(len(sequences), dtype=np.int64)
     return np.array([sequence.tables[0].num_forgotten for sequence in sequences], dtype=np.int64)
+
+
+def _trees_of(step: Step) -> dict[int, DraftTree]:
+    """The proposed tokens that are no chain, by the place of their sequence in the step."""
+    trees = {}
+    for row, (sequence, _, end) in enumerate(step.ranges):
+        if sequence.draft_parents is not None and end > sequence.num_tokens:
+            tree = sequence.draft_tree(end - sequence.num_tokens)
+            if not tree.is_chain:
+                trees[row] = tree
+    return trees
+
+
+def _tree_mask(query_start: NDArray[np.int64], trees: dict[int, DraftTree]) -> NDArray[np.bool_]:
+    """``[T, M]``: which of its sequence's tokens of the step each token sees, see :class:`~kvpass.types.StepInputs`."""
+    counts = np.diff(query_start)
+    mask = np.zeros((query_start[-1], counts.max()), dtype=bool)
+    for row, (start, count) in enumerate(zip(query_start[:-1], counts, strict=True)):
+        mask[start : start + count, :count] = np.tri(count, dtype=bool)
+        if row in trees:
+            visible = trees[row].visible()
+            mask[start + count - len(visible) : start + count, count - len(visible) : count] = visible
+    return mask
 
 
 def _rows_with_logits(step: Step, row_ends: NDArray[np.int64], beyond: NDArray[np.int64]) -> NDArray[np.int64]:

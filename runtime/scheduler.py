@@ -305,13 +305,11 @@ class Scheduler:
 
     def _accept(self, sequence: Sequence, drafted: int, new: Ordered[int]) -> None:
         """Append new tokens; as far as they were proposed, and but for the last one, they are computed already."""
-        matching = 0
-        for token, proposed in zip(new[:-1], sequence.draft[:drafted], strict=False):
-            if token != proposed:
-                break
-            matching += 1
+        tree = sequence.draft_tree(drafted)
+        matching = len(tree.follow(new[:-1]))
         sequence.num_computed += matching
         self.counts.drafted_tokens += drafted
+        self.counts.drafted_trees += not tree.is_chain
         self.counts.accepted_tokens += matching
         for token in new:
             sequence.append(token)

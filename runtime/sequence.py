@@ -11,6 +11,7 @@ import numpy as np
 
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_table import BlockTable
+from kvpass.runtime.draft_tree import DraftTree, chain
 from kvpass.runtime.output_text import OutputText
 from kvpass.runtime.prefix_nodes import Branch, TokenArray
 from kvpass.runtime.tiers import Prefetch
@@ -65,6 +66,8 @@ class Sequence:
         newest: the last one of them.
         num_computed: tokens whose cache is written; 0 whenever the sequence has no blocks.
         num_draft: tokens proposed to follow the newest one, to be computed with it in the next step.
+        draft_parents: of each proposed token the place of the one that it follows, see
+            :class:`kvpass.runtime.draft_tree.DraftTree`; None where each follows the one before it.
         tables: its blocks in each group.
         shares_tail: the block that holds its newest computed token may have other owners, and is then copied before
             it is written.
@@ -82,6 +85,7 @@ class Sequence:
         "ahead",
         "branch",
         "deadline",
+        "draft_parents",
         "failure",
         "finish_reason",
         "forbidden_ids",
@@ -138,6 +142,7 @@ class Sequence:
         self.newest = prompt[-1] if prompt else 0
         self.num_computed = 0
         self.num_draft = 0
+        self.draft_parents: list[int] | None = None
         self.tables: tuple[BlockTable, ...] = (BlockTable(),)
         self.shares_tail = False
         self.swapped: object | None = None
@@ -181,13 +186,24 @@ class Sequence:
         draft: list[int] = self._tokens[self.num_tokens : self.num_tokens + self.num_draft].tolist()
         return draft
 
-    def propose(self, tokens: Ordered[int]) -> None:
+    def draft_tree(self, count: int) -> DraftTree:
+        """The first ``count`` proposed tokens, and what each of them follows."""
+        if self.draft_parents is None:
+            return chain(self.draft[:count])
+        return DraftTree(self.draft, self.draft_parents).cut(count)
+
+    def propose(self, tokens: Ordered[int], parents: list[int] | None = None) -> None:
         """Propose ``tokens`` to follow the newest one, in place of what was proposed before.
 
         They are computed together with it, as far as tokens and blocks are to spare, and logits come for each. No more
         are taken than may still be generated, less the one that the last logits give.
+
+        Args:
+            tokens: the proposed ones.
+            parents: place in ``tokens`` of the one that each follows, an earlier one, or -1; None for a chain.
         """
         self.num_draft = max(0, min(len(tokens), self.max_cached_tokens - self.num_tokens))
+        self.draft_parents = None if parents is None else parents[: self.num_draft]
         end = self.num_tokens + self.num_draft
         if end > len(self._tokens):
             self._tokens = _grown(self._tokens, end)

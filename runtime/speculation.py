@@ -15,6 +15,7 @@ from typing import Protocol
 
 from kvpass.errors import InputError
 from kvpass.runtime.draft_costs import DraftCosts
+from kvpass.runtime.draft_tree import DraftTree, chain
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step import Step
 from kvpass.runtime.verification import can_be_drafted
@@ -29,21 +30,29 @@ _PRIOR_TOKENS = 4.0
 _MEMORY = 0.9
 
 
+# Tokens one after the other, or a tree of them.
+Draft = list[int] | DraftTree
+
+
 class Drafter(Protocol):
     """Proposes tokens that may follow a sequence. Wrong ones cost time and never change the output.
 
+    One that proposes several continuations of a sequence has an attribute ``branches`` besides, how many at most; each
+    path of its trees counts.
+
     Attributes:
         cheap: proposing takes next to no time, so that it can be watched while nothing is drafted.
-        max_draft: most tokens worth asking for at once.
+        max_draft: most tokens worth asking for at once, in one continuation.
     """
 
     cheap: bool
     max_draft: int
 
-    def propose(self, sequences: Ordered[Sequence], counts: Ordered[int], /) -> list[list[int]]:
+    def propose(self, sequences: Ordered[Sequence], counts: Ordered[int], /) -> Ordered[Draft]:
         """For each sequence at most so many tokens, or none; a sequence has its ``tokens`` so far, and ``sampling``.
 
-        It is called while a step is computed, so it must not wait for the engine that it drafts for.
+        In a tree, it is the tokens of each path that there are at most so many of. It is called while a step is
+        computed, so it must not wait for the engine that it drafts for.
         """
 
     def forget(self, sequence: Sequence, /) -> None:
@@ -75,11 +84,13 @@ class Speculator:
 
     Attributes:
         drafter: whom to ask.
+        branches: most continuations that it proposes for a sequence.
         costs: what it costs and gains.
     """
 
     def __init__(self, drafter: Drafter, vocab_size: int) -> None:
         self.drafter = drafter
+        self.branches: int = getattr(drafter, "branches", 1)
         self.costs = DraftCosts()
         self._vocab_size = vocab_size
         self._chances: dict[Sequence, Chance] = {}
@@ -99,14 +110,13 @@ class Speculator:
         if not self.drafter.cheap and not any(counts):
             return
         asked = [max(count, int(self.drafter.cheap)) for count in counts]
-        drafts = self.drafter.propose(candidates, asked)
-        self._check(drafts, asked)
+        drafts = self._checked(self.drafter.propose(candidates, asked), asked)
         if self.drafter.cheap and not self._pays(candidates, drafts, counts, len(sequences)):
             counts = [0] * len(counts)
         for sequence, draft, count in zip(candidates, drafts, counts, strict=True):
-            if draft and count == 0:
-                self._watched[sequence] = draft[0]
-            sequence.propose(draft[:count])
+            if draft.tokens and count == 0:
+                self._watched[sequence] = draft.tokens[0]
+            sequence.propose(draft.tokens if count else [], None if draft.is_chain else draft.parents)
 
     def learn(self, step: Step, tokens: Ordered[Ordered[int] | None], drafting: float, seconds: float) -> None:
         """Take note of the ``tokens`` that a step has given, before they are committed.
@@ -125,7 +135,10 @@ class Speculator:
             chance.idle = 0 if drafted else chance.idle + 1
             if drafted:
                 accepted += len(new) - 1
-                self._note(chance, len(new) - 1, min(len(new), drafted))
+                # What is chosen behind a leaf was compared with nothing.
+                tree, right = sequence.draft_tree(drafted), len(new) - 1
+                path = tree.follow(new[:-1])
+                self._note(chance, right, right + ((path[-1] if path else -1) in tree.parents))
             elif sequence in self._watched:
                 self._note(chance, int(new[0] == self._watched[sequence]), 1)
         computed = sum(end - start for _, start, end in step.ranges)
@@ -158,7 +171,7 @@ class Speculator:
     def _count(self, chance: Chance, worth: float, price: float) -> int:
         right = self._estimate(chance)
         count, likely = 0, right
-        while count < self.drafter.max_draft and likely * worth > price:
+        while count < self.drafter.max_draft and likely * worth > price * self.branches:
             count += 1
             likely *= right
         if count == 0 and self._is_trial(chance):
@@ -169,16 +182,17 @@ class Speculator:
         """Whether to try a sequence against the odds: they may have changed. What is watched shows when they do."""
         return chance.idle >= _TRY_EVERY and not self.drafter.cheap
 
-    def _pays(self, candidates: list[Sequence], drafts: list[list[int]], counts: list[int], running: int) -> bool:
+    def _pays(self, candidates: list[Sequence], drafts: list[DraftTree], counts: list[int], running: int) -> bool:
         """Whether what is hoped for outweighs what the drafts together add to the step, or it is time to see."""
         if self._since_drafted >= _TRY_EVERY:
             return True
-        lengths = [min(len(draft), count) for draft, count in zip(drafts, counts, strict=True)]
+        drafted = [(sequence, draft) for sequence, draft, n in zip(candidates, drafts, counts, strict=True) if n]
         hoped = sum(
-            _expected(self._estimate(self._chances[sequence]), length)
-            for sequence, length in zip(candidates, lengths, strict=True)
+            _expected(self._estimate(self._chances[sequence]), max(draft.depths(), default=0))
+            for sequence, draft in drafted
         )
-        return hoped * self.costs.plain_step(running) / running > self.costs.added(sum(lengths))
+        added = self.costs.added(sum(len(draft.tokens) for _, draft in drafted))
+        return hoped * self.costs.plain_step(running) / running > added
 
     def _estimate(self, chance: Chance) -> float:
         before = self._all.right / self._all.tried
@@ -188,13 +202,20 @@ class Speculator:
         chance.add(right, tried)
         self._all.add(right, tried)
 
-    def _check(self, drafts: list[list[int]], asked: list[int]) -> None:
+    def _checked(self, drafts: Ordered[Draft], asked: list[int]) -> list[DraftTree]:
+        trees = []
         for draft, count in zip(drafts, asked, strict=True):
-            if len(draft) > count or not all(type(t) is int and 0 <= t < self._vocab_size for t in draft):
+            tree = draft if isinstance(draft, DraftTree) else chain(draft)
+            known = all(type(token) is int and 0 <= token < self._vocab_size for token in tree.tokens)
+            leaves = len(set(range(len(tree.tokens))) - set(tree.parents))
+            if not (known and tree.is_valid and max(tree.depths(), default=0) <= count and leaves <= self.branches):
                 raise InputError(
                     f"the drafter proposed {draft!r} where {count} tokens were asked for: token ids are whole numbers "
-                    f"from 0 to {self._vocab_size - 1}, and no more than asked for"
+                    f"from 0 to {self._vocab_size - 1}, no path has more than asked for, and there are no more paths "
+                    f"than its branches, which are {self.branches}"
                 )
+            trees.append(tree)
+        return trees
 
 
 def _expected(right: float, count: int) -> float:

@@ -35,6 +35,7 @@ class EngineStats:
         evictions: blocks whose content was given up to make room.
         preemptions: sequences that gave their blocks back before their end, to be computed again.
         drafted_tokens: proposed tokens that were computed.
+        drafted_trees: trees of them: proposals with several continuations.
         accepted_tokens: those of them that were generated.
         acceptance: the latter over the former.
         first_token: seconds from the submission of a request to its first token (TTFT).
@@ -61,6 +62,7 @@ class EngineStats:
     evictions: int
     preemptions: int
     drafted_tokens: int
+    drafted_trees: int
     accepted_tokens: int
     acceptance: float
     first_token: Percentiles
@@ -101,6 +103,7 @@ def gather_stats(
         evictions=pool.evictions,
         preemptions=counts.preemptions,
         drafted_tokens=counts.drafted_tokens,
+        drafted_trees=counts.drafted_trees,
         accepted_tokens=counts.accepted_tokens,
         acceptance=counts.accepted_tokens / max(1, counts.drafted_tokens),
         first_token=latencies.first_token.percentiles(),

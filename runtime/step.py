@@ -47,6 +47,7 @@ class SchedulerCounts:
         prefill_tokens: tokens of prompts computed, and of outputs computed again after a preemption.
         decode_tokens: new tokens computed one by one, proposed ones not counted.
         drafted_tokens: proposed tokens computed.
+        drafted_trees: trees of them that were no chains.
         accepted_tokens: those of them that were generated.
         prefix_hit_tokens: tokens that were not computed because a registered block held them.
         prefix_lookup_tokens: tokens of all sequences that were started, each time that they were.
@@ -60,6 +61,7 @@ class SchedulerCounts:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     drafted_tokens: int = 0
+    drafted_trees: int = 0
     accepted_tokens: int = 0
     prefix_hit_tokens: int = 0
     prefix_lookup_tokens: int = 0

@@ -2,11 +2,13 @@
 
 Each token is chosen from the model's own logits by the request's options, with the random number that belongs to its
 place in the output, whether a proposal was computed for it or not. A proposed token is right if it is the one that is
-chosen, and what follows the first wrong one was computed for another history and is dropped. So the output is that of
-plain decoding, token by token, for greedy requests and for seeded ones; and a token proposed with no regard to chance
-is accepted with exactly the probability that the model gives it, as in speculative sampling (Leviathan et al., arXiv
-2211.17192; Chen et al., arXiv 2302.01318). Drafters that share the random numbers with the model they draft for agree
-with it more often than those that draw their own (Daliri et al., arXiv 2408.07978).
+chosen; what was computed for another history is dropped. So the output is that of plain decoding, token by token, for
+greedy requests and for seeded ones. A token proposed with no regard to chance is accepted with exactly the probability
+that the model gives it, as in speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318);
+and one of several that are proposed for one place, in a tree, with the sum of theirs, which is what rejecting one
+child after the other comes to (SpecInfer, arXiv 2305.09781) and the most that is possible. Drafters that share the
+random numbers with the model they draft for agree with it more often than those that draw their own (Daliri et al.,
+arXiv 2408.07978).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from kvpass.runtime.draft_tree import DraftTree
 from kvpass.runtime.sampling import choose_plain, is_plain, sample
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.step import Step
@@ -33,11 +36,12 @@ def choose_tokens(logits: Tensor, step: Step) -> list[list[int] | None]:
     if not any(step.drafted):
         return [None if token is None else [token] for token in sample(logits, step.sampled)]
     rows = np.cumsum([0, *(count + 1 for count in step.drafted)]).tolist()
+    trees = [sequence.draft_tree(count) for sequence, count in zip(step.sampled, step.drafted, strict=True)]
     first_tokens = sample(logits[rows[:-1]], step.sampled)
     ahead = [
-        (first + i, sequence, sequence.num_output + i)
-        for first, sequence, count in zip(rows, step.sampled, step.drafted, strict=False)
-        for i in range(1, count + 1)
+        (first + node, sequence, sequence.num_output + depth)
+        for first, sequence, tree in zip(rows, step.sampled, trees, strict=False)
+        for node, depth in enumerate(tree.depths(), start=1)
     ]
     later = iter(
         choose_plain(
@@ -48,17 +52,26 @@ def choose_tokens(logits: Tensor, step: Step) -> list[list[int] | None]:
         )
     )
     chosen: list[list[int] | None] = []
-    for sequence, count, token in zip(step.sampled, step.drafted, first_tokens, strict=True):
-        following = [next(later) for _ in range(count)]
-        chosen.append(None if token is None else _accept(sequence.draft[:count], token, following))
+    for tree, token in zip(trees, first_tokens, strict=True):
+        following = [next(later) for _ in tree.tokens]
+        chosen.append(None if token is None else _accept(tree, token, following))
     return chosen
 
 
-def _accept(draft: list[int], token: int, following: list[int | None]) -> list[int]:
-    """The tokens chosen up to the first that is not the proposed one; nothing is taken of logits that give none."""
-    tokens = [token]
-    for proposed, after in zip(draft, following, strict=True):
-        if tokens[-1] != proposed or after is None:
-            break
+def _accept(tree: DraftTree, token: int, following: list[int | None]) -> list[int]:
+    """The tokens chosen up to the first that is not proposed; nothing is taken of logits that give none.
+
+    Args:
+        tree: the proposed tokens.
+        token: the one chosen after the sequence's newest one.
+        following: of each node the token chosen after it.
+    """
+    children = {key: node for node, key in enumerate(zip(tree.parents, tree.tokens, strict=True))}
+    tokens, node = [token], -1
+    while True:
+        child = children.get((node, tokens[-1]))
+        after = None if child is None else following[child]
+        if child is None or after is None:
+            return tokens
         tokens.append(after)
-    return tokens
+        node = child

@@ -23,9 +23,11 @@ class HistoryModule:
     """Keeps tokens as keys and positions as values, and knows of the past only what it finds in its blocks."""
 
     device = torch.device("cpu")
+    takes_trees = True
 
     def __init__(self):
         self.steps = 0
+        self.trees = 0
         self.before_step = lambda step: None
         self.poison = None
 
@@ -42,15 +44,24 @@ class HistoryModule:
         sequences = torch.searchsorted(step.query_start, step.logits_index, right=True) - 1
         rows = []
         for row, sequence in zip(step.logits_index.tolist(), sequences.tolist(), strict=True):
-            length = int(step.positions[row]) + 1
-            assert length <= int(step.seq_lens[sequence])
-            positions = np.arange(length)
-            slots = tables[sequence][positions // size] * size + positions % size
-            assert np.array_equal(flat_values[slots], positions)
+            places = self.visible(step, row, sequence)
+            slots = tables[sequence][places // size] * size + places % size
+            assert np.array_equal(flat_values[slots], np.arange(int(step.positions[row]) + 1))
             rows.append(logits_of(flat_keys[slots]))
             if self.poison == flat_keys[slots[0]]:
                 rows[-1] = rows[-1] * np.nan
         return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, VOCABULARY)
+
+    def visible(self, step, row, sequence):
+        """Places of the tokens that a row sees: earlier ones, and of its step those before it or its ancestors."""
+        start, end = step.query_start[sequence : sequence + 2].tolist()
+        earlier = int(step.seq_lens[sequence]) - (end - start)
+        if step.tree_mask is None:
+            return np.arange(earlier + row - start + 1)
+        self.trees += 1
+        shown = step.tree_mask[row, : end - start]
+        assert shown[row - start] and not shown[row - start + 1 :].any()
+        return np.concatenate((np.arange(earlier), earlier + shown.nonzero().flatten().numpy()))
 
 
 def naive(prompt, count, stop_ids=()):

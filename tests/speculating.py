@@ -2,6 +2,8 @@
 
 import random
 
+from kvpass.runtime.draft_tree import merge_paths
+
 
 class AlwaysPays:
     """Stands for the measured costs: every proposed token is free."""
@@ -59,3 +61,21 @@ def always_speculate(engine, drafter):
     engine.speculate(drafter)
     engine._loop.speculator.costs = AlwaysPays()
     return engine
+
+
+class Branching(Guesses):
+    """Knows how some prompts go on, and proposes that among other ways, in a tree and in any order."""
+
+    branches = 3
+
+    def guess(self, sequence):
+        paths = [super(Branching, self).guess(sequence) for _ in range(self.branches)]
+        # Of the longest path any part may be right; one that is right is rarely the first.
+        paths[0] = [(token + 1) % self.vocabulary if i == 2 else token for i, token in enumerate(paths[0])]
+        return paths
+
+    def propose(self, sequences, counts):
+        self.asked += 1
+        self.sequences.update(sequences)
+        pairs = zip(sequences, counts, strict=True)
+        return [merge_paths(path[:count] for path in self.guess(sequence)) for sequence, count in pairs]

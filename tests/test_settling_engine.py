@@ -115,6 +115,8 @@ def test_what_k4v2_cannot_do_is_said(recompiler):
     with pytest.raises(ConfigError, match="is a format of keys and values together"):
         kvpass.CacheConfig(dtype={"key": "k4v2", "value": "int8"})
     engine = recompiler.compile(kvpass.CacheConfig(dtype="k4v2", num_blocks=1), verify=False)
+    with pytest.raises(ConfigError, match="takes no trees of drafts: a cache in k4v2 stores blocks as a whole"):
+        engine.speculate(kvpass.PromptLookup(branches=2))
     for option in ({"host_memory": "1MB"}, {"disk": "somewhere"}, {"scrub": True}):
         with pytest.raises(ConfigError, match="keeps its blocks on the device"):
             kvpass.CacheConfig(dtype="k4v2", **option)

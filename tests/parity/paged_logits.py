@@ -56,6 +56,57 @@ def paged_logits(engine: Engine, prompts: list[list[int]], cuts: Sequence[Sequen
     return [torch.cat(parts) for parts in rows]
 
 
+def tree_logits(engine: Engine, prompts: list[list[int]], nodes: list[int], parents: list[int]) -> list[Tensor]:
+    """Logits of the last tokens of every prompt, computed in one step; the first has a tree of tokens behind it.
+
+    Args:
+        engine: as above.
+        prompts: token ids; all but the last three of each, and but one of the first, are computed before.
+        nodes: token of each node.
+        parents: the node that each follows, -1 for the last token of the first prompt.
+
+    Returns:
+        `[1 + nodes, V]` of the first prompt, `[3, V]` of each other.
+    """
+    plan, device, size = engine.plan, engine.module.device, engine.plan.block_size
+    room = [[*prompts[0], *nodes], *prompts[1:]]
+    tables = _scattered_tables([-(-len(tokens) // size) for tokens in room])
+    caches = [allocate_cache(spec, int(tables.max()) + 1, size, device) for spec in plan.caches]
+    groups = len(plan.group_windows)
+    for tensor in (tensor for pair in caches for tensor in pair):
+        tensor.fill_(POISON)
+    ancestors: list[list[int]] = []
+    for node, parent in enumerate(parents):
+        ancestors.append([node] if parent < 0 else [*ancestors[parent], node])
+    before = [len(prompts[0]) - 1, *(len(prompt) - 3 for prompt in prompts[1:])]
+    for spans in ([(0, stop) for stop in before], [(n, len(tokens)) for n, tokens in zip(before, room, strict=True)]):
+        places = torch.cat([torch.arange(*span) for span in spans])
+        owners = torch.cat([torch.full((stop - start,), number) for number, (start, stop) in enumerate(spans)])
+        starts = torch.tensor([0, *(stop - start for start, stop in spans)]).cumsum(0)
+        positions, mask = places.clone(), None
+        if spans[0][0]:
+            mask = torch.zeros(len(places), int(starts.diff().max()), dtype=torch.bool)
+            for row, place in enumerate(places.tolist()):
+                mask[row, : place - before[owners[row]] + 1] = True
+            for node, path in enumerate(ancestors):
+                positions[1 + node] = before[0] + len(path)
+                mask[1 + node] = False
+                mask[1 + node, [0, *(1 + ancestor for ancestor in path)]] = True
+        inputs = StepInputs(
+            token_ids=torch.tensor([room[n][i] for n, i in zip(owners.tolist(), places.tolist(), strict=True)]),
+            positions=positions,
+            slot_mapping=(tables[owners, places // size] * size + places % size).expand(groups, -1),
+            block_tables=tables.expand(groups, -1, -1),
+            seq_lens=torch.tensor([stop for _, stop in spans]),
+            query_start=starts,
+            logits_index=torch.arange(len(places)),
+            tree_mask=mask,
+        )
+        with torch.no_grad():
+            logits = engine.module(inputs, caches)
+    return list(logits.split(starts.diff().tolist()))
+
+
 def _scattered_tables(blocks_needed: list[int]) -> Tensor:
     """Block tables `[N, W]` of blocks in no order; entries past a sequence's end point at blocks of others."""
     total = sum(blocks_needed)

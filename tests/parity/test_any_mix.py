@@ -13,7 +13,7 @@ from torch import nn
 import kvpass
 from kvpass.compiler import Recompiler
 from tests.parity.harness import SEED, Prompts, assert_tokens_equal, ragged_prompts
-from tests.speculating import Guesses, always_speculate
+from tests.speculating import Branching, Guesses, always_speculate
 
 zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
 
@@ -78,8 +78,11 @@ def drafting_for(family: Family, kind: str) -> object:
         return kvpass.PromptLookup((2, 1), max_draft=4)
     if kind == "engine":
         return kvpass.DraftEngine(family.engine(), max_draft=3)
+    if kind == "branching engine":
+        return kvpass.DraftEngine(family.engine(), max_draft=3, branches=2)
     plain = family.engine().generate(family.prompts, 16, kvpass.Sampling(ignore_eos=True))
-    return Guesses(zip(family.prompts, plain, strict=True), mistakes=0.3, vocabulary=family.compiled.plan.vocab_size)
+    guesses = Branching if kind == "branching guesses" else Guesses
+    return guesses(zip(family.prompts, plain, strict=True), mistakes=0.3, vocabulary=family.compiled.plan.vocab_size)
 
 
 TIGHT = {"num_blocks": 12, "max_sequences": 4}
@@ -108,7 +111,14 @@ def test_greedy_tokens_are_those_of_the_model(family: Family, mix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mix"), [("lookup", "shared"), ("engine", "preempted"), ("guesses", "chunked, unshared")]
+    ("kind", "mix"),
+    [
+        ("lookup", "shared"),
+        ("engine", "preempted"),
+        ("guesses", "chunked, unshared"),
+        ("branching engine", "shared"),
+        ("branching guesses", "preempted"),
+    ],
 )
 def test_drafted_tokens_are_those_of_the_model(family: Family, kind: str, mix: str) -> None:
     engine = always_speculate(family.engine(**MIXES[mix]), drafting_for(family, kind))
@@ -117,6 +127,7 @@ def test_drafted_tokens_are_those_of_the_model(family: Family, kind: str, mix: s
     assert engine._scheduler.counts.drafted_tokens > 0
     if kind != "lookup":
         assert engine._scheduler.counts.accepted_tokens > 0
+    assert ("branching" in kind) == (engine.stats().drafted_trees > 0)
 
 
 def test_seeds_keep_their_promise_in_any_mix(family: Family) -> None:
@@ -125,18 +136,25 @@ def test_seeds_keep_their_promise_in_any_mix(family: Family) -> None:
     for mix in ("preempted", "chunked, unshared"):
         engine = family.engine(**MIXES[mix])
         assert engine.generate(family.prompts, 16, DRAWN) == alone
-        always_speculate(engine, drafting_for(family, "engine"))
-        assert engine.generate(family.prompts, 16, DRAWN) == alone
+        for kind in ("engine", "branching engine"):
+            always_speculate(engine, drafting_for(family, kind))
+            assert engine.generate(family.prompts, 16, DRAWN) == alone
         assert engine._scheduler.counts.accepted_tokens > 0
 
 
-def test_int8_with_sharing_gives_the_tokens_of_int8_without() -> None:
-    family = family_of("llama", "int8")
-    expected = family.engine(dtype="int8", prefix_sharing=False).generate(family.prompts, 16)
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_quantised_cache_with_sharing_gives_the_tokens_of_one_without(dtype: str) -> None:
+    family = family_of("llama", dtype)
+    expected = family.engine(dtype=dtype, prefix_sharing=False).generate(family.prompts, 16)
     for options in ({}, {"max_batch_tokens": 11}, TIGHT):
-        engine = family.engine(dtype="int8", **options)
+        engine = family.engine(dtype=dtype, **options)
         for _ in range(2):
             assert engine.generate(family.prompts, 16) == expected
         assert engine.stats().prefix_hit_tokens > 0
-        always_speculate(engine, drafting_for(family, "guesses"))
-        assert engine.generate(family.prompts, 16) == expected
+        for kind in ("guesses", "branching guesses"):
+            drafter = drafting_for(family, kind)
+            for prompt, tokens in zip(family.prompts, expected, strict=True):
+                drafter.known[tuple(prompt)] = tokens
+            always_speculate(engine, drafter)
+            assert engine.generate(family.prompts, 16) == expected
+        assert engine.stats().drafted_trees > 0

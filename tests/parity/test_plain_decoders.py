@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import kvpass
+from kvpass.fx_passes.verify_trees import verify_trees
 from tests.decoders.catalogue import DECODERS, UNUSUAL
 from tests.decoders.skeleton import VOCAB
 from tests.parity.compiled import engine_of, original_of
 from tests.parity.harness import CONFIG, SEED, assert_tokens_equal, original_logits, ragged_prompts
-from tests.parity.paged_logits import paged_logits
+from tests.parity.paged_logits import paged_logits, tree_logits
 
 # A step takes 7 tokens, so that prefill is cut in chunks beside decodes; the pool holds two of the prompts.
 TIGHT = kvpass.CacheConfig(block_size=CONFIG.block_size, num_blocks=10, max_batch_tokens=7, max_sequences=2)
@@ -47,6 +48,24 @@ def test_same_logits_in_prefill_in_chunks_and_in_decode(compiled: Compiled) -> N
         torch.testing.assert_close(
             logits, original_logits(compiled.original, torch.tensor([prompt]))[0], rtol=1e-3, atol=1e-3
         )
+
+
+def test_each_node_of_a_tree_has_the_logits_of_its_path(compiled: Compiled) -> None:
+    prompts = ragged_prompts(VOCAB, seed=3, lengths=(37, 12, 18))
+    nodes, parents = [5, 8, 11, 14, 5, 17, 20], [-1, 0, -1, 2, 2, -1, 4]
+    tree, *others = tree_logits(compiled.engine, prompts, nodes, parents)
+    for node, logits in zip(range(-1, len(nodes)), tree, strict=True):
+        path: list[int] = []
+        while node >= 0:
+            path.insert(0, nodes[node])
+            node = parents[node]
+        expected = original_logits(compiled.original, torch.tensor([[*prompts[0], *path]]))[0, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    for prompt, logits in zip(prompts[1:], others, strict=True):
+        expected = original_logits(compiled.original, torch.tensor([prompt]))[0, -3:]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    found = verify_trees(compiled.engine.module)
+    assert found.passed and len(found.errors) == 2
 
 
 def test_verification_ran_on_every_site(compiled: Compiled) -> None:
