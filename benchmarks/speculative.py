@@ -1,8 +1,8 @@
-"""Tokens per second with prompt lookup and without, where text is copied and where nothing is to be copied.
+"""Tokens per second with prompt lookup, of chains and of trees, and without: where text is copied and where it is not.
 
 Three kinds of requests to the shipped model: passages of held-out text that have begun to be repeated, decoded greedily
 (copied); prompts of held-out text, continued greedily (greedy) or by drawing at temperature 1 (drawn), where little
-occurs twice. Runs with and without take turns, each over the same requests with the same seeds, and each begins with
+occurs twice. Runs of the three take turns, each over the same requests with the same seeds, and each begins with
 nothing known of what drafting costs. Reading the prompts is not part of the times. Ratios are of medians; `same` is the
 share of tokens before the first that differs, which is a tie of two tokens up to rounding.
 
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -24,6 +25,7 @@ import kvpass
 from kvpass.measure import CLOCKS, write_result
 from kvpass.models.eval_pydecoder import read_held_out
 from kvpass.models.pydecoder import CHECKPOINT, load
+from kvpass.runtime.speculation import Drafter
 from kvpass.terminal import output
 from kvpass.types import Sampling
 
@@ -31,6 +33,11 @@ PASSAGE = 256  # tokens that are repeated, or of a prompt
 BEGUN = 48  # tokens of the repetition that stand in the prompt
 STRIDE = 2500  # tokens of held-out text from one prompt's start to the next one's
 BATCHES = (1, 4)
+DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
+    "plain": lambda: None,
+    "chains": kvpass.PromptLookup,
+    "trees": lambda: kvpass.PromptLookup(branches=3),
+}
 
 
 def make_prompts(text: list[int], kind: str, count: int) -> list[list[int]]:
@@ -62,32 +69,42 @@ def same_tokens(left: list[list[int]], right: list[list[int]]) -> float:
 
 def compare(
     engine: kvpass.Engine, prompts: list[list[int]], new: int, turns: int, drawn: bool, clock: str
-) -> dict[str, float]:
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    outputs: dict[bool, list[list[int]]] = {}
-    drafted = accepted = 0
-    for turn in range(2 * turns + 1):
-        lookup = turn % 2 == 1
-        engine.speculate(kvpass.PromptLookup() if lookup else None)
-        before = engine.stats()
-        spent, outputs[lookup] = run(engine, prompts, new, drawn, CLOCKS[clock])
-        after = engine.stats()
-        drafted += after.drafted_tokens - before.drafted_tokens
-        accepted += after.accepted_tokens - before.accepted_tokens
-        if turn:  # the first reads the prompts, and warms everything up
-            seconds[lookup].append(spent)
-    plain, looked_up = (statistics.median(seconds[kind]) for kind in (False, True))
-    tokens = len(prompts) * (new - 1)
-    return {
-        "batch": len(prompts),
-        "new_tokens": new,
-        "plain_tokens_per_second": round(tokens / plain, 2),
-        "lookup_tokens_per_second": round(tokens / looked_up, 2),
-        "times_plain": round(plain / looked_up, 3),
-        "drafted_per_token": round(drafted / turns / tokens, 3),
-        "accepted_of_drafted": round(accepted / max(1, drafted), 3),
-        "same": round(same_tokens(outputs[False], outputs[True]), 4),
-    }
+) -> list[dict[str, Any]]:
+    """A row for each drafter but none."""
+    seconds: dict[str, list[float]] = {name: [] for name in DRAFTERS}
+    outputs: dict[str, list[list[int]]] = {}
+    drafted = dict.fromkeys(DRAFTERS, 0)
+    accepted = dict.fromkeys(DRAFTERS, 0)
+    trees = dict.fromkeys(DRAFTERS, 0)
+    run(engine, prompts, new, drawn, CLOCKS[clock])  # reads the prompts, and warms everything up
+    for _ in range(turns):
+        for name, make in DRAFTERS.items():
+            engine.speculate(make())
+            before = engine.stats()
+            spent, outputs[name] = run(engine, prompts, new, drawn, CLOCKS[clock])
+            after = engine.stats()
+            drafted[name] += after.drafted_tokens - before.drafted_tokens
+            accepted[name] += after.accepted_tokens - before.accepted_tokens
+            trees[name] += after.drafted_trees - before.drafted_trees
+            seconds[name].append(spent)
+    engine.speculate(None)
+    plain, tokens = statistics.median(seconds["plain"]), len(prompts) * (new - 1)
+    return [
+        {
+            "batch": len(prompts),
+            "drafts": name,
+            "new_tokens": new,
+            "plain_tokens_per_second": round(tokens / plain, 2),
+            "lookup_tokens_per_second": round(tokens / statistics.median(seconds[name]), 2),
+            "times_plain": round(plain / statistics.median(seconds[name]), 3),
+            "drafted_per_token": round(drafted[name] / turns / tokens, 3),
+            "trees_per_token": round(trees[name] / turns / tokens, 3),
+            "accepted_of_drafted": round(accepted[name] / max(1, drafted[name]), 3),
+            "same": round(same_tokens(outputs["plain"], outputs[name]), 4),
+        }
+        for name in DRAFTERS
+        if name != "plain"
+    ]
 
 
 def main() -> None:
@@ -102,22 +119,20 @@ def main() -> None:
     engine = kvpass.compile(load(), kvpass.CacheConfig(memory="256MiB", max_length=1024))
     text = read_held_out(CHECKPOINT)[0].tolist()
     table = Table(title=f"prompt lookup, tokens per second of {options.clock} time, {options.threads} threads")
-    for name in ("requests", "batch", "plain", "prompt lookup", "times plain", "drafted per token", "right", "same"):
+    columns = ("requests", "batch", "drafts", "plain", "prompt lookup", "times plain", "drafted", "right", "same")
+    for name in columns:
         table.add_column(name, justify="right")
     rows = []
     started = time.monotonic()
     for kind in ("copied", "greedy", "drawn"):
         for batch in BATCHES:
             prompts = make_prompts(text, kind, batch)
-            row = compare(engine, prompts, options.new_tokens, options.turns, kind == "drawn", options.clock)
-            rows.append({"requests": kind, **row})
-            table.add_row(
-                kind,
-                str(batch),
-                f"{row['plain_tokens_per_second']:.1f}",
-                f"{row['lookup_tokens_per_second']:.1f}",
-                *(f"{row[name]:.2f}" for name in ("times_plain", "drafted_per_token", "accepted_of_drafted", "same")),
-            )
+            drawn = kind == "drawn"
+            for row in compare(engine, prompts, options.new_tokens, options.turns, drawn, options.clock):
+                rows.append({"requests": kind, **row})
+                figures = ("times_plain", "drafted_per_token", "accepted_of_drafted", "same")
+                speeds = (f"{row[f'{name}_tokens_per_second']:.1f}" for name in ("plain", "lookup"))
+                table.add_row(kind, str(batch), row["drafts"], *speeds, *(f"{row[name]:.2f}" for name in figures))
     output().print(table)
     chosen = {name: getattr(options, name) for name in ("new_tokens", "turns", "threads", "clock")}
     chosen["seconds"] = round(time.monotonic() - started)
