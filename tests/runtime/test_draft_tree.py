@@ -7,7 +7,7 @@ import torch
 from kvpass.errors import InputError
 from kvpass.kernels.formats import FORMATS
 from kvpass.kernels.row_moves import move_rows
-from kvpass.runtime.batch import build_step_inputs
+from kvpass.runtime.batch import BatchBuilder
 from kvpass.runtime.draft_tree import DraftTree, chain, merge_paths
 from kvpass.runtime.prompt_lookup import PromptLookup
 from kvpass.runtime.row_moves import rows_to_move
@@ -47,7 +47,7 @@ def test_a_step_with_a_tree_has_positions_by_depth_slots_by_place_and_the_ancest
     drafted.propose(*TREE)
     for sequence, blocks in ((drafted, [9, 4]), (plain, [2])):
         sequence.tables[0].extend(blocks)
-    inputs = build_step_inputs(step_of(drafted, plain), 4)
+    inputs = BatchBuilder(4).build(step_of(drafted, plain))
     assert inputs.token_ids.tolist() == [3, *TREE.tokens, 5]
     assert inputs.positions.tolist() == [2, 3, 4, 3, 4, 4, 1]
     assert inputs.slot_mapping.tolist() == [[38, 39, 16, 17, 18, 19, 9]]
@@ -55,7 +55,7 @@ def test_a_step_with_a_tree_has_positions_by_depth_slots_by_place_and_the_ancest
     shown = [[0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4], [0, 3, 5], [0]]
     assert [row.nonzero().flatten().tolist() for row in inputs.tree_mask] == shown
     drafted.propose([5, 6], [-1, 0])
-    assert build_step_inputs(step_of(drafted, plain), 4).tree_mask is None
+    assert BatchBuilder(4).build(step_of(drafted, plain)).tree_mask is None
 
 
 @pytest.mark.parametrize(
