@@ -18,10 +18,12 @@ struct Upcoming {
     int64_t bytes = 0;
     int count = 0;
 
-    INLINE void fetch(int first, int rows_now) const {
+    // Fetches bytes [begin, end) of rows from `first` on.
+    INLINE void fetch(int first, int rows_now, int64_t begin = 0, int64_t end = INT64_MAX) const {
         int last = first + rows_now < count ? first + rows_now : count;
+        if (end > bytes) end = bytes;
         for (int j = first; j < last; j++)
-            for (int64_t b = 0; b < bytes; b += 64) prefetch(rows[j] + b);
+            for (int64_t b = begin; b < end; b += 64) prefetch(rows[j] + b);
     }
 };
 
@@ -70,13 +72,14 @@ INLINE void direct_stripe(
     const float* weights, const uint8_t* const* values, int count, int64_t d, int64_t tail, float* out,
     int64_t out_stride, const Upcoming& upcoming
 ) {
+    constexpr int64_t size = kElementBytes<F>;
     vf sums[R][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) sums[r][v] = load<vf>(out + r * out_stride + d + v * kLanes);
     for (int j = 0; j < count; j++) {
-        upcoming.fetch(j, 1);
+        upcoming.fetch(j, 1, size * d, size * (d + NV * kLanes));
         vf element[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++)
@@ -101,13 +104,12 @@ INLINE void direct_values(
     const Upcoming& upcoming
 ) {
     constexpr int NV = kLanes == 16 ? 4 : 2;
-    const Upcoming none;
     int64_t d = 0;
     for (; d + NV * kLanes <= dim; d += NV * kLanes)
-        direct_stripe<F, R, NV>(weights, values, count, d, 0, out, out_stride, d == 0 ? upcoming : none);
+        direct_stripe<F, R, NV>(weights, values, count, d, 0, out, out_stride, upcoming);
     for (; d < dim; d += kLanes)
         direct_stripe<F, R, 1>(
-            weights, values, count, d, d + kLanes <= dim ? 0 : dim - d, out, out_stride, d == 0 ? upcoming : none
+            weights, values, count, d, d + kLanes <= dim ? 0 : dim - d, out, out_stride, upcoming
         );
 }
 
@@ -199,6 +201,7 @@ INLINE void dot_values(
     const uint32_t* weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
     const Upcoming& upcoming
 ) {
+    constexpr int64_t size = kElementBytes<F>;
     for (int64_t d = 0; d < dim; d += 64) {
         bool wide = d + 64 <= dim;
         __m512 sums[R][4];
@@ -208,7 +211,7 @@ INLINE void dot_values(
             for (int v = 0; v < 4; v++)
                 sums[r][v] = v < 2 || wide ? _mm512_loadu_ps(out + r * out_stride + d + 16 * v) : _mm512_setzero_ps();
         for (int j = 0; j < count; j += 2) {
-            if (d == 0) upcoming.fetch(j, 2);
+            upcoming.fetch(j, 2, size * d, size * (d + 64));
             __m512bh element[4];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {

@@ -129,7 +129,7 @@ INLINE void word_values(
 #pragma GCC unroll 4
             for (int v = 0; v < 4; v++) sums[r][v] = _mm512_setzero_si512();
         for (int j = 0; j < count; j += 2) {
-            if (d == 0) upcoming.fetch(j, 2);
+            upcoming.fetch(j, 2, d, d + 64);
             __m512i a = words_of(values[j] + d), b = words_of(values[j + 1] + d);
             __m512i c = words_of(values[j] + second), e = words_of(values[j + 1] + second);
             __m512i element[4] = {
