@@ -14,6 +14,7 @@ from kvpass.fx_passes.arrange import arrange
 from kvpass.fx_passes.axes import Factor, Kind
 from kvpass.fx_passes.clean_up import clean_up
 from kvpass.fx_passes.find_positions import SOURCE, PositionSource, Tabulated
+from kvpass.fx_passes.fold_rotations import FoldedRotation, derived_bytes, fold_rotations
 from kvpass.fx_passes.fuse_writes import fuse_writes
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
 from kvpass.fx_passes.merge_projections import merge_projections
@@ -38,22 +39,28 @@ class PagedGraph:
         plan: the caches.
         observed: the same, but returns a tuple: the logits, and the result ``[1, Hq, T, Dv]`` of each attention.
         site_names: the attentions in the order of ``observed``.
+        rotations: what became of the rotations around the caches.
+        derived_bytes: of the weights that rotations are part of, beside the model's own.
     """
 
     module: GraphModule
     plan: CachePlan
     observed: GraphModule
     site_names: tuple[str, ...]
+    rotations: tuple[FoldedRotation, ...] = ()
+    derived_bytes: int = 0
 
 
-def insert_cache(captured: CapturedGraph, plan: GraphPlan, fuse: bool = False) -> PagedGraph:
+def insert_cache(captured: CapturedGraph, plan: GraphPlan, fuse: bool = False, fold: bool = True) -> PagedGraph:
     """Rewrite a planned graph to paged form; ``captured`` is used up.
 
     Before: ``kvpass::dense_attention`` over sequences; positions counted from the length.
     After: token ids are ``[1, T]``: the tokens of all sequences of the step in one row. Keys and values are written
         to their cache by ``kvpass::write_cache``, attention is ``kvpass::paged_attention``, positions are an input,
         and only the rows asked for go through what follows the last attention. With ``fuse``, what stands before a
-        write is part of it where it can be, see :func:`~kvpass.fx_passes.fuse_writes.fuse_writes`.
+        write is part of it where it can be, see :func:`~kvpass.fx_passes.fuse_writes.fuse_writes`; with ``fold``,
+        rotations are part of the weights where they can be, see
+        :func:`~kvpass.fx_passes.fold_rotations.fold_rotations`.
     Requires: that no pass refused.
     """
     device = captured.input_ids.meta["val"].device
@@ -74,15 +81,18 @@ def insert_cache(captured: CapturedGraph, plan: GraphPlan, fuse: bool = False) -
         captured.graph.erase_node(site.node)
     captured.tidy()
     select_logits(captured, step["logits_index"])
-    cache_plan = store_in_formats(captured, plan.cache_plan, plan.formats)
-    observed = _observe(captured, results, fuse)
-    return PagedGraph(captured.module, cache_plan, observed, tuple(site.name for site in plan.sites))
-
-
-def _observe(captured: CapturedGraph, results: list[Node], fuse: bool) -> GraphModule:
-    """Clean the graph up, and make the module that also returns ``results``."""
+    cache_plan, rotations = store_in_formats(captured, plan.cache_plan, plan.formats)
     end = next(node for node in reversed(captured.graph.nodes) if node.op == "output")
     end.args = ((captured.output, *results),)
+    folded = fold_rotations(captured, rotations) if fold else []
+    size = derived_bytes(captured)
+    observed = _observe(captured, end, fuse)
+    names = tuple(site.name for site in plan.sites)
+    return PagedGraph(captured.module, cache_plan, observed, names, tuple(folded), size)
+
+
+def _observe(captured: CapturedGraph, end: Node, fuse: bool) -> GraphModule:
+    """Clean the graph up, and make the module that returns all that ``end`` does; the graph itself gives logits."""
     clean_up(captured)
     merge_projections(captured)
     if fuse:

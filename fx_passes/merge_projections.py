@@ -56,7 +56,7 @@ def merge_projections(captured: CapturedGraph) -> int:
     merged = sum(_merge(captured, group) for group in groups.values() if len(group) > 1)
     if merged:
         captured.tidy()
-        _drop_unread(captured, before)
+        drop_unread(captured, before)
     return merged
 
 
@@ -191,7 +191,7 @@ def _read(captured: CapturedGraph, whole: nn.Parameter, like: Node) -> Node:
     return node
 
 
-def _drop_unread(captured: CapturedGraph, names: Sequence[str]) -> None:
+def drop_unread(captured: CapturedGraph, names: Sequence[str]) -> None:
     """Drop parameters from the rewritten module that its graph no longer reads."""
     read = {str(node.target) for node in captured.graph.nodes if node.op == "get_attr"}
     for name in dict.fromkeys(names):

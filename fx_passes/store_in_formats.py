@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kvpass.fx_passes.fold_rotations import OUTPUT, RowRotation
 from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call
 from kvpass.kernels.formats import CacheFormat, find_format
 from kvpass.types import CachePlan
@@ -62,8 +63,12 @@ class StoredTensor:
         return f"_scale_{self.placeholder.name}" if self.form.name in SCALED_BY_HEAD else None
 
 
-def store_in_formats(captured: CapturedGraph, plan: CachePlan, formats: Sequence[tuple[str, str]]) -> CachePlan:
-    """Rewrite a graph whose caches are inserted so that they are stored in ``formats``; gives the plan of the result.
+def store_in_formats(
+    captured: CapturedGraph, plan: CachePlan, formats: Sequence[tuple[str, str]]
+) -> tuple[CachePlan, list[RowRotation]]:
+    """Rewrite a graph whose caches are inserted so that they are stored in ``formats``.
+
+    Gives the plan of the result, and the rotations that were put around the ops.
 
     Before: caches that hold what is written exactly, or in a wide float format.
     After: caches in their formats, with rotations and scales of heads around the ops where a format has them. With
@@ -88,13 +93,14 @@ def store_in_formats(captured: CapturedGraph, plan: CachePlan, formats: Sequence
         if getattr(old, f"{part}_format") != getattr(new, f"{part}_format")
     }
     tensors = {tensor.placeholder: tensor for tensor in _stored_tensors(captured, stored, changed)}
+    rotations: list[RowRotation] = []
     for node in list(captured.graph.nodes):
         if is_call(node, ops.write_cache):
-            _surround_write(captured, node, tensors)
+            _surround_write(captured, node, tensors, rotations)
         elif is_call(node, *READS):
-            _surround_read(captured, node, tensors)
+            _surround_read(captured, node, tensors, rotations)
     captured.tidy()
-    return stored
+    return stored, rotations
 
 
 def _stored_tensors(captured: CapturedGraph, plan: CachePlan, changed: set[str]) -> list[StoredTensor]:
@@ -119,7 +125,9 @@ def _stored_tensors(captured: CapturedGraph, plan: CachePlan, changed: set[str])
     return found
 
 
-def _surround_write(captured: CapturedGraph, write: Node, tensors: dict[Node, StoredTensor]) -> None:
+def _surround_write(
+    captured: CapturedGraph, write: Node, tensors: dict[Node, StoredTensor], rotations: list[RowRotation]
+) -> None:
     rows = list(write.args)
     formats = {}
     with captured.graph.inserting_before(write):
@@ -129,7 +137,7 @@ def _surround_write(captured: CapturedGraph, write: Node, tensors: dict[Node, St
                 continue
             row = write.args[i]
             assert isinstance(row, Node)
-            row = _rotate(captured, row, tensor.block, "store")
+            row = _rotate(captured, row, tensor, part, rotations)
             rows[i] = _scale_heads(captured, row, tensor, aten.div.Tensor)
             if tensor.name is not None:
                 formats[f"{part}_format"] = tensor.name
@@ -137,7 +145,9 @@ def _surround_write(captured: CapturedGraph, write: Node, tensors: dict[Node, St
     write.kwargs = {**write.kwargs, **formats}
 
 
-def _surround_read(captured: CapturedGraph, read: Node, tensors: dict[Node, StoredTensor]) -> None:
+def _surround_read(
+    captured: CapturedGraph, read: Node, tensors: dict[Node, StoredTensor], rotations: list[RowRotation]
+) -> None:
     """Queries are turned and scaled as the keys are not, and the output back as the values were."""
     latent = is_call(read, ops.latent_attention)
     keys = tensors.get(read.args[1])  # type: ignore[arg-type]
@@ -147,7 +157,7 @@ def _surround_read(captured: CapturedGraph, read: Node, tensors: dict[Node, Stor
         query = read.args[0]
         assert isinstance(query, Node)
         with captured.graph.inserting_before(read):
-            query = _rotate(captured, query, keys.block, "read")
+            query = _rotate(captured, query, keys, "query", rotations)
             query = _scale_heads(captured, query, keys, aten.mul.Tensor)
         read.args = (query, *read.args[1:])
         formats["format" if latent else "key_format"] = keys.name
@@ -155,7 +165,7 @@ def _surround_read(captured: CapturedGraph, read: Node, tensors: dict[Node, Stor
         if not latent:
             formats["value_format"] = values.name
         with captured.graph.inserting_before(read.next):
-            result = _rotate(captured, read, values.block, "read")
+            result = _rotate(captured, read, values, OUTPUT, rotations)
             result = _scale_heads(captured, result, values, aten.mul.Tensor)
         if result is not read:
             inside = _between(read, result)
@@ -172,20 +182,24 @@ def _between(first: Node, last: Node) -> set[Node]:
     return found
 
 
-def _rotate(captured: CapturedGraph, rows: Node, block: int, way: str) -> Node:
+def _rotate(captured: CapturedGraph, rows: Node, tensor: StoredTensor, role: str, rotations: list[RowRotation]) -> Node:
     """Rows ``[T, H, D]`` times the block diagonal Hadamard matrix; storing and reading cancel each other."""
+    block = tensor.block
     if block == 1:
         return rows
-    power = block.bit_length() - 1
-    factor = 2.0 ** -(power // 2 if way == "read" else power - power // 2)
+    power, way = block.bit_length() - 1, "read" if role in ("query", OUTPUT) else "store"
+    turn = hadamard(block) * 2.0 ** -(power // 2 if way == "read" else power - power // 2)
     like = rows.meta["val"]
-    matrix = _buffer(captured, f"_hadamard_{block}_{way}_{str(like.dtype)[6:]}", hadamard(block) * factor, rows)
+    matrix = _buffer(captured, f"_hadamard_{block}_{way}_{str(like.dtype)[6:]}", turn, rows)
     heads, width = int(like.shape[1]), int(like.shape[2])
     if width == block:
-        return emit(captured, aten.matmul.default, rows, matrix, like=rows)
-    cut = emit(captured, aten.reshape.default, rows, [-1, heads, width // block, block], like=rows)
-    turned = emit(captured, aten.matmul.default, cut, matrix, like=rows)
-    return emit(captured, aten.reshape.default, turned, [-1, heads, width], like=rows)
+        nodes = [emit(captured, aten.matmul.default, rows, matrix, like=rows)]
+    else:
+        nodes = [emit(captured, aten.reshape.default, rows, [-1, heads, width // block, block], like=rows)]
+        nodes.append(emit(captured, aten.matmul.default, nodes[-1], matrix, like=rows))
+        nodes.append(emit(captured, aten.reshape.default, nodes[-1], [-1, heads, width], like=rows))
+    rotations.append(RowRotation(tensor.placeholder.name, role, rows, tuple(nodes), matrix, turn))
+    return nodes[-1]
 
 
 def _scale_heads(captured: CapturedGraph, rows: Node, tensor: StoredTensor, op: Any) -> Node:

@@ -48,7 +48,8 @@ def compile(
     Args:
         model: a decoder whose forward takes token ids int64 ``[batch, length]`` (and ``position_ids``, where it
             demands them) and returns logits ``[batch, length, V]``: a tensor, an object with ``.logits``, a dict, or a
-            tuple. In eval mode, on one device. Its parameters are used as they are, not copied.
+            tuple. In eval mode, on one device. Its parameters are used as they are, not copied, but for those that
+            rotations of int4 and k4v2 caches are folded into, see ``CacheConfig(fold_rotations=...)``.
         config: formats and size of the cache.
         example_inputs: token ids ``[B, S]``, or a pair of token ids and position ids when the model should be captured
             with position ids that it takes but does not demand. The token ids are also what fp8 caches are
@@ -196,9 +197,11 @@ def rewrite(
         max_length_reason=plan.cache_plan.max_length_reason,
         forbidden_tokens=plan.cache_plan.forbidden_tokens,
     )
-    paged = exact = insert_cache(captured, plan, fuse=has_kernel("norm_rotary_write", device.type))
+    fuse = has_kernel("norm_rotary_write", device.type)
+    paged = exact = insert_cache(captured, plan, fuse, config.fold_rotations)
     after = count_nodes(paged.module.graph)
     report = replace(report, calls=(before[0], after[0]), launches=(before[1], after[1]))
+    report = replace(report, rotations=paged.rotations, derived_bytes=paged.derived_bytes)
     lossy = paged.plan != plan.cache_plan
     if lossy:
         exact = with_exact_formats(paged, plan.cache_plan)

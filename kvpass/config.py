@@ -75,6 +75,8 @@ class CacheConfig:
         max_sequences: sequences that run at once; more are queued.
         recompute: store whatever is narrowest, such as the hidden state, even where an attention over it costs more
             than the bytes saved; what follows from it is computed again at every step.
+        fold_rotations: rotations around int4 and k4v2 caches are part of the weights where the graph allows it, which
+            then are copies: a later change of the model's own does not count there. False keeps them in every step.
         max_length: longest sequence that will be asked for. Needed only where a bias has to be tabulated, or a mask
             could not be proven for every length; by default the model's own limit, or 2048.
         eviction: which cached blocks make room first: of :data:`EVICTION_POLICIES`, those released longest ago, taken
@@ -100,6 +102,7 @@ class CacheConfig:
     max_batch_tokens: int = 2048
     max_sequences: int = 256
     recompute: bool = False
+    fold_rotations: bool = True
     max_length: int | None = None
     eviction: str = "lru"
     scrub: bool = False
@@ -126,6 +129,8 @@ class CacheConfig:
                 continue
             if not _is_count(value):
                 raise ConfigError(f"{name}={value!r} is not a whole number of at least 1")
+        if not isinstance(self.fold_rotations, bool):
+            raise ConfigError(f"fold_rotations={self.fold_rotations!r} is neither True nor False")
         self._check_forgetting()
 
     def _check_tiers(self) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from kvpass.fx_passes.fold_rotations import FoldedRotation
 from kvpass.types import Refusal
 
 
@@ -103,6 +104,8 @@ class RewriteReport:
         calls: calls in the captured graph, and in the graph of one paged step.
         launches: the same, without views and sizes.
         calibration: scales of the heads of fp8 caches, by cache and part.
+        rotations: around int4 and k4v2 caches, each in the weights or, with the reason, in every step.
+        derived_bytes: weights that rotations are part of, beside the model's own.
     """
 
     sites: tuple[SiteReport, ...] = ()
@@ -115,6 +118,8 @@ class RewriteReport:
     calls: tuple[int, int] | None = None
     launches: tuple[int, int] | None = None
     calibration: dict[str, list[float]] = field(default_factory=dict)
+    rotations: tuple[FoldedRotation, ...] = ()
+    derived_bytes: int = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -139,6 +144,7 @@ class RewriteReport:
         if self.sites:
             parts.append(self._table())
             parts.append(Text(self._totals()))
+            parts += [Text(line) for line in self._rotations()]
         for refusal in self.refusals:
             parts.append(Text(f"refused by {refusal.pass_name}: {refusal}", style="bold red"))
         if self.verification is not None:
@@ -186,6 +192,19 @@ class RewriteReport:
             return cache
         calls, launches = (f"{first} -> {last}" for first, last in (self.calls, self.launches))
         return f"{cache}\ngraph: {calls} calls, {launches} of them computations"
+
+    def _rotations(self) -> list[str]:
+        """How many rotations are in the weights, and what keeps the others out, each reason once."""
+        if not self.rotations:
+            return []
+        kept = [rotation for rotation in self.rotations if rotation.reason]
+        folded = len(self.rotations) - len(kept)
+        lines = [f"rotations: {folded} in weights of {self.derived_bytes} bytes, {len(kept)} in every step"]
+        for role in dict.fromkeys(rotation.role for rotation in kept):
+            first, *more = [rotation for rotation in kept if rotation.role == role]
+            others = f", and {len(more)} like it" if more else ""
+            lines.append(f"  {role} of {first.module_path or 'the model'}{others}: {first.reason}")
+        return lines
 
 
 def _errors(site: SiteReport) -> str:

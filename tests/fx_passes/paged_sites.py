@@ -1,12 +1,13 @@
 """A small model rewritten in float64, and what each of its attentions gives before and after."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.bind import PagedModule
+from kvpass.fx_passes.exact_formats import with_exact_formats
 from kvpass.fx_passes.insert_cache import PagedGraph, insert_cache
 from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.plan_cache import GraphPlan, plan_cache
@@ -19,29 +20,36 @@ CONFIG = CacheConfig(dtype="float32", block_size=4)
 
 @dataclass
 class Rewritten:
-    """A float64 model, rewritten; and what each attention gives, in the original and in the rewritten graph."""
+    """A float64 model, rewritten; and what it and each attention give, in the original and in the rewritten graph."""
 
     model: nn.Module
     plan: GraphPlan
     paged: PagedGraph
     wanted: list[Tensor]
     got: list[Tensor]
+    wanted_logits: Tensor
+    got_logits: Tensor
 
 
-def rewrite(model: nn.Module, config: CacheConfig) -> Rewritten:
-    """Run both graphs over 11 tokens, the rewritten one in steps of 6, 4 and 1; caches are float64 as well."""
+def rewrite(model: nn.Module, config: CacheConfig, stored: str | None = None) -> Rewritten:
+    """Run both graphs over 11 tokens, the rewritten one in steps of 6, 4 and 1; caches are float64 as well.
+
+    With `stored` the graph is made for caches of that format, which are exact in that run nevertheless.
+    """
     graph = captured(model)
     assert run_passes(graph, passes(config)).refusals == []
     plan = plan_cache(graph, config, VOCAB)
+    plan = plan if stored is None else replace(plan, formats=((stored, stored),) * len(plan.formats))
     reference = reference_graph(graph, [site.node.name for site in plan.sites])
     ids = torch.arange(11) * 7 % VOCAB
     paged = insert_cache(graph, plan)
-    module = PagedModule(paged)
+    exact = with_exact_formats(paged, plan.cache_plan)
+    module = PagedModule(exact)
     shapes = [((3, s.num_kv_heads, 4, s.key_dim), (3, s.num_kv_heads, 4, s.value_dim)) for s in plan.cache_plan.caches]
     caches = [tuple(torch.full(shape, float("nan"), dtype=torch.float64) for shape in pair) for pair in shapes]
     parts: list[list[Tensor]] = []
     with torch.no_grad():
-        wanted = reference(ids[None])[1:]
+        wanted = reference(ids[None])
         for start, end in ((0, 6), (6, 10), (10, 11)):
             where = torch.arange(start, end)
             counts = torch.tensor([0, end - start])
@@ -54,6 +62,7 @@ def rewrite(model: nn.Module, config: CacheConfig) -> Rewritten:
                 counts,
                 where - start,
             )
-            parts.append(paged.observed(*module.arguments(step, caches))[1:])
-    got = [torch.cat(site, 2) for site in zip(*parts, strict=True)]
-    return Rewritten(model, plan, paged, list(wanted), got)
+            parts.append(exact.observed(*module.arguments(step, caches)))
+    logits, *sites = zip(*parts, strict=True)
+    got = [torch.cat(site, 2) for site in sites]
+    return Rewritten(model, plan, paged, list(wanted[1:]), got, wanted[0], torch.cat(logits, 1))

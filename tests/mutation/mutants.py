@@ -12,7 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import kvpass
@@ -31,12 +31,14 @@ class Mutant:
         old: text that occurs once in the function.
         new: what takes its place.
         probe: the decoder on which it must show; one that must be refused where the fault weakens a proof.
+        dtype: format of the caches; tokens are compared only where it is exact.
     """
 
     where: str
     old: str
     new: str
     probe: str
+    dtype: str = "auto"
 
 
 MUTANTS: dict[str, Mutant] = {
@@ -197,6 +199,13 @@ MUTANTS: dict[str, Mutant] = {
     "fused norm without its epsilon": Mutant(
         "fuse_writes:_Fusion.fuse", "max(eps, default=0.0)", "1.0", "softcap and q/k norms"
     ),
+    # rotations around caches
+    "rotated rows of weights dropped": Mutant(
+        "fold_rotations:fold_rotations", "for each in derived:", "for each in ():", "GQA by repeat_interleave", "int4"
+    ),
+    "one rotated weight for all": Mutant(
+        "fold_rotations:_replace", "if derived.key not in known:", "if not known:", "gate per head", "int4"
+    ),
 }
 
 
@@ -254,7 +263,7 @@ def judge(mutant: Mutant) -> Caught:
     model = probe_of(mutant)(SEED)
     with planted(mutant):
         try:
-            engine = kvpass.compile(copy.deepcopy(model), CONFIG)
+            engine = kvpass.compile(copy.deepcopy(model), replace(CONFIG, dtype=mutant.dtype))
         except kvpass.VerificationError as error:
             return Caught("verification", next(line for line in str(error).splitlines() if "FAILED" in line))
         except kvpass.RefusedError as error:
@@ -262,6 +271,8 @@ def judge(mutant: Mutant) -> Caught:
             return Caught("refusal", f"{first.pass_name}: {first.reason}"[:160])
         except Exception as error:
             return Caught("crash", f"{type(error).__name__}: {error}"[:160])
+        if mutant.dtype != "auto":
+            return Caught("nothing")
         try:
             assert_tokens_equal(model, engine, ragged_prompts(VOCAB, lengths=(3, 44)), 8)
         except AssertionError as error:
