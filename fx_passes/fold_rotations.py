@@ -23,6 +23,7 @@ from kvpass.fx_passes.graph import (
 from kvpass.fx_passes.linear_maps import LinearMap, has_plain_parameters, parameters_of, read_linear_map
 from kvpass.fx_passes.merge_projections import drop_unread
 from kvpass.fx_passes.step_moves import TOKENS, NotMoved, StepMoves, is_step_move
+from kvpass.types import FoldedRotation
 
 ROUNDINGS = 16.0  # that results may be off, of the weights' dtype, relative to the largest
 OUTPUT = "output"
@@ -57,23 +58,6 @@ class RowRotation:
         block = len(self.matrix)
         turned: Tensor = rows.unflatten(-1, (-1, block)) @ self.matrix.to(rows.dtype)
         return turned.flatten(-2)
-
-
-@dataclass(frozen=True)
-class FoldedRotation:
-    """What became of a rotation.
-
-    Attributes:
-        cache: name of the cache's tensor in the graph, such as ``value_cache_0``.
-        role: what the rows are: "key", "value", "query" or "output".
-        module_path: module whose linear map the rotation is part of, or whose rows are rotated at each step.
-        reason: why they are; empty where the rotation is part of the weights.
-    """
-
-    cache: str
-    role: str
-    module_path: str
-    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)

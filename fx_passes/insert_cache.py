@@ -14,7 +14,7 @@ from kvpass.fx_passes.arrange import arrange
 from kvpass.fx_passes.axes import Factor, Kind
 from kvpass.fx_passes.clean_up import clean_up
 from kvpass.fx_passes.find_positions import SOURCE, PositionSource, Tabulated
-from kvpass.fx_passes.fold_rotations import FoldedRotation, derived_bytes, fold_rotations
+from kvpass.fx_passes.fold_rotations import derived_bytes, fold_rotations
 from kvpass.fx_passes.fuse_writes import fuse_writes
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
 from kvpass.fx_passes.merge_projections import merge_projections
@@ -24,7 +24,7 @@ from kvpass.fx_passes.select_logits import select_logits
 from kvpass.fx_passes.store_heads import StoredHeads
 from kvpass.fx_passes.store_in_formats import store_in_formats
 from kvpass.kernels.formats import find_format
-from kvpass.types import CachePlan
+from kvpass.types import CachePlan, FoldedRotation
 
 STEP_INPUTS = ("positions", "slot_mapping", "block_tables", "seq_lens", "query_start", "logits_index")
 

@@ -10,8 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from kvpass.fx_passes.fold_rotations import FoldedRotation
-from kvpass.types import Refusal
+from kvpass.types import FoldedRotation, Refusal
 
 
 @dataclass(frozen=True)

@@ -314,3 +314,20 @@ class Sampling:
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` -> ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class FoldedRotation:
+    """What became of a rotation around a cache.
+
+    Attributes:
+        cache: name of the cache's tensor in the graph, such as ``value_cache_0``.
+        role: what the rows are: "key", "value", "query" or "output".
+        module_path: module whose linear map the rotation is part of, or whose rows are rotated at each step.
+        reason: why they are; empty where the rotation is part of the weights.
+    """
+
+    cache: str
+    role: str
+    module_path: str
+    reason: str = ""

@@ -98,7 +98,11 @@ def test_only_formats_that_ask_for_it_put_ops_around_their_caches(engine: Engine
     divided = [is_call(beneath_moves(row), torch.ops.aten.div) for row in rows]
     assert divided == [True, True, False, True, False, False, False, False]
     rotations = [n for n in graph.nodes if n.op == "get_attr" and n.target.startswith("_hadamard_4_")]
-    assert len(rotations) == 4  # keys, queries, values and outputs of the third layer
+    assert len(rotations) == 2  # keys and queries of the third layer; those of values and outputs are in the weights
+    found = {rotation.role: rotation.reason for rotation in engine.report.rotations}
+    assert found["value"] == found["output"] == ""
+    assert "computes its rows" in found["key"] and "computes its rows" in found["query"]
+    assert f"rotations: 2 in weights of {engine.report.derived_bytes} bytes, 2 in every step" in str(engine.report)
 
 
 def beneath_moves(node: torch.fx.Node) -> torch.fx.Node:
