@@ -73,7 +73,6 @@ class _Derived:
     key: tuple[object, ...]
 
 
-@torch.no_grad()
 def fold_rotations(captured: CapturedGraph, rotations: Sequence[RowRotation]) -> list[FoldedRotation]:
     """Fold rotations into weights where the graph allows it; gives what became of each, in order.
 
@@ -90,18 +89,20 @@ def fold_rotations(captured: CapturedGraph, rotations: Sequence[RowRotation]) ->
     before = [str(node.target) for node in captured.graph.nodes if node.op == "get_attr"]
     known: dict[tuple[object, ...], str] = {}
     found = []
-    for rotation in rotations:
-        where, reason = module_path(rotation.rows, captured), ""
-        try:
-            derived = _fold_behind(captured, rotation) if rotation.role == OUTPUT else _fold_before(captured, rotation)
-        except NotMoved as error:
-            reason = str(error)
-        else:
-            _take_out(captured, rotation)
-            for each in derived:
-                where = module_path(each.projection.node, captured)
-                _replace(captured, each, known)
-        found.append(FoldedRotation(rotation.cache, rotation.role, where, reason))
+    with torch.no_grad():
+        for rotation in rotations:
+            where, reason = module_path(rotation.rows, captured), ""
+            try:
+                fold = _fold_behind if rotation.role == OUTPUT else _fold_before
+                derived = fold(captured, rotation)
+            except NotMoved as error:
+                reason = str(error)
+            else:
+                _take_out(captured, rotation)
+                for each in derived:
+                    where = module_path(each.projection.node, captured)
+                    _replace(captured, each, known)
+            found.append(FoldedRotation(rotation.cache, rotation.role, where, reason))
     if known:
         captured.tidy()
         drop_unread(captured, [*before, *(name for name, _ in captured.module.named_parameters() if is_derived(name))])

@@ -200,11 +200,15 @@ MUTANTS: dict[str, Mutant] = {
         "fuse_writes:_Fusion.fuse", "max(eps, default=0.0)", "1.0", "softcap and q/k norms"
     ),
     # rotations around caches
-    "rotated rows of weights dropped": Mutant(
-        "fold_rotations:fold_rotations", "for each in derived:", "for each in ():", "GQA by repeat_interleave", "int4"
+    "bias of rotated values left as it was": Mutant(
+        "fold_rotations:_replace",
+        "if derived.bias is None else _read",
+        "if True else _read",
+        "GPT-2 with a tril buffer slice",
+        "int4",
     ),
-    "one rotated weight for all": Mutant(
-        "fold_rotations:_replace", "if derived.key not in known:", "if not known:", "gate per head", "int4"
+    "rotated weights of one layer for all": Mutant(
+        "fold_rotations:_key", "projection.weight.target,", "None,", "GQA by repeat_interleave", "int4"
     ),
 }
 
