@@ -1,6 +1,6 @@
 """A million random operations on the scheduler, with every invariant checked after each.
 
-Games of 400 operations on machines of random sizes: submit (also several samples), step, propose, fork, finish, cancel
+Games of 400 operations on machines of random sizes: submit (also several samples, or beams), step, propose, fork, finish, cancel
 (also during a step), pin, evict, swap out and in (and lose what was swapped), deadlines, steps that fail, logits that
 break. The imaginary model reads every slot back through the block tables, so a block of two owners that one writes, or
 a wrong copy, gives wrong tokens at once. Any failure ends the run with the seed of its game.

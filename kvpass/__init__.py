@@ -18,6 +18,7 @@ from kvpass.errors import (
 from kvpass.fx_passes.bind import PagedModule
 from kvpass.handle import Handle
 from kvpass.report import RewriteReport, SiteReport
+from kvpass.runtime.beam_search import Beam
 from kvpass.runtime.prompt_lookup import PromptLookup
 from kvpass.runtime.requests import sample_seed
 from kvpass.types import AttentionSinks, CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs, TokenLogprobs
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionSinks",
+    "Beam",
     "CacheConfig",
     "CachePlan",
     "CacheSpec",

@@ -10,7 +10,7 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Lock, Thread
 
-from kvpass.request import News, wake_in
+from kvpass.request import News, Request, wake_in
 from kvpass.step_loop import StepLoop
 
 
@@ -52,6 +52,20 @@ class Driver:
                     # Another thread's step may have brought something while this one waited for the lock.
                     if not ready():
                         self._loop.step()
+
+    def complete(self, request: Request) -> None:
+        """Submit a request and wait for its end; an exception cancels it.
+
+        Raises:
+            KvpassError: if the request failed.
+        """
+        try:
+            self._loop.submit([request])
+            self.wait(request.news, lambda: request.ended)
+        finally:
+            self._loop.cancel([request])
+        if request.failure is not None:
+            raise request.failure
 
     async def wait_async(self, news: News, ready: Callable[[], bool]) -> None:
         """As :meth:`wait`, in a task of an asyncio loop."""

@@ -8,7 +8,7 @@ Whoever waits for a token computes the next step, and a step advances everybody'
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from collections.abc import Sequence as Ordered
 from contextlib import AbstractContextManager, closing
 from copy import deepcopy
@@ -23,6 +23,7 @@ from kvpass.driving import Driver
 from kvpass.errors import ConfigError, InputError
 from kvpass.handle import Handle
 from kvpass.request import News, Request
+from kvpass.runtime.beam_search import Beam, EarlyStopping, make_search
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.capacity import allocate_caches, bytes_per_block, divide_memory
 from kvpass.runtime.eviction import POLICIES
@@ -205,6 +206,47 @@ class Engine:
         first = Handle(requests[0], self._loop, self._driver, self._decode, tuple(handles))
         self._loop.submit(requests)
         return first
+
+    def beam_search(
+        self,
+        prompt: Ordered[int],
+        max_new_tokens: int,
+        *,
+        beams: int,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
+        eos_token_ids: Collection[int] | None = None,
+        namespace: str = "",
+    ) -> list[Beam]:
+        """The likeliest outputs of a prompt, the best first, as ``generate(num_beams=...)`` of transformers finds them.
+
+        Beams are forks: they share the blocks that they have in common. Other requests run beside them.
+
+        Args:
+            prompt: token ids.
+            max_new_tokens: most new tokens of an output.
+            beams: beginnings that are followed at once, and outputs that come back.
+            length_penalty: scores are log-probabilities over the length to the power of this.
+            early_stopping: True ends once there are ``beams`` outputs; False once the likeliest beam, as long as it is,
+                is no better than the worst of them; "never" once none could become better.
+            eos_token_ids: tokens that end an output; by default the model's.
+            namespace: blocks are shared with requests of the same namespace only.
+
+        Raises:
+            InputError: if an argument cannot be used, or the engine was closed.
+            CapacityError: if the pool is too small for one output even alone.
+            KvpassError: if the model gives logits with NaN or infinity.
+        """
+        sampling = Sampling(ignore_eos=True)
+        (root,) = sequences = make_samples(prompt, max_new_tokens, sampling, 1, self.plan, ())
+        set_service(sequences, 0, None, namespace, "")
+        self._check(sequences)
+        ends = self._eos_token_ids if eos_token_ids is None else eos_token_ids
+        search = make_search(root, self.plan, beams, length_penalty, early_stopping, ends)
+        self._driver.complete(Request(root, 0, News(pending=1), search=search))
+        if not search.is_done:
+            raise InputError("the engine was closed while it searched")
+        return search.found
 
     @property
     def drafter(self) -> Drafter | None:

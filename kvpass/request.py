@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from kvpass.runtime.beam_search import BeamSearch
 from kvpass.runtime.sequence import Sequence
 
 
@@ -48,6 +49,7 @@ class Request:
     Attributes:
         sequence: its tokens and blocks; the scheduler's from submission to the end.
         index: place of the prompt in its call.
+        search: what its beams are; None where it is one sequence from beginning to end.
         news: of the call.
         delivered: new tokens that were made known.
         latest: when the last of them was, or the request was made, by ``time.perf_counter``.
@@ -62,6 +64,12 @@ class Request:
     latest: float = field(default_factory=perf_counter)
     ended: bool = False
     failure: Exception | None = None
+    search: BeamSearch | None = None
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """What the scheduler has of it."""
+        return [self.sequence] if self.search is None else self.search.sequences
 
     def end(self, failure: Exception | None = None) -> None:
         """Note that nothing more will come, and wake who waits; once only."""

@@ -62,6 +62,8 @@ class StepLoop:
         self.speculator: Speculator | None = None
         self.latencies = Latencies()
         self.requests: dict[Sequence, Request] = {}
+        # Those of them that are searched with beams.
+        self._searching: list[Request] = []
         self.on_submit: Callable[[], object] = lambda: None
         self._closed = False
         # Held by whoever touches the scheduler. Not reentrant: see cancel.
@@ -110,7 +112,10 @@ class StepLoop:
         """Compute one step for whoever is in the scheduler. The lock is held."""
         started = drafted = time.perf_counter()
         if self.speculator is not None:
-            self.speculator.propose(self._scheduler.decoding)
+            decoding = self._scheduler.decoding
+            if self._searching:
+                decoding = [sequence for sequence in decoding if self.requests[sequence].search is None]
+            self.speculator.propose(decoding)
             drafted = time.perf_counter()
         step = self._scheduler.schedule()
         for sequence in step.expired:
@@ -128,7 +133,10 @@ class StepLoop:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
             inputs = self._batches.build(step)
-            tokens = choose_tokens(self._module(inputs, self.caches), step)
+            logits = self._module(inputs, self.caches)
+            tokens = choose_tokens(logits, step)
+            if self._searching:
+                tokens = self._note_beams(step, logits, tokens)
             if inputs.tree_mask is not None:
                 self._move_rows(step, tokens)
         if self.speculator is not None:
@@ -216,6 +224,8 @@ class StepLoop:
         while self._submitted:
             request = self._submitted[0]
             self.requests[request.sequence] = request
+            if request.search is not None and request not in self._searching:
+                self._searching.append(request)
             if request.sequence.state is SequenceState.NEW:
                 self._scheduler.add(request.sequence)
             self._submitted.popleft()
@@ -224,23 +234,82 @@ class StepLoop:
         while self._cancelled:
             self._drop(self._cancelled[0])
             self._cancelled.popleft()
+        for request in list(self._searching):
+            self._advance_beams(request)
         self._moves.flush()
 
     def _drop(self, requests: Ordered[Request], failure: Exception | None = None) -> None:
         """End requests before their time."""
-        self._scheduler.cancel([request.sequence for request in requests])
+        self._scheduler.cancel([sequence for request in requests for sequence in request.sequences])
         for request in requests:
             self._forget(request)
             request.end(failure)
 
     def _forget(self, request: Request) -> None:
-        self.requests.pop(request.sequence, None)
-        if self.speculator is not None:
-            self.speculator.forget(request.sequence)
+        for sequence in request.sequences:
+            self.requests.pop(sequence, None)
+            if self.speculator is not None:
+                self.speculator.forget(sequence)
+        if request.search is not None and request in self._searching:
+            self._searching.remove(request)
+
+    def _note_beams(self, step: Step, logits: Tensor, tokens: list[list[int] | None]) -> list[list[int] | None]:
+        """Hand the logits of beams to their searches; gives the tokens without theirs, which are chosen later."""
+        tokens, first = list(tokens), 0
+        rows: dict[Request, list[tuple[int, Sequence]]] = {}
+        for place, (sequence, drafted) in enumerate(zip(step.sampled, step.drafted, strict=True)):
+            request = self.requests[sequence]
+            if request.search is not None and tokens[place] is not None:
+                tokens[place] = []
+                rows.setdefault(request, []).append((first, sequence))
+            first += 1 + drafted
+        for request, found in rows.items():
+            assert request.search is not None
+            request.search.note([sequence for _, sequence in found], logits[[row for row, _ in found]])
+        return tokens
+
+    def _advance_beams(self, request: Request) -> None:
+        """Go on with the next beams of a search, if those before are all computed."""
+        search = request.search
+        assert search is not None
+        if search.is_changing:
+            self._drop([request], KvpassError("a beam search was interrupted while its beams changed: start it again"))
+        elif search.is_ready:
+            choices, beams = search.choose(), search.sequences
+            if not choices:
+                self._drop([request])
+                return
+            search.is_changing = True
+            parents = {choice.parent for choice in choices}
+            gone = [beam for place, beam in enumerate(beams) if place not in parents]
+            self._scheduler.cancel(gone)
+            chosen: list[Sequence] = []
+            for choice in choices:
+                beam = beams[choice.parent]
+                if beam in chosen:
+                    twin = beam.forked(beam.seed)
+                    beams.append(twin)
+                    self.requests[twin] = request
+                    self._scheduler.add_twins(beam, [twin])
+                    beam = twin
+                chosen.append(beam)
+            for beam, choice in zip(chosen, choices, strict=True):
+                self._scheduler.extend(beam, choice.token)
+            for beam in gone:
+                self.requests.pop(beam, None)
+            search.replace(chosen, choices)
+            search.is_changing = False
+            self._deliver(request)  # a token after which nothing can be computed has ended its beam
 
     def _deliver(self, request: Request) -> None:
         """Make new tokens known, and the end if it has come; what was delivered before is not repeated."""
         sequence, news = request.sequence, request.news
+        if request.search is not None:
+            broken = [beam for beam in request.sequences if beam.finish_reason == "error"]
+            if broken and not request.ended:
+                request.sequence = broken[0]
+                self._drop([request], KvpassError(self._why_failed(request)))
+            return
         new = sequence.output_from(request.delivered)
         if news.arrived is not None:
             news.arrived.extend((request.index, token) for token in new)

@@ -17,18 +17,25 @@ class Queues:
         running: those that hold blocks, in the order of rank.
         waiting: those that do not, but the following.
         followers: of each leader that has no new token yet, the samples that wait for it to compute their prompt.
+        parked: those that are held and were stopped; there is nothing to be computed of them.
     """
 
     def __init__(self, max_running: int) -> None:
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
         self.followers: dict[Sequence, list[Sequence]] = {}
+        self.parked: set[Sequence] = set()
         self._max_running = max_running
 
     @property
     def is_full(self) -> bool:
         """No more sequences may run."""
         return len(self.running) >= self._max_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Unfinished sequences that do not run."""
+        return len(self.waiting) + len(self.following) + len(self.parked)
 
     @property
     def following(self) -> list[Sequence]:
@@ -50,15 +57,20 @@ class Queues:
         return released
 
     def wait(self, sequence: Sequence) -> None:
-        """Queue a sequence that has a rank, for itself."""
+        """Queue a sequence that has a rank, for itself; one that is held is put where nobody looks for work."""
         sequence.leader = None
-        self.waiting.push(sequence)
+        if sequence.held:
+            self.parked.add(sequence)
+        else:
+            self.waiting.push(sequence)
+            self.parked.discard(sequence)
         sequence.state = SequenceState.WAITING
 
     def run(self, sequence: Sequence) -> None:
         """A waiting sequence runs from now on."""
         insort(self.running, sequence, key=rank_of)
         self.waiting.start(sequence)
+        self.parked.discard(sequence)
         sequence.state = SequenceState.RUNNING
 
     def stop_last(self) -> Sequence:
@@ -70,6 +82,7 @@ class Queues:
 
     def take_out(self, sequences: Collection[Sequence]) -> None:
         """Forget sequences, wherever they are. Of the followers of one the first computes the prompt for the others."""
+        self.parked -= set(sequences)
         for sequence in sequences:
             self.waiting.discard(sequence)
             if sequence.leader in self.followers:
@@ -86,13 +99,14 @@ class Queues:
 
     def make_all_wait(self) -> list[Sequence]:
         """Stop everybody; gives the unfinished sequences. May itself be interrupted and done again."""
-        known = (*self.running, *self.waiting, *self.following)
+        known = (*self.running, *self.waiting, *self.following, *self.parked)
         unfinished = {sequence for sequence in known if sequence.state is not SequenceState.FINISHED}
         for sequence in unfinished:
             self.wait(sequence)
         self.running, self.followers = [], {}
         for sequence in [s for s in self.waiting if s.state is SequenceState.FINISHED]:
             self.waiting.discard(sequence)
+        self.parked &= unfinished
         return list(unfinished)
 
     def check_integrity(self) -> None:
@@ -106,12 +120,15 @@ class Queues:
         _require(ranks == sorted(set(ranks)), "the running sequences are not in the order of their ranks")
         for sequence in self.running:
             _require(sequence.state is SequenceState.RUNNING, "a sequence runs that should not")
-            _require(sequence.num_tokens > sequence.num_computed, "a sequence runs that has nothing left to compute")
+            done = sequence.num_computed == sequence.num_tokens
+            _require(done == sequence.held, "a sequence runs that has nothing left to compute, and is not held")
         for leader, followers in self.followers.items():
             found = leader in self.waiting if leader.state is SequenceState.WAITING else leader in self.running
             _require(found and leader.num_output == 0, "samples wait for the prompt of one that does not compute it")
             _require(all(s.leader is leader for s in followers), "a sample waits for the prompt of another one")
-        for sequence in (*self.waiting, *self.following):
+        _require(all(s.held for s in self.parked), "a sequence that is not held was put aside")
+        _require(not any(s.held for s in self.waiting), "a sequence that is held waits for blocks")
+        for sequence in (*self.waiting, *self.following, *self.parked):
             _require(sequence.state is SequenceState.WAITING, "a sequence waits that should not")
             held = any(table.owned for table in sequence.tables)
             _require(not held and sequence.num_computed == 0, "a waiting sequence holds blocks")

@@ -95,7 +95,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that are queued, preempted ones included."""
-        return len(self._queues.waiting) + len(self._queues.following)
+        return self._queues.num_waiting
 
     @property
     def decoding(self) -> list[Sequence]:
@@ -146,15 +146,31 @@ class Scheduler:
         Raises:
             IntegrityError: if the sequence has ended, or was not added.
         """
+        twins = [sequence.forked(seed) for seed in seeds]
+        self.add_twins(sequence, twins)
+        return twins
+
+    def add_twins(self, sequence: Sequence, twins: Iterable[Sequence]) -> None:
+        """As :meth:`fork`, with sequences that ``sequence`` has made by :meth:`Sequence.forked`."""
         self._require_no_step("fork")
         _require(sequence.state in (SequenceState.RUNNING, SequenceState.WAITING), "only what is queued can be forked")
-        twins = [sequence.forked(seed) for seed in seeds]
         with self._changing():
             for twin in twins:
                 self._queues.waiting.rank_after(twin, sequence)
                 self._enter(twin)
                 self._run_beside(twin, sequence)
-        return twins
+
+    def extend(self, sequence: Sequence, token: int) -> None:
+        """Give a sequence that is held its next token; it goes on with the next step."""
+        self._require_no_step("extend")
+        _require(sequence.held and sequence.state is not SequenceState.FINISHED, "only what is held can be extended")
+        with self._changing():
+            sequence.held = False
+            sequence.append(token)
+            if sequence.state is SequenceState.FINISHED:
+                self._drop([sequence], sequence.finish_reason)
+            elif sequence.state is SequenceState.WAITING:
+                self._queues.wait(sequence)
 
     def schedule(self) -> Step:
         """Choose the next step and give its tokens their blocks; :meth:`commit` it once it is computed."""
@@ -173,14 +189,15 @@ class Scheduler:
         return step
 
     def commit(self, step: Step, tokens: Ordered[Ordered[int] | None]) -> None:
-        """Take note that ``step`` is computed, and of the new ``tokens`` of each of ``step.sampled``, at least one.
+        """Take note that ``step`` is computed, and of the new ``tokens`` of each of ``step.sampled``.
 
         What was computed of proposed tokens is kept as far as the new tokens are the proposed ones; of the others, and
         of the last one, nothing is computed yet. Tokens after the one that ends a sequence are dropped. None instead of
         tokens ends a sequence in error; what it registered is forgotten. Finished sequences give their blocks back.
+        With no tokens a sequence is held until :meth:`extend`.
         """
-        if step is not self._in_flight or len(tokens) != len(step.sampled) or [] in tokens:
-            raise IntegrityError("commit takes the step in flight, and at least one token for each sampled sequence")
+        if step is not self._in_flight or len(tokens) != len(step.sampled):
+            raise IntegrityError("commit takes the step in flight, and the tokens of each sampled sequence")
         with self._changing():
             self._note_computed(step)
             forked = self._fork_followers(step) if self._queues.followers else []
@@ -190,6 +207,8 @@ class Scheduler:
                 if new is None:
                     self._registry.forget_content(sequence)
                     sequence.finish("error")
+                elif not new:
+                    sequence.held, sequence.num_draft = True, 0
                 elif drafted or len(new) > 1:
                     self._accept(sequence, drafted, new)
                 else:

@@ -59,6 +59,8 @@ class Sequence:
         deadline: when it is ended unless it has ended before, on the scheduler's clock; None for never.
         namespace: blocks are shared with sequences of the same namespace only.
         leader: the sample of the same prompt that computes it for this one too; None once this one goes its own way.
+        held: all its tokens are computed, and it gets its next one from elsewhere: see
+            :meth:`kvpass.runtime.scheduler.Scheduler.extend`.
         rank: place in the order of service, given by the scheduler.
         state: where the sequence is in its life.
         finish_reason: why it finished; None before, and when it was cancelled.
@@ -89,6 +91,7 @@ class Sequence:
         "failure",
         "finish_reason",
         "forbidden_ids",
+        "held",
         "leader",
         "logprobs",
         "max_new_tokens",
@@ -135,6 +138,7 @@ class Sequence:
         self.namespace = ""
         self.ahead: Prefetch | None = None
         self.leader: Sequence | None = None
+        self.held = False
         self.rank: Rank | None = None
         self.state = SequenceState.NEW
         self.finish_reason: FinishReason | None = None
@@ -258,7 +262,7 @@ class Sequence:
             None if self.text is None else self.text.copy(),
         )
         twin._tokens = self._tokens.copy()
-        twin.num_tokens, twin.newest = self.num_tokens, self.newest
+        twin.num_tokens, twin.newest, twin.held = self.num_tokens, self.newest, self.held
         twin.logprobs = list(self.logprobs)
         twin.priority, twin.tenant = self.priority, self.tenant
         twin.deadline, twin.namespace = self.deadline, self.namespace

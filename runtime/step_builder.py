@@ -52,6 +52,10 @@ class StepBuilder:
         budget = self._advance(ranges)
         if budget is not None:
             self._admit(ranges, budget)
+        # Where all who run are held, they wait for somebody who has no room: they go, the last first, until he has.
+        while not ranges and self._queues.running and self._queues.waiting.first() is not None:
+            self._preempt()
+            self._admit(ranges, self._max_batch_tokens)
         return ranges
 
     def _advance(self, ranges: list[TokenRange]) -> int | None:
@@ -69,6 +73,8 @@ class StepBuilder:
         size = self._pool.block_size
         for sequence in running:  # preemption shortens the list from its end, never before the sequence at hand
             first, end = sequence.num_computed, sequence.num_tokens
+            if first == end:
+                continue  # it is held
             in_prefill = end - first > 1
             if not in_prefill and first % size and end % size and not (sequence.num_draft or sequence.shares_tail):
                 ranges.append(TokenRange(sequence, first, end))  # its block is there, and will not be full

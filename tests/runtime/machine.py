@@ -1,5 +1,8 @@
 """A machine that really reads and writes slots, and whose tokens depend on every one of them."""
 
+import random
+from dataclasses import dataclass
+
 import numpy as np
 
 from kvpass.runtime.block_pool import BlockPool
@@ -65,6 +68,25 @@ class HostMemory:
             self.discard(handle)
 
 
+@dataclass
+class Search:
+    """A beam search whose choices are drawn.
+
+    Attributes:
+        beams: sequences that are followed.
+        count: most of them at once.
+        steps: how often they still go on.
+        numbers: what draws who goes on, and with which token.
+        outputs: the tokens that each beam has got.
+    """
+
+    beams: list[Sequence]
+    count: int
+    steps: int
+    numbers: random.Random
+    outputs: dict[Sequence, list[int]]
+
+
 class Machine:
     """Scheduler, pool and the slots of imaginary caches, one for each group."""
 
@@ -91,6 +113,7 @@ class Machine:
         self.slots = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.sequences: list[tuple[Sequence, list[int]]] = []
         self.num_copied = 0
+        self.searches: list[Search] = []
 
     def block_view(self):
         return self.slots.reshape(-1, self.pool.block_size)
@@ -113,7 +136,45 @@ class Machine:
         self.sequences += [(twin, expected) for twin in twins]
         return twins
 
+    def add_beams(self, count, steps, numbers, prompt, **options):
+        """A search that follows up to ``count`` beams for so many steps, which go on as ``numbers`` will have it."""
+        root = self.add(prompt, steps + 1, **options)
+        self.sequences.pop()
+        self.searches.append(Search([root], count, steps, numbers, {root: list(root.output)}))
+        self.sequences.append((root, self.searches[-1].outputs[root]))
+
+    def held_later(self, sequence):
+        """Whether a sequence is a beam, which gets its tokens from :meth:`advance_beams`."""
+        return any(sequence in search.beams for search in self.searches)
+
+    def advance_beams(self):
+        """Where all beams of a search are held, some are forked, some are dropped, and each gets any token."""
+        for search in self.searches:
+            search.beams = [beam for beam in search.beams if beam.state is not SequenceState.FINISHED]
+            if not search.beams or not all(beam.held for beam in search.beams):
+                continue
+            search.steps -= 1
+            if search.steps < 0:
+                self.scheduler.cancel(search.beams)
+                continue
+            parents = search.numbers.choices(search.beams, k=search.numbers.randint(1, search.count))
+            self.scheduler.cancel([beam for beam in search.beams if beam not in parents])
+            beams = []
+            for parent in parents:
+                beam = parent
+                if parent in beams:
+                    (beam,) = self.scheduler.fork(parent, [0])
+                    search.outputs[beam] = list(search.outputs[parent])
+                    self.sequences.append((beam, search.outputs[beam]))
+                beams.append(beam)
+            for beam in beams:
+                search.outputs[beam].append(search.numbers.randrange(VOCABULARY))
+                self.scheduler.extend(beam, search.outputs[beam][-1])
+            search.beams = beams
+        self.searches = [search for search in self.searches if search.beams]
+
     def step(self):
+        self.advance_beams()
         step = self.scheduler.schedule()
         if step.ranges:
             self.compute(step)
@@ -173,6 +234,9 @@ class Machine:
         """For each sampled sequence the tokens that follow, as far as what was proposed is right, and one more."""
         found = []
         for sequence, drafted in zip(step.sampled, step.drafted, strict=True):
+            if self.held_later(sequence):
+                found.append([])
+                continue
             draft, new = sequence.draft[:drafted], [self.token_after(sequence, sequence.num_tokens - 1)]
             while len(new) <= drafted and new[-1] == draft[len(new) - 1]:
                 new.append(self.token_after(sequence, sequence.num_tokens - 1 + len(new)))
@@ -186,7 +250,7 @@ class Machine:
 
     def run(self, limit=10_000):
         steps = 0
-        while self.step().ranges:
+        while self.step().ranges or self.searches:
             self.scheduler.check_integrity()
             steps += 1
             assert steps < limit, "the scheduler does not come to an end"

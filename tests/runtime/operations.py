@@ -12,6 +12,7 @@ from tests.runtime.machine import Machine
 OPERATIONS = {
     "add": 30,
     "samples": 8,
+    "beams": 6,
     "step": 60,
     "propose": 20,
     "fork": 8,
@@ -75,19 +76,31 @@ def add(machine: Machine, numbers: random.Random, samples: int = 1) -> None:
         assert machine.pool.num_blocks < most
 
 
+def add_beams(machine: Machine, numbers: random.Random) -> None:
+    namespace = numbers.choice(("", "", "other"))
+    own = random.Random(numbers.random())
+    try:
+        machine.add_beams(numbers.randint(1, 4), numbers.randrange(9), own, random_prompt(numbers), namespace=namespace)
+    except CapacityError:
+        assert machine.pool.num_blocks < len(machine.windows) * machine.pool.blocks_for(LONGEST_PROMPT + MOST_NEW)
+
+
 def operate(machine: Machine, numbers: random.Random, name: str) -> None:
     """Do ``name`` to the machine, and check every invariant."""
     live = [s for s, _ in machine.sequences if s.state in (SequenceState.WAITING, SequenceState.RUNNING)]
+    plain = [sequence for sequence in live if not machine.held_later(sequence)]
     some = numbers.sample(live, min(len(live), 2))
     match name:
         case "add" if len(live) < MOST_LIVE:
             add(machine, numbers)
         case "samples" if len(live) < MOST_LIVE:
             add(machine, numbers, numbers.randint(2, 4))
-        case "fork" if live and len(live) < MOST_LIVE:
-            machine.fork(numbers.choice(live), numbers.randint(1, 3))
+        case "beams" if len(live) < MOST_LIVE:
+            add_beams(machine, numbers)
+        case "fork" if plain and len(live) < MOST_LIVE:
+            machine.fork(numbers.choice(plain), numbers.randint(1, 3))
         case "propose":
-            for sequence in live:
+            for sequence in plain:
                 machine.propose(sequence, numbers.randrange(5), numbers.randrange(3))
         case "finish":
             for _ in range(20):
