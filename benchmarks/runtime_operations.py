@@ -1,9 +1,9 @@
 """A million random operations on the scheduler, with every invariant checked after each.
 
-Games of 400 operations on machines of random sizes: submit (also several samples, or beams), step, propose, fork, finish, cancel
-(also during a step), pin, evict, swap out and in (and lose what was swapped), deadlines, steps that fail, logits that
-break. The imaginary model reads every slot back through the block tables, so a block of two owners that one writes, or
-a wrong copy, gives wrong tokens at once. Any failure ends the run with the seed of its game.
+Games of 400 operations on machines of random sizes: submit (also several samples, or beams), step, propose, fork,
+finish, cancel (also during a step), pin, evict, swap out and in (and lose what was swapped), deadlines, steps that
+fail, logits that break. The imaginary model reads every slot back through the block tables, so a block of two owners
+that one writes, or a wrong copy, gives wrong tokens at once. Any failure ends the run with the seed of its game.
 
 With ``--tiers`` freed blocks are wiped, evicted ones go to host memory and disk and back, prefixes are saved, and the
 process ends now and then: another one finds its files as they were at that moment.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
+import torch
 from torch import nn
 
 import kvpass
@@ -158,3 +159,40 @@ def test_a_quantised_cache_with_sharing_gives_the_tokens_of_one_without(dtype: s
             always_speculate(engine, drafter)
             assert engine.generate(family.prompts, 16) == expected
         assert engine.stats().drafted_trees > 0
+
+
+@pytest.mark.parametrize(
+    ("mix", "beams", "penalty", "stopping"),
+    [("shared", 4, 1.0, False), ("preempted and swapped", 3, 0.0, True), ("chunked, unshared", 2, 2.0, "never")],
+)
+def test_beams_are_those_of_transformers(
+    family: Family, mix: str, beams: int, penalty: float, stopping: bool | str
+) -> None:
+    prompt = family.prompts[-1]
+    free = family.engine().generate([prompt], 12, kvpass.Sampling(ignore_eos=True))[0]
+    ends = [free[3], free[6]]  # what the likeliest outputs come to soon
+    whole = family.model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        num_beams=beams,
+        num_return_sequences=beams,
+        do_sample=False,
+        max_new_tokens=12,
+        length_penalty=penalty,
+        early_stopping=stopping,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    expected = []
+    for row in whole.sequences[:, len(prompt) :].tolist():
+        length = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+        expected.append(row[:length])
+    engine = family.engine(**MIXES[mix])
+    found = engine.beam_search(
+        prompt, 12, beams=beams, length_penalty=penalty, early_stopping=stopping, eos_token_ids=ends
+    )
+    assert [beam.tokens for beam in found] == expected
+    torch.testing.assert_close(torch.tensor([beam.score for beam in found]), whole.sequences_scores)
+    engine.check_integrity()
