@@ -264,7 +264,8 @@ def test_a_step_in_flight_must_be_committed_first(make_machine):
         machine.scheduler.clear_prefix_cache,
         lambda: machine.scheduler.fork(sequence, [1]),
         lambda: machine.scheduler.commit(step, []),
-        lambda: machine.scheduler.commit(step, [[]]),
+        lambda: machine.scheduler.commit(step, [[0], [0]]),
+        lambda: machine.scheduler.extend(sequence, 0),
     ):
         with pytest.raises(IntegrityError):
             operation()

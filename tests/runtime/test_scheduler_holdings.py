@@ -192,3 +192,41 @@ def test_a_pin_gives_way_when_nothing_could_run_beside_it(make_machine):
     assert len(large.output) == 4 and len(machine.prefix.pins) == 0
     machine.check_outputs()
     machine.check_empty()
+
+
+def test_what_is_held_goes_on_once_it_is_extended(make_machine):
+    machine = make_machine(num_blocks=4, block_size=4, sharing=False)
+    held, other = machine.add([1, 2, 3], 9), machine.add([2] * 4, 9)
+    step = machine.scheduler.schedule()
+    machine.compute(step)
+    machine.scheduler.commit(step, [[], *machine.next_tokens(step)[1:]])
+    machine.scheduler.check_integrity()
+    while other.state is not SequenceState.FINISHED:
+        assert held not in [sequence for sequence, _, _ in machine.step().ranges]
+        machine.scheduler.check_integrity()
+    assert held.state is SequenceState.RUNNING and held.output == []
+    with pytest.raises(IntegrityError, match="only what is held"):
+        machine.scheduler.extend(other, 1)
+    machine.scheduler.extend(held, machine.sequences[0][1][0])
+    machine.run()
+    machine.check_outputs()
+    machine.check_empty()
+
+
+def test_what_is_held_makes_room_where_nobody_else_can_run(make_machine):
+    machine = make_machine(num_blocks=3, block_size=4, sharing=False, host_blocks=3)
+    held, other = machine.add([1] * 7, 5), machine.add([2] * 6, 5)
+    step = machine.scheduler.schedule()
+    machine.compute(step)
+    assert step.sampled == (held,)
+    machine.scheduler.commit(step, [[]])
+    assert [sequence for sequence, _, _ in machine.step().ranges] == [other]
+    machine.scheduler.check_integrity()
+    assert held.state is SequenceState.WAITING and machine.scheduler.num_waiting == 1
+    machine.run()
+    assert len(other.output) == 5 and held.output == []
+    machine.scheduler.extend(held, machine.sequences[0][1][0])
+    machine.run()
+    assert len(held.output) == 5
+    machine.check_outputs()
+    machine.check_empty()
