@@ -1,6 +1,7 @@
 """What forgetting tokens costs: how likely the shipped model finds its held-out text, by what is kept of the past.
 
-Texts are read token by token through the engine: a grammar allows only the token that comes next, and its
+Kept are the newest tokens beside the first ones (AttentionSinks), or fewer of them and those that have received the most
+attention (HeavyHitters), as many tokens in all. Texts are read token by token through the engine: a grammar allows only the token that comes next, and its
 log-probability by the model's own distribution is noted. What is kept bounds the blocks of a text, as the figures show.
 
     python -m benchmarks.token_eviction
@@ -23,7 +24,13 @@ from kvpass.terminal import output
 
 READ_BEFORE = 64  # tokens of a text that are given, the rest is scored
 BLOCK_SIZE = 16
-KEPT = ((None, 0), (128, 16))  # window and sinks in tokens; None for everything
+# What is kept of the past; all but the first keep as many tokens at most.
+KEPT: dict[str, kvpass.AttentionSinks | kvpass.HeavyHitters | None] = {
+    "everything": None,
+    "16 sinks, 128 newest": kvpass.AttentionSinks(128, 16, every=32),
+    "16 sinks, 64 heaviest, 64 newest": kvpass.HeavyHitters(64, 64, 16, every=32),
+    "16 sinks, 32 heaviest, 96 newest": kvpass.HeavyHitters(96, 32, 16, every=32),
+}
 
 
 def force(text: list[int]) -> Any:
@@ -31,9 +38,9 @@ def force(text: list[int]) -> Any:
     return lambda output: [text[READ_BEFORE + len(output)]]
 
 
-def measure(model: Any, texts: list[list[int]], window: int | None, sinks: int) -> dict[str, Any]:
+def measure(model: Any, texts: list[list[int]], kept: str) -> dict[str, Any]:
     """Perplexity of the texts, and of their last quarters, where most was forgotten."""
-    forgetting = None if window is None else kvpass.AttentionSinks(window, sinks)
+    forgetting = KEPT[kept]
     config = kvpass.CacheConfig(memory="256MiB", block_size=BLOCK_SIZE, forgetting=forgetting, prefix_sharing=False)
     engine = kvpass.compile(model, config, verify=False)
     handles = [
@@ -49,8 +56,7 @@ def measure(model: Any, texts: list[list[int]], window: int | None, sinks: int) 
     scores = [[entry.logprob for entry in handle.logprobs] for handle in handles]
     late = [row[3 * len(row) // 4 :] for row in scores]
     return {
-        "window": window,
-        "sinks": sinks,
+        "kept": kept,
         "perplexity": round(perplexity(scores), 4),
         "perplexity_of_last_quarter": round(perplexity(late), 4),
         "blocks_of_text": round(
@@ -74,14 +80,13 @@ def main() -> None:
     sizes = EvalSizes(text_tokens=options.texts * options.tokens, window=options.tokens, new_tokens=1)
     samples = eval_sets(loaded, None, sizes).samples
     texts = samples[0].input_ids[: options.texts].tolist()
-    rows = [measure(loaded.model, texts, window, sinks) for window, sinks in KEPT]
+    rows = [measure(loaded.model, texts, kept) for kept in KEPT]
     table = Table(title=f"{len(texts)} texts of {options.tokens} tokens, blocks of {BLOCK_SIZE}")
     for name in ("kept", "perplexity", "of the last quarter", "blocks of a text at most"):
         table.add_column(name, justify="right")
     for row in rows:
-        kept = "everything" if row["window"] is None else f"{row['sinks']} sinks, {row['window']} newest"
         cells = (f"{row['perplexity']:.3f}", f"{row['perplexity_of_last_quarter']:.3f}", f"{row['blocks_of_text']:.0f}")
-        table.add_row(kept, *cells)
+        table.add_row(row["kept"], *cells)
     output().print(table)
     chosen = {"texts": len(texts), "tokens": options.tokens, "block_size": BLOCK_SIZE}
     output().print(f"written to {write_result(options.results, 'token_eviction', chosen, rows)}", soft_wrap=True)

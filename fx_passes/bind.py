@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from kvpass.errors import InputError
 from kvpass.fx_passes.graph import aten, is_call
 from kvpass.fx_passes.insert_cache import PagedGraph
+from kvpass.fx_passes.mass_steps import with_mass
 from kvpass.fx_passes.tree_steps import with_tree_mask
 from kvpass.types import CachePlan, Refusal, StepInputs
 
@@ -70,6 +71,21 @@ class PagedModule(nn.Module):
         result = logits[0] if isinstance(logits, (tuple, list)) else logits
         assert isinstance(result, Tensor)
         return result[0]
+
+    @cached_property
+    def mass_step(self) -> GraphModule:
+        """The graph of steps that give the attention mass as well, made when it is first asked for."""
+        return with_mass(self.graph_module, self.plan.block_size)
+
+    def forward_with_mass(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, and the attention that blocks have received.
+
+        Returns:
+            logits ``[R, V]``; and float32 ``[N, W]``: for each entry of the block tables the weights that its tokens
+            got in this step, summed over tokens, query heads and attentions.
+        """
+        (logits, *_), mass = self.mass_step(*self.arguments(step, caches))
+        return logits[0], mass
 
     def arguments(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """The step as its graph takes it: token ids ``[1, T]``, the step's tensors, the caches' tensors."""

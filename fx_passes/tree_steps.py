@@ -35,33 +35,24 @@ def with_tree_mask(module: GraphModule) -> GraphModule | Refusal:
     places = [inputs[name] for name in PLACES]
     places += [user for place in places for user in place.users if is_call(user, aten.select.int)]
     for node in dict.fromkeys(user for place in places for user in place.users if user not in places):
-        if is_call(node, ops.paged_attention):
-            node.update_kwarg("tree_mask", mask)
-        elif is_call(node, ops.latent_attention):
-            _show_tree(graph, node, mask)
-        else:
+        if is_call(node, ops.latent_attention):
+            node = read_values_from_keys(graph, node)
+        if not is_call(node, ops.paged_attention):
             reason = "it asks for the places of tokens, which are not their positions where they are nodes of a tree"
             return Refusal(reason, describe(node), pass_name="with-tree-mask")
+        node.update_kwarg("tree_mask", mask)
     graph.lint()
     return GraphModule(module, graph)
 
 
-def _show_tree(graph: Graph, node: Node, mask: Node) -> None:
-    """Replace an attention over latents by one over keys that are read again as values, as far as they are values."""
+def read_values_from_keys(graph: Graph, node: Node) -> Node:
+    """Replace an attention over latents by one whose values are its keys, cut to what is a value; gives it."""
     named: dict[str, Any] = arguments(node)
     width, form, cache = named.pop("value_dim"), named.pop("format"), named.pop("cache")
+    caches = {"key_cache": cache, "value_cache": cache, "key_format": form, "value_format": form}
     with graph.inserting_before(node):
-        paged = graph.call_function(
-            ops.paged_attention.default,
-            kwargs={
-                **named,
-                "key_cache": cache,
-                "value_cache": cache,
-                "tree_mask": mask,
-                "key_format": form,
-                "value_format": form,
-            },
-        )
+        paged = graph.call_function(ops.paged_attention.default, kwargs={**named, **caches})
         values = graph.call_function(aten.slice.Tensor, (paged, 2, 0, width))
     node.replace_all_uses_with(values)
     graph.erase_node(node)
+    return paged

@@ -29,7 +29,7 @@ def verify_trees(module: PagedModule) -> Comparison:
     length = min(length, (module.plan.max_length or LONGEST) - len(PARENTS))
     if length < 2:
         return found
-    run = _Run(module, length)
+    run = OneSequence(module, length)
     drawn = run.tokens[length:]
     run.step(0, run.tokens[: length - 1])
     depths, visible = _tree(length - 1)
@@ -52,8 +52,13 @@ def _tree(position: int) -> tuple[Tensor, Tensor]:
     return positions, visible
 
 
-class _Run:
-    """One sequence of random tokens, as long as ``length`` and a tree, and its blocks."""
+class OneSequence:
+    """One sequence of random tokens, as long as ``length`` and a tree, and its blocks.
+
+    Attributes:
+        tokens: its token ids.
+        caches: keys and values of every cache.
+    """
 
     def __init__(self, module: PagedModule, length: int) -> None:
         self._module = module
@@ -64,17 +69,24 @@ class _Run:
         self.tokens = allowed[drawn].to(module.device)
         groups, blocks = len(plan.group_windows), -(-len(drawn) // size)
         self._tables = torch.randperm(groups * blocks, generator=generator).view(groups, 1, blocks).to(module.device)
-        self._caches = allocate_caches(plan.caches, groups * blocks, size, module.device)
-        for tensor in (tensor for pair in self._caches for tensor in pair):
+        self.caches = allocate_caches(plan.caches, groups * blocks, size, module.device)
+        for tensor in (tensor for pair in self.caches for tensor in pair):
             tensor.view(torch.uint8).fill_(255)  # NaN in every float format, and as a scale
 
     def step(
         self, start: int, tokens: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
     ) -> Tensor:
         """Logits ``[n, V]`` of ``tokens [n]`` in the places from ``start`` on."""
+        logits: Tensor = self._module(self.inputs(start, tokens, positions, visible), self.caches)
+        return logits.float()
+
+    def inputs(
+        self, start: int, tokens: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
+    ) -> StepInputs:
+        """The step of ``tokens [n]`` in the places from ``start`` on, all of whose logits are wanted."""
         device, size = self._module.device, self._module.plan.block_size
         places = torch.arange(start, start + len(tokens), device=device)
-        step = StepInputs(
+        return StepInputs(
             token_ids=tokens,
             positions=places if positions is None else positions.to(device),
             slot_mapping=self._tables[:, 0, places // size] * size + places % size,
@@ -84,5 +96,3 @@ class _Run:
             logits_index=torch.arange(len(tokens), device=device),
             tree_mask=None if visible is None else visible.to(device),
         )
-        logits: Tensor = self._module(step, self._caches)
-        return logits.float()

@@ -21,7 +21,17 @@ from kvpass.report import RewriteReport, SiteReport
 from kvpass.runtime.beam_search import Beam
 from kvpass.runtime.prompt_lookup import PromptLookup
 from kvpass.runtime.requests import sample_seed
-from kvpass.types import AttentionSinks, CachePlan, CacheSpec, MaskMeaning, Refusal, Sampling, StepInputs, TokenLogprobs
+from kvpass.types import (
+    AttentionSinks,
+    CachePlan,
+    CacheSpec,
+    HeavyHitters,
+    MaskMeaning,
+    Refusal,
+    Sampling,
+    StepInputs,
+    TokenLogprobs,
+)
 
 __version__ = "0.1.0"
 
@@ -37,6 +47,7 @@ __all__ = [
     "DraftEngine",
     "Engine",
     "Handle",
+    "HeavyHitters",
     "InputError",
     "IntegrityError",
     "KvpassError",

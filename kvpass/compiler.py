@@ -26,12 +26,13 @@ from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.plan_cache import GraphPlan, plan_cache
 from kvpass.fx_passes.token_mixers import convolutions_over_tokens
 from kvpass.fx_passes.verify import format_bound, reference_graph, verify
+from kvpass.fx_passes.verify_mass import verify_mass
 from kvpass.kernels.backends import has_kernel
 from kvpass.report import RewriteReport
 from kvpass.runtime.output_text import decode_of
 from kvpass.runtime.speculation import Drafter
 from kvpass.site_reports import site_reports, with_format_errors, with_verification
-from kvpass.types import Refusal
+from kvpass.types import HeavyHitters, Refusal
 
 
 def compile(
@@ -159,6 +160,14 @@ def check_forgetting(plan: GraphPlan) -> None:
             raise _refused([Refusal(reason, site.name, pass_name="plan-cache")])
 
 
+def check_mass(module: PagedModule, report: RewriteReport) -> None:
+    """Raise :class:`VerificationError` if steps that give the attention mass differ from those that do not."""
+    found = verify_mass(module)
+    if not found.passed:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors.items())
+        raise VerificationError(f"steps that weigh attention differ from those that do not: {errors}", report)
+
+
 def _refused(refusals: Sequence[Refusal], seconds: dict[str, float] | None = None) -> RefusedError:
     listed = "\n".join(f"- {refusal}" for refusal in refusals[:8])
     message = f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}"
@@ -215,6 +224,8 @@ def rewrite(
         if lossy and report.verification is not None and report.verification.passed:
             found = verify(model, reference, paged, module, format_bound(paged.plan))
             report = with_format_errors(report, found)
+        if isinstance(config.forgetting, HeavyHitters) and report.verification is not None:
+            check_mass(module, report)
         seconds["verify"] = time.perf_counter() - start
     report = replace(report, seconds=seconds)
     if report.verification is not None and not report.verification.passed:

@@ -10,7 +10,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from kvpass.errors import ConfigError
-from kvpass.types import AttentionSinks, Sampling
+from kvpass.types import AttentionSinks, HeavyHitters, Sampling
 
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "k4v2")
@@ -87,8 +87,8 @@ class CacheConfig:
         disk: a folder for what host memory has no room for. It is found again by later engines of the same model and
             the same configuration of the cache.
         disk_memory: most bytes on disk.
-        forgetting: what long sequences forget, such as ``kvpass.AttentionSinks(window=1024)``: lossy, off by default.
-            Prefixes are not shared then.
+        forgetting: what long sequences forget, such as ``kvpass.AttentionSinks(window=1024)`` or
+            ``kvpass.HeavyHitters(recent=512, heavy=512)``: lossy, off by default. Prefixes are not shared then.
 
     Raises:
         ConfigError: on construction, for values that cannot be used.
@@ -109,7 +109,7 @@ class CacheConfig:
     host_memory: str | int | None = None
     disk: str | PathLike[str] | None = None
     disk_memory: str | int = "10GiB"
-    forgetting: AttentionSinks | None = None
+    forgetting: AttentionSinks | HeavyHitters | None = None
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -152,14 +152,15 @@ class CacheConfig:
         forgetting = self.forgetting
         if forgetting is None:
             return
-        if not isinstance(forgetting, AttentionSinks):
+        if not isinstance(forgetting, AttentionSinks | HeavyHitters):
             raise ConfigError(
-                f"forgetting={forgetting!r} is no way to forget tokens: give kvpass.AttentionSinks(window=1024)"
+                f"forgetting={forgetting!r} is no way to forget tokens: give kvpass.AttentionSinks(window=1024) or "
+                "kvpass.HeavyHitters(recent=512, heavy=512)"
             )
-        for name in ("window", "sinks", "every"):
-            value = getattr(forgetting, name)
+        for name, value in vars(forgetting).items():
             if not _is_count(value) and not (name == "every" and value is None):
-                raise ConfigError(f"{name}={value!r} of kvpass.AttentionSinks is no whole number of at least 1")
+                kind = type(forgetting).__name__
+                raise ConfigError(f"{name}={value!r} of kvpass.{kind} is no whole number of at least 1")
         if self.host_memory is not None or self.disk is not None:
             raise ConfigError("sequences that forget share no prefixes: leave host_memory and disk out")
         if "k4v2" in _named(self.dtype):

@@ -39,7 +39,7 @@ from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.settling_module import SettlingModule
 from kvpass.step_loop import StepLoop
 from kvpass.step_module import StepModule, check_trees
-from kvpass.types import CachePlan, Sampling
+from kvpass.types import CachePlan, HeavyHitters, Sampling
 
 if TYPE_CHECKING:
     from kvpass.report import RewriteReport
@@ -97,7 +97,8 @@ class Engine:
             size = plan.block_size
             self._wide = WideBlocks(room.num_blocks, room.wide_blocks, size, windows, self._pool.is_used)
             module = SettlingModule(module, plan, self._wide)
-        self._loop = StepLoop(module, plan, caches, self._scheduler, moves)
+        weighing: Any = self.module if isinstance(config.forgetting, HeavyHitters) else None
+        self._loop = StepLoop(module, plan, caches, self._scheduler, moves, weighing)
         self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive)
         self._driver = Driver(self._loop)
         self._closed = False
@@ -272,6 +273,11 @@ class Engine:
         if drafter is not None and not all(callable(getattr(drafter, name, None)) for name in ("propose", "forget")):
             raise ConfigError(
                 f"{drafter!r} is no drafter: give kvpass.PromptLookup(), kvpass.DraftEngine(engine) or None"
+            )
+        if drafter is not None and isinstance(self.config.forgetting, HeavyHitters):
+            raise ConfigError(
+                "tokens are forgotten by the attention that they receive, and that of rejected drafts would count: "
+                "leave out drafts or kvpass.HeavyHitters"
             )
         check = getattr(drafter, "check_for", None)
         if check is not None:

@@ -14,7 +14,9 @@ from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
 from threading import Lock, get_ident
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpass.errors import InputError, IntegrityError, KvpassError
@@ -30,7 +32,7 @@ from kvpass.runtime.speculation import Speculator
 from kvpass.runtime.step import Step
 from kvpass.runtime.verification import choose_tokens
 from kvpass.settling_module import SettlingModule
-from kvpass.step_module import StepModule
+from kvpass.step_module import StepModule, WeighingModule
 from kvpass.types import CachePlan
 
 
@@ -52,8 +54,11 @@ class StepLoop:
         caches: Ordered[tuple[Tensor, Tensor]],
         scheduler: Scheduler,
         moves: BlockMoves,
+        weighing: WeighingModule | None = None,
     ) -> None:
         self._moves = moves
+        # Computes the steps where the attention that blocks receive decides what is forgotten.
+        self._weighing = weighing
         self._module = module
         self._plan = plan
         self._batches = BatchBuilder(plan.block_size, module.device)
@@ -133,7 +138,12 @@ class StepLoop:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
             inputs = self._batches.build(step)
-            logits = self._module(inputs, self.caches)
+            received: NDArray[np.float64] | None = None
+            if self._weighing is None:
+                logits = self._module(inputs, self.caches)
+            else:
+                logits, mass = self._weighing.forward_with_mass(inputs, self.caches)
+                received = mass.double().cpu().numpy()
             tokens = choose_tokens(logits, step)
             if self._searching:
                 tokens = self._note_beams(step, logits, tokens)
@@ -141,7 +151,7 @@ class StepLoop:
                 self._move_rows(step, tokens)
         if self.speculator is not None:
             self.speculator.learn(step, tokens, drafted - started, time.perf_counter() - started)
-        self._scheduler.commit(step, tokens)
+        self._scheduler.commit(step, tokens, received)
         self._computed = ()
         for sequence in step.sampled:
             self._deliver(self.requests[sequence])

@@ -29,6 +29,13 @@ class StepModule(Protocol):
         """Write the caches of the step's tokens and return logits ``[R, V]``."""
 
 
+class WeighingModule(StepModule, Protocol):
+    """One that also says how much attention each block has received, for :class:`kvpass.HeavyHitters`."""
+
+    def forward_with_mass(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]], /) -> tuple[Tensor, Tensor]:
+        """Logits ``[R, V]``, and the attention that the entries of the block tables have received, ``[N, W]``."""
+
+
 def check_trees(module: StepModule, report: RewriteReport) -> None:
     """Prove that a module computes the nodes of a tree as it computes sequences.
 

@@ -207,6 +207,38 @@ class AttentionSinks:
         return computed - computed % self.stride + self.stride
 
 
+@dataclass(frozen=True)
+class HeavyHitters:
+    """Forgets what has received little attention, which bounds the cache and is lossy (H2O, arXiv 2306.14048).
+
+    As :class:`AttentionSinks` with a window of ``recent`` tokens; but of the blocks between sinks and window those stay
+    that have received the most attention, as many as ``heavy`` tokens need. The attention of a block is the sum of the
+    weights that its tokens got from all later ones and from each other, over query heads and layers, since the layers
+    share one block table. What was given back does not come back.
+
+    Attributes:
+        recent: newest tokens that are kept.
+        heavy: tokens that are kept besides.
+        sinks: first tokens that are kept.
+        every: tokens from one time of forgetting to the next, which is also the longest chunk of a prompt; a quarter of
+            ``recent`` when None.
+    """
+
+    recent: int
+    heavy: int
+    sinks: int = 4
+    every: int | None = None
+
+    @property
+    def ends(self) -> AttentionSinks:
+        """What is kept whatever attention it has received."""
+        return AttentionSinks(self.recent, self.sinks, self.every)
+
+    def heavy_blocks(self, block_size: int) -> int:
+        """Blocks that are kept besides."""
+        return -(-self.heavy // block_size)
+
+
 @dataclass(frozen=True, eq=False)
 class StepInputs:
     """One step of a paged module: T tokens of N sequences, prefill and decode in any mix.

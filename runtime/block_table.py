@@ -13,17 +13,18 @@ class BlockTable:
 
     Attributes:
         num_blocks: entries, those that were given back included.
-        num_kept: entries at the front that are never given back, while later ones are; 0 where there are no such.
+        num_kept: entries at the front that are not given back, while later ones are; 0 where there are no such. Kept
+            blocks that are chosen move there, in their order.
         num_passed: entries from the front whose blocks no query to come can see; but for those kept they were given
             back and are 0.
         changes: how often entries were changed.
     """
 
-    __slots__ = ("_blocks", "changes", "num_blocks", "num_kept", "num_passed")
+    __slots__ = ("_blocks", "_first_kept", "changes", "num_blocks", "num_kept", "num_passed")
 
     def __init__(self, num_kept: int = 0) -> None:
         self.num_blocks = 0
-        self.num_kept = num_kept
+        self.num_kept = self._first_kept = num_kept
         self.num_passed = 0
         self.changes = 0
         # Grows by doubling: what a request asks for at most is no measure of what it will need.
@@ -63,9 +64,9 @@ class BlockTable:
 
     def twin(self, count: int) -> BlockTable:
         """A table with the same first ``count`` entries."""
-        twin = BlockTable(self.num_kept)
+        twin = BlockTable(self._first_kept)
         twin.extend(self.entries[:count].tolist())
-        twin.num_passed = min(self.num_passed, count)
+        twin.num_passed, twin.num_kept = min(self.num_passed, count), self.num_kept
         return twin
 
     def copy_to(self, row: NDArray[np.int64]) -> None:
@@ -107,11 +108,27 @@ class BlockTable:
         self.changes += 1
         return passed
 
+    def thin_front(self, count: int, kept: list[int]) -> list[int]:
+        """Take out what is left of the first ``count`` entries, but for some, and return the blocks.
+
+        Args:
+            count: entries that are passed now, more than before.
+            kept: places, among the blocks that are there, of those that stay; they become the first entries.
+        """
+        there: list[int] = self.present(count).tolist()
+        staying = set(kept)
+        self._blocks[:count] = 0
+        self._blocks[: len(kept)] = [there[place] for place in kept]
+        self.num_kept, self.num_passed = len(kept), count
+        self.changes += 1
+        return [block for place, block in enumerate(there) if place not in staying]
+
     def take_end(self, count: int) -> list[int]:
         """Take out all entries but the first ``count``, and return their blocks."""
         held = len(self.present(count))
         taken: list[int] = self.present(self.num_blocks)[held:].tolist()
         self.num_blocks = min(count, self.num_blocks)
         self.num_passed = min(self.num_passed, self.num_blocks)
+        self.num_kept = self.num_kept if self.num_blocks else self._first_kept
         self.changes += 1
         return taken

@@ -6,15 +6,19 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.block_table import BlockTable
 from kvpass.runtime.host_memory import StoredBlock
 from kvpass.runtime.prefix_nodes import PrefixNode
 from kvpass.runtime.sequence import Sequence
+from kvpass.runtime.step import Step
 from kvpass.runtime.step_registry import StepRegistry
 from kvpass.runtime.swap_space import SwapSpace
-from kvpass.types import AttentionSinks
+from kvpass.types import AttentionSinks, HeavyHitters
 
 
 class Holdings:
@@ -34,14 +38,16 @@ class Holdings:
         windows: Ordered[int | None],
         max_chunk: int,
         swap: SwapSpace | None = None,
-        forgetting: AttentionSinks | None = None,
+        forgetting: AttentionSinks | HeavyHitters | None = None,
     ) -> None:
         self._pool = pool
         self._registry = registry
         # Of each group the newest tokens, its own included, that a query may look at; None for all.
         self._windows = tuple(windows)
         # What sequences forget; only where no group has a window. None where everything is remembered.
-        self._forgetting = forgetting
+        self._forgetting = forgetting.ends if isinstance(forgetting, HeavyHitters) else forgetting
+        # Blocks beside the sinks and the newest that stay for the attention they have received; None where none do.
+        self._heavy = forgetting.heavy_blocks(pool.block_size) if isinstance(forgetting, HeavyHitters) else None
         self._bounded = forgetting is not None or any(window is not None for window in windows)
         self._max_chunk = max_chunk
         self._swap = swap
@@ -81,10 +87,10 @@ class Holdings:
         """The same in one group, where sequences forget."""
         size = self._pool.block_size
         kept = forgetting.kept_blocks(size)
-        passed = forgetting.count_passed(start, size)
+        passed, heavy = forgetting.count_passed(start, size), self._heavy or 0
         span = self._pool.blocks_for(forgetting.window + forgetting.stride + size - 1)
         # Before the first block is given back there may be one more than the sinks and the span.
-        return min(self._pool.blocks_for(length) - max(0, passed - kept), kept + 1 + span)
+        return min(self._pool.blocks_for(length) - max(0, passed - kept - heavy), kept + heavy + 1 + span)
 
     def will_need(self, sequence: Sequence) -> int:
         """Blocks that a sequence will ask for to compute the tokens it has, and one for each group if it goes on."""
@@ -171,7 +177,7 @@ class Holdings:
         twin.tables = tuple(table.twin(used) for table in sequence.tables)
         for table in twin.tables:
             self._pool.acquire(table.owned)
-        twin.num_computed = sequence.num_computed
+        twin.num_computed, twin.received = sequence.num_computed, sequence.received.copy()
         twin.num_registered, twin.branch = sequence.num_registered, sequence.branch
         twin.shares_tail = sequence.shares_tail = sequence.num_computed % self._pool.block_size != 0
 
@@ -190,9 +196,38 @@ class Holdings:
                     self._pool.release(table.pass_front((sequence.num_computed - reach) // size))
 
     def _give_back_forgotten(self, sequence: Sequence, count: int) -> None:
-        for table in sequence.tables:
-            if count > table.num_passed and table.num_blocks:
+        if count <= sequence.tables[0].num_passed or not sequence.tables[0].num_blocks:
+            return
+        if self._heavy is None:
+            for table in sequence.tables:
                 self._pool.release(table.pass_front(count))
+            return
+        passed = len(sequence.tables[0].present(count))
+        kept = self._choose_kept(sequence, passed)
+        for table in sequence.tables:
+            self._pool.release(table.thin_front(count, kept))
+        sequence.received = np.concatenate((sequence.received[kept], sequence.received[passed:]))
+
+    def _choose_kept(self, sequence: Sequence, passed: int) -> list[int]:
+        """Of the first ``passed`` blocks that are there, the places of the sinks and of the heaviest others."""
+        assert self._forgetting is not None and self._heavy is not None
+        sinks = self._forgetting.kept_blocks(self._pool.block_size)
+        heaviest = np.argsort(-sequence.received[sinks:passed], kind="stable")[: self._heavy]
+        return [*range(sinks), *(sinks + np.sort(heaviest)).tolist()]
+
+    def note_attention(self, step: Step, received: NDArray[np.float64]) -> None:
+        """Add up the attention that blocks have received in a step that is computed.
+
+        Args:
+            step: what was computed.
+            received: ``[N, W]``, of the sequences of its ranges by the columns of their block tables.
+        """
+        for (sequence, _, _), row in zip(step.ranges, received, strict=True):
+            table = sequence.tables[0]
+            total = np.zeros(table.num_blocks - table.num_forgotten)
+            total[: len(sequence.received)] = sequence.received
+            total[: len(row)] += row[: len(total)]
+            sequence.received = total
 
     def give_back_all(self, sequence: Sequence) -> None:
         """Empty the tables of a sequence."""
@@ -310,6 +345,8 @@ class Holdings:
             _require(table.num_passed <= passed, "a block was given back that is still seen")
             gone = table.entries[table.num_kept : table.num_passed]
             _require(not gone.any(), "a block that was given back is in a table")
+            there = table.num_blocks - table.num_forgotten
+            _require(len(sequence.received) <= there, "attention is noted of a block that was given back")
             _require(table.num_blocks == sequence.tables[0].num_blocks, "the tables of a sequence differ in length")
             tail = sequence.num_computed // size
             if sequence.num_computed % size and not sequence.shares_tail and not in_flight:

@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvpass.errors import CapacityError, IntegrityError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.deadlines import Deadlines
@@ -32,7 +35,7 @@ from kvpass.runtime.step import SchedulerCounts, Step
 from kvpass.runtime.step_builder import StepBuilder
 from kvpass.runtime.step_registry import StepRegistry
 from kvpass.runtime.swap_space import SwapSpace
-from kvpass.types import AttentionSinks, FinishReason
+from kvpass.types import AttentionSinks, FinishReason, HeavyHitters
 
 
 class Scheduler:
@@ -51,7 +54,7 @@ class Scheduler:
         windows: Ordered[int | None] = (None,),
         swap: SwapSpace | None = None,
         clock: Callable[[], float] = time.monotonic,
-        forgetting: AttentionSinks | None = None,
+        forgetting: AttentionSinks | HeavyHitters | None = None,
     ) -> None:
         """Schedule over ``pool``.
 
@@ -188,18 +191,23 @@ class Scheduler:
                 self._in_flight = step
         return step
 
-    def commit(self, step: Step, tokens: Ordered[Ordered[int] | None]) -> None:
+    def commit(
+        self, step: Step, tokens: Ordered[Ordered[int] | None], received: NDArray[np.float64] | None = None
+    ) -> None:
         """Take note that ``step`` is computed, and of the new ``tokens`` of each of ``step.sampled``.
 
         What was computed of proposed tokens is kept as far as the new tokens are the proposed ones; of the others, and
         of the last one, nothing is computed yet. Tokens after the one that ends a sequence are dropped. None instead of
         tokens ends a sequence in error; what it registered is forgotten. Finished sequences give their blocks back.
-        With no tokens a sequence is held until :meth:`extend`.
+        With no tokens a sequence is held until :meth:`extend`. Where attention decides what is forgotten, ``received
+        [N, W]`` is what blocks have received of it in the step.
         """
         if step is not self._in_flight or len(tokens) != len(step.sampled):
             raise IntegrityError("commit takes the step in flight, and the tokens of each sampled sequence")
         with self._changing():
             self._note_computed(step)
+            if received is not None:
+                self._holdings.note_attention(step, received)
             forked = self._fork_followers(step) if self._queues.followers else []
             for sequence, drafted, new in zip(step.sampled, step.drafted, tokens, strict=True):
                 if self._dropped and sequence in self._dropped:

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_table import BlockTable
@@ -18,6 +19,7 @@ from kvpass.runtime.tiers import Prefetch
 from kvpass.types import FinishReason, Sampling, TokenLogprobs
 
 _FIRST_CAPACITY = 16
+NOTHING_RECEIVED: NDArray[np.float64] = np.zeros(0)
 
 
 class SequenceState(Enum):
@@ -71,6 +73,8 @@ class Sequence:
         draft_parents: of each proposed token the place of the one that it follows, see
             :class:`kvpass.runtime.draft_tree.DraftTree`; None where each follows the one before it.
         tables: its blocks in each group.
+        received: attention that each of its blocks which are there has received, in their order, float64; only where
+            it decides what is forgotten, and no longer than was needed so far.
         shares_tail: the block that holds its newest computed token may have other owners, and is then copied before
             it is written.
         swapped: handle of the content of its blocks, ``swapped_tokens`` of them, in host memory; None where it is not.
@@ -104,6 +108,7 @@ class Sequence:
         "priority",
         "prompt_length",
         "rank",
+        "received",
         "sampling",
         "seed",
         "shares_tail",
@@ -148,6 +153,7 @@ class Sequence:
         self.num_draft = 0
         self.draft_parents: list[int] | None = None
         self.tables: tuple[BlockTable, ...] = (BlockTable(),)
+        self.received = NOTHING_RECEIVED
         self.shares_tail = False
         self.swapped: object | None = None
         self.swapped_tokens = 0
@@ -284,6 +290,7 @@ class Sequence:
         self.num_computed = 0
         self.num_draft = 0
         self.num_registered = 0
+        self.received = NOTHING_RECEIVED
         self.shares_tail = False
         self.branch = None
         return blocks
