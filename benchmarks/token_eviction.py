@@ -1,8 +1,9 @@
 """What forgetting tokens costs: how likely the shipped model finds its held-out text, by what is kept of the past.
 
-Kept are the newest tokens beside the first ones (AttentionSinks), or fewer of them and those that have received the most
-attention (HeavyHitters), as many tokens in all. Texts are read token by token through the engine: a grammar allows only the token that comes next, and its
-log-probability by the model's own distribution is noted. What is kept bounds the blocks of a text, as the figures show.
+Kept are the newest tokens beside the first ones (AttentionSinks), or fewer of them and those that have received the
+most attention (HeavyHitters), as many tokens in all. Texts are read token by token through the engine: a grammar
+allows only the token that comes next, and its log-probability by the model's own distribution is noted. What is kept
+bounds the blocks of a text, as the figures show.
 
     python -m benchmarks.token_eviction
 """
