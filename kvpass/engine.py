@@ -19,8 +19,9 @@ from torch import Tensor
 
 from kvpass.cache_handle import CacheHandle, make_moves
 from kvpass.config import CacheConfig
+from kvpass.draft_checks import check_drafter
 from kvpass.driving import Driver
-from kvpass.errors import ConfigError, InputError
+from kvpass.errors import InputError
 from kvpass.handle import Handle
 from kvpass.request import News, Request
 from kvpass.runtime.beam_search import Beam, EarlyStopping, make_search
@@ -38,7 +39,7 @@ from kvpass.runtime.stats import EngineStats, gather_stats
 from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.settling_module import SettlingModule
 from kvpass.step_loop import StepLoop
-from kvpass.step_module import StepModule, check_trees
+from kvpass.step_module import StepModule
 from kvpass.types import CachePlan, HeavyHitters, Sampling
 
 if TYPE_CHECKING:
@@ -270,20 +271,11 @@ class Engine:
             ConfigError: if it cannot draft for this engine.
             VerificationError: if the model gives other logits for tokens in a tree.
         """
-        if drafter is not None and not all(callable(getattr(drafter, name, None)) for name in ("propose", "forget")):
-            raise ConfigError(
-                f"{drafter!r} is no drafter: give kvpass.PromptLookup(), kvpass.DraftEngine(engine) or None"
-            )
-        if drafter is not None and isinstance(self.config.forgetting, HeavyHitters):
-            raise ConfigError(
-                "tokens are forgotten by the attention that they receive, and that of rejected drafts would count: "
-                "leave out drafts or kvpass.HeavyHitters"
-            )
+        if drafter is not None:
+            check_drafter(drafter, self.module, self.config, self.report)
         check = getattr(drafter, "check_for", None)
         if check is not None:
             check(self)
-        if getattr(drafter, "branches", 1) > 1:
-            check_trees(self.module, self.report)
         with self._loop.exclusive():
             self._loop.speculator = None if drafter is None else Speculator(drafter, self.plan.vocab_size)
 

@@ -45,8 +45,8 @@ def check_every_step(engine):
     """Check every invariant after each step; gives the steps."""
     seen, commit = [], engine._scheduler.commit
 
-    def watch(step, tokens):
-        commit(step, tokens)
+    def watch(step, *given):
+        commit(step, *given)
         engine._scheduler.check_integrity()
         seen.append(step)
 
