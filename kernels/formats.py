@@ -7,12 +7,12 @@ float formats
     ``float32``, ``bfloat16``, ``float16``, ``fp8_e4m3``, ``fp8_e5m2``: tensors of that dtype, W = D. A cast into fp8
     saturates; NaN and infinities become NaN. fp8 has no scale here: passes fold one per head around the ops.
 scaled formats
-    ``int8``, ``int4``: uint8 tensors whose slab is P rows of codes, and after them P float32 scales, one for each
-    token's row; W = (bytes of D codes) + 4. A number is ``scale * code``; a scale is 0 for a row of zeros, NaN for a
-    row that is not finite. int8 codes are two's complement, ``scale = absmax / 127``, ``code = round(x / scale)``, half
-    to even. int4 codes are split-half nibbles ``code + 8``: byte j holds dim j in its low and dim ``j + D / 2`` in its
-    high half, so that two half-length dots need no interleave. Their scale, of either sign, is searched for: see
-    :func:`kvpass.kernels.fitted_codes.fit_codes`.
+    ``int8``, ``int4``: uint8 tensors whose slab is P rows of codes, and after them 4 bytes for each token's row, its
+    *tail*; W = (bytes of D codes) + 4. A scale is 0 for a row of zeros, NaN for a row that is not finite. int8 codes
+    are two's complement, the tail a float32 ``scale = absmax / 127``, ``code = round(x / scale)``, half to even. int4
+    codes are split-half nibbles ``code + 8``: byte j holds dim j in its low and dim ``j + D / 2`` in its high half, so
+    that two half-length dots need no interleave. A number is ``scale * code + offset``; the tail is scale and offset in
+    bfloat16, in this order, which are searched for: see :func:`kvpass.kernels.fitted_codes.fit_codes`.
 settling formats
     ``k4`` for keys and ``v2`` for values, always together: blocks are written in bfloat16 and quantised as a whole once
     they are full. See :mod:`kvpass.kernels.settling`.
@@ -32,7 +32,7 @@ from kvpass.errors import ConfigError, InputError
 from kvpass.kernels.fitted_codes import fit_codes
 from kvpass.types import CacheSpec, dtype_name
 
-SCALE_BYTES = 4  # a float32 for each row of a scaled format
+SCALE_BYTES = 4  # for each row of a scaled format: a float32, or two bfloat16
 SETTLED_SCALE_BYTES = 2  # a bfloat16 for each row of a settling format
 CHANNEL_GROUP = 16  # tokens of a block whose keys in k4 share the scales of their channels, a byte each
 WIDE_BYTES = 2  # of a number in a block that has not settled: a bfloat16
@@ -205,7 +205,8 @@ def quantise_rows(rows: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor | Non
 
     Returns:
         what a slab holds of the rows: the elements ``[..., D]`` in the format's dtype and None, or of a scaled format
-        the codes uint8 ``[..., W - 4]`` and the scales float32 ``[...]``. The codes of a row that is not finite are 0.
+        the codes uint8 ``[..., W - 4]`` and the tails uint8 ``[..., 4]``. A row that is not finite has codes of 0 as
+        numbers.
     """
     if not form.scaled:
         if form.largest is not None:
@@ -214,13 +215,21 @@ def quantise_rows(rows: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor | Non
     assert form.largest is not None, "a scaled format has a largest code"
     rows = rows.float()
     if form.bits == 4:
-        codes, scales = fit_codes(rows)
+        codes, *parts = fit_codes(rows)
         low, high = (codes + 8).view(torch.uint8).chunk(2, -1)
-        return low.bitwise_or(high << 4), scales
-    absmax = rows.abs().amax(-1)
+        return low.bitwise_or(high << 4), torch.stack(parts, -1).view(torch.uint8)
+    absmax = rows.abs().amax(-1, keepdim=True)
     scales = (absmax / form.largest).masked_fill(~absmax.isfinite(), torch.nan)
-    codes = (rows / scales.unsqueeze(-1)).nan_to_num(0.0).round_().clamp_(-form.largest, form.largest)
-    return codes.masked_fill_((scales == 0).unsqueeze(-1), 0.0).to(torch.int8).view(torch.uint8), scales
+    codes = (rows / scales).nan_to_num(0.0).round_().clamp_(-form.largest, form.largest)
+    return codes.masked_fill_(scales == 0, 0.0).to(torch.int8).view(torch.uint8), scales.view(torch.uint8)
+
+
+def read_tails(tails: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets float32 ``[...]`` of tails uint8 ``[..., 4]``; None for offsets of a format that has none."""
+    if form.bits == 4:
+        scales, offsets = tails.contiguous().view(torch.bfloat16).float().unbind(-1)
+        return scales, offsets
+    return tails.contiguous().view(torch.float32).squeeze(-1), None
 
 
 def widen_codes(codes: Tensor, form: CacheFormat, dtype: torch.dtype) -> Tensor:
@@ -236,10 +245,14 @@ def widen_codes(codes: Tensor, form: CacheFormat, dtype: torch.dtype) -> Tensor:
     return rows.sub_(8)
 
 
-def dequantise_rows(codes: Tensor, scales: Tensor | None, form: CacheFormat) -> Tensor:
+def dequantise_rows(codes: Tensor, tails: Tensor | None, form: CacheFormat) -> Tensor:
     """The numbers that stored rows stand for, float32 ``[..., D]``; the inverse of :func:`quantise_rows`."""
     rows = widen_codes(codes, form, torch.float32)
-    return rows if scales is None else rows * scales.unsqueeze(-1)
+    if tails is None:
+        return rows
+    scales, offsets = read_tails(tails, form)
+    rows *= scales.unsqueeze(-1)
+    return rows if offsets is None else rows.add_(offsets.unsqueeze(-1))
 
 
 def split_slabs(slabs: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor]:
@@ -250,7 +263,7 @@ def split_slabs(slabs: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor]:
         form: a scaled format.
 
     Returns:
-        codes uint8 ``[..., P, W - 4]`` and the bytes of the scales, uint8 ``[..., P, 4]``.
+        codes uint8 ``[..., P, W - 4]`` and tails uint8 ``[..., P, 4]``.
     """
     tokens, width = slabs.shape[-2:]
     flat, codes = slabs.flatten(-2), tokens * (width - SCALE_BYTES)
@@ -262,11 +275,10 @@ def split_slabs(slabs: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor]:
 
 def pack_slabs(rows: Tensor, form: CacheFormat) -> Tensor:
     """Whole slabs ``[..., P, W]``, as a cache of the format holds them, of rows ``[..., P, D]``."""
-    codes, scales = quantise_rows(rows, form)
-    if scales is None:
+    codes, tails = quantise_rows(rows, form)
+    if tails is None:
         return codes
-    tail = scales.contiguous().view(torch.uint8)
-    packed = torch.cat((codes.flatten(-2), tail), -1)
+    packed = torch.cat((codes.flatten(-2), tails.flatten(-2)), -1)
     return packed.view(*rows.shape[:-1], -1)
 
 
@@ -274,8 +286,7 @@ def unpack_slabs(slabs: Tensor, form: CacheFormat) -> Tensor:
     """The numbers ``[..., P, D]`` float32 that slabs ``[..., P, W]`` stand for."""
     if not form.scaled:
         return slabs.float()
-    codes, tail = split_slabs(slabs, form)
-    return dequantise_rows(codes, tail.contiguous().view(torch.float32).squeeze(-1), form)
+    return dequantise_rows(*split_slabs(slabs, form), form)
 
 
 def cache_bytes_per_token(spec: CacheSpec) -> int:

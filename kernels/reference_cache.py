@@ -43,8 +43,8 @@ def write_cache(
 
 
 def _write_rows(new: Tensor, cache: Tensor, rows: Tensor, form: CacheFormat) -> None:
-    elements, scales = quantise_rows(new, form)
-    if scales is None:
+    elements, new_tails = quantise_rows(new, form)
+    if new_tails is None:
         if form.bits == 8:  # not every device can index fp8
             elements, cache = elements.view(torch.uint8), cache.view(torch.uint8)
         cache.view(-1, cache.shape[3]).index_copy_(0, rows, elements)
@@ -52,7 +52,7 @@ def _write_rows(new: Tensor, cache: Tensor, rows: Tensor, form: CacheFormat) -> 
     codes, tails = split_slabs(cache.flatten(0, 1), form)
     slab, offset = rows.div(cache.shape[2], rounding_mode="floor"), rows % cache.shape[2]
     codes[slab, offset] = elements
-    tails[slab, offset] = scales.unsqueeze(-1).view(torch.uint8)
+    tails[slab, offset] = new_tails
 
 
 def norm_rotary_write(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import InputError
-from kvpass.kernels.formats import CacheFormat, format_of, split_slabs, widen_codes
+from kvpass.kernels.formats import CacheFormat, format_of, read_tails, split_slabs, widen_codes
 from kvpass.kernels.reference_scores import (
     GATHER_BYTES,
     SCORE_BYTES,
@@ -225,7 +225,7 @@ class SlabReader:
         return SlabReader(flat, form, heads, size, row, row if width is None else width, compute_dtype(query), wide)
 
     def gather(self, slabs: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Elements ``[rows, K, D]``, a fresh tensor, and the scales ``[rows, 1, K]`` of a format that has them."""
+        """Elements ``[rows, K, D]``, a fresh tensor, and scales ``[rows, 1, K]`` where they are left to the caller."""
         if self.wide is not None:
             numbers = gather_slabs(self.slabs.unflatten(1, (self.block_size, -1)), self.wide, self.form, slabs)
             return numbers.to(self.dtype).view(rows, -1, self.row), None
@@ -234,7 +234,11 @@ class SlabReader:
             return found.view(self.form.dtype).to(self.dtype).view(rows, -1, self.row), None
         codes, tails = split_slabs(found.view(len(slabs), self.block_size, -1), self.form)
         elements = widen_codes(codes, self.form, self.dtype).view(rows, -1, self.row)
-        return elements, tails.contiguous().view(torch.float32).to(self.dtype).view(rows, 1, -1)
+        scales, offsets = read_tails(tails, self.form)
+        if offsets is None:
+            return elements, scales.to(self.dtype).view(rows, 1, -1)
+        scales, offsets = (part.to(self.dtype).view(rows, -1, 1) for part in (scales, offsets))
+        return elements.mul_(scales).add_(offsets), None
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from kvpass.runtime.host_memory import BlockKey, Payload, StoredBlock
 
 FILE_NAME = "kvpass-blocks.sqlite"
 # Another layout of the table or of the checksum needs another number.
-_FORMAT = 1
+_FORMAT = 2  # 1 held int4 rows without offsets
 _APPLICATION = 0x6B767073
 _PAGE = 16384
 _CHECK_BYTES = 16

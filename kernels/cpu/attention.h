@@ -114,20 +114,21 @@ private:
         const Item& item, int64_t kv_head, Products& products, const ChunkRows& chunk, const ChunkRows& next
     ) const {
         const Workspace& w = products.space();
-        alignas(64) float key_scales[kChunk], value_scales[kChunk];
+        RowTails key_tails, value_tails;
         Keys keys{chunk.start, chunk.count, nullptr, nullptr};
         if (locator_.key().scale_bytes) {
-            read_scales(chunk, chunk.key_scales, key_scales);
-            keys.key_scales = key_scales;
+            read_tails(chunk, chunk.key_scales, call_.keys.format, key_tails);
+            keys.key_tails = &key_tails;
         }
         products.scores(chunk, keys_of(next));
         if (locator_.value().scale_bytes) {
-            read_scales(chunk, chunk.value_scales, value_scales);
-            keys.value_scales = value_scales;
+            read_tails(chunk, chunk.value_scales, call_.values.format, value_tails);
+            keys.value_tails = &value_tails;
         }
         for (int r = 0; r < item.tokens * item.group_rows; r++) {
             float factor = weigher_.weigh(
-                w.scores + r * kChunk, token(item, r), head(item, kv_head, r), keys, w.most[r], w.total[r]
+                w.scores + r * kChunk, token(item, r), head(item, kv_head, r), keys,
+                {w.query_total[r], w.most[r], w.total[r], w.shift[r]}
             );
             if (factor == 1.0f) continue;
             float* out = w.out + r * w.out_width;
@@ -150,11 +151,15 @@ private:
         for (int r = 0; r < padded; r++) {
             float* row = w.query + r * w.width;
             w.most[r] = -INFINITY;
-            w.total[r] = 0.0f;
+            w.total[r] = w.shift[r] = w.query_total[r] = 0.0f;
             std::fill(row, row + w.width, 0.0f);
             if (r >= rows) continue;
             int64_t at = index(item, r) * call_.query_token_stride + head(item, kv_head, r) * call_.query_head_stride;
             read_row(call_.query + at * size, call_.query_format, dim, row);
+            if (call_.keys.format != kInt4) continue;
+            vf sum = vf{};
+            for (int64_t i = 0; i < w.width; i += kLanes) sum += load<vf>(row + i);
+            w.query_total[r] = sum_lanes(sum);
         }
     }
 
@@ -166,19 +171,19 @@ private:
         Products products(call_, w, rows);
         start(item, item.head, w, rows);
         products.prepare_query();
-        alignas(64) float key_scales[kChunk];
+        RowTails key_tails;
         ChunkRows chunk;
         for (int64_t at = item.begin; at < item.end; at += kChunk) {
             locator_.locate(item, item.head, at, chunk);
             Keys keys{at, chunk.count, nullptr, nullptr};
             if (locator_.key().scale_bytes) {
-                read_scales(chunk, chunk.key_scales, key_scales);
-                keys.key_scales = key_scales;
+                read_tails(chunk, chunk.key_scales, call_.keys.format, key_tails);
+                keys.key_tails = &key_tails;
             }
             products.scores(chunk, Upcoming{});
             for (int r = 0; r < rows; r++)
                 weigher_.add_mass(
-                    w.scores + r * kChunk, token(item, r), head(item, item.head, r), keys,
+                    w.scores + r * kChunk, token(item, r), head(item, item.head, r), keys, w.query_total[r],
                     call_.lse[index(item, r) * call_.heads + head(item, item.head, r)], mass + at
                 );
         }
@@ -187,6 +192,7 @@ private:
     void finish(const Item& item, int64_t kv_head, const Workspace& w, int r) const {
         const Token& row = token(item, r);
         float* out = w.out + r * w.out_width;
+        for (int64_t i = 0; i < w.out_width; i += kLanes) store(out + i, load<vf>(out + i) + w.shift[r]);
         if (row.parts < 2) return write(index(item, r), head(item, kv_head, r), out, w.most[r], w.total[r]);
         int64_t part = item.shared ? item.part : row.shared_parts + item.part;
         int64_t slot = (row.slot + part) * call_.heads + head(item, kv_head, r);

@@ -125,7 +125,7 @@ struct CopyCall {
 // The fields of a slab.
 struct Layout {
     int64_t row_bytes;    // elements of one token
-    int64_t scale_bytes;  // offset of the scales in the slab, P of them as floats; 0 if the format has none
+    int64_t scale_bytes;  // offset of the tails in the slab, 4 bytes for each of P rows; 0 if the format has none
     int64_t slab_bytes;
 };
 

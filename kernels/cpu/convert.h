@@ -119,35 +119,68 @@ INLINE vf nearest_code(vf value) {
     return at_most(at_least(value, -8.0f), 7.0f);
 }
 
-// A row in int4, with the scale of least squared error of those tried: see kernels/fitted_codes.py. `unit`
-// has room for `count` floats, padded to a multiple of kLanes.
-INLINE float fit_codes(const float* row, int64_t count, float* unit, int8_t* codes) {
-    float most = largest_of(row, count);
-    if (!(most > 0.0f)) {
-        for (int64_t i = 0; i < count; i++) codes[i] = 0;
-        return most;
+// The smallest and the largest number of a row; NaN for both if an element is not finite.
+INLINE void ends_of(const float* row, int64_t count, float& low, float& high) {
+    float check = 0;
+    low = high = row[0];
+    for (int64_t i = 0; i < count; i++) {
+        low = row[i] < low ? row[i] : low;
+        high = row[i] > high ? row[i] : high;
+        check += row[i] * 0.0f;  // NaN unless all are finite
     }
-    for (int64_t i = 0; i < count; i++) unit[i] = row[i] / most;
-    for (int64_t i = count; i % kLanes; i++) unit[i] = 0.0f;
-    float best = 0, scale = 0, chosen = 0;
-    for (int half_steps = 14; half_steps <= 20; half_steps++)
-        for (float step : {0.5f * half_steps, -0.5f * half_steps}) {
-            vf along = vf{}, square = vf{};
-            for (int64_t i = 0; i < count; i += kLanes) {
-                vf value = load<vf>(unit + i), code = nearest_code(value * step);
+    if (check != 0.0f) low = high = NAN;
+}
+
+// Scale and offset of a row, in bfloat16, as they stand in its tail.
+struct Fit {
+    uint16_t scale, offset;
+};
+
+// A row in int4, with the scale and offset of least squared error of those tried: see kernels/fitted_codes.py. `unit`
+// has room for `count` floats, padded to a multiple of kLanes.
+INLINE Fit fit_codes(const float* row, int64_t count, float* unit, int8_t* codes) {
+    float low, high;
+    ends_of(row, count, low, high);
+    float middle = low * 0.5f + high * 0.5f, half = high * 0.5f - low * 0.5f;
+    if (!(half > 0.0f)) {
+        for (int64_t i = 0; i < count; i++) codes[i] = 0;
+        return {half != half ? to_bfloat16(NAN) : static_cast<uint16_t>(0), to_bfloat16(middle)};
+    }
+    vf total = vf{};
+    for (int64_t i = 0; i < count; i++) unit[i] = (row[i] - middle) / half;
+    int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+    for (int64_t i = count; i < padded; i++) unit[i] = 0.0f;
+    for (int64_t i = 0; i < padded; i += kLanes) total += load<vf>(unit + i);
+    float width = static_cast<float>(count), extra = static_cast<float>(padded - count), mean = sum_lanes(total) / width;
+    float best = 0, slope = 0, mean_of_codes = 0, factor = 0, shift = 0;
+    for (int lower = 0; lower < 4; lower++)
+        for (int upper = 0; upper < 4; upper++) {
+            float inverse = 15.0f / (2.0f - 0.08f * static_cast<float>(lower + upper));
+            float start = (1.0f - 0.08f * static_cast<float>(lower)) * inverse - 8.0f;
+            vf along = vf{}, sum = vf{}, square = vf{};
+            for (int64_t i = 0; i < padded; i += kLanes) {
+                vf value = load<vf>(unit + i), code = nearest_code(value * inverse + start);
                 along += value * code;
+                sum += code;
                 square += code * code;
             }
-            float product = sum_lanes(along), norm = sum_lanes(square), gain = product * product / norm;
+            float beyond = nearest_code(splat(start))[0];  // the code of the padding
+            float mean_code = (sum_lanes(sum) - extra * beyond) / width;
+            float product = sum_lanes(along) - width * mean * mean_code;
+            float spread = sum_lanes(square) - extra * beyond * beyond - width * mean_code * mean_code;
+            float gain = product * product / spread;
             if (!(gain > best)) continue;
             best = gain;
-            scale = product / norm;
-            chosen = step;
+            slope = product / spread;
+            mean_of_codes = mean_code;
+            factor = inverse;
+            shift = start;
         }
-    for (int64_t i = 0; i < count; i += kLanes) {
+    for (int64_t i = 0; i < padded; i += kLanes) {
         float code[kLanes];
-        store(code, nearest_code(load<vf>(unit + i) * chosen));
+        store(code, nearest_code(load<vf>(unit + i) * factor + shift));
         for (int64_t j = i; j < count && j < i + kLanes; j++) codes[j] = static_cast<int8_t>(code[j - i]);
     }
-    return scale * most;
+    uint16_t scale = to_bfloat16(slope * half);
+    return {scale, to_bfloat16(mean * half + middle - from_bfloat16(scale) * mean_of_codes)};
 }

@@ -5,8 +5,7 @@
 #include "pack.h"
 
 #if KVPASS_DOT
-// The largest magnitude of a chunk's weights as `levels` steps; returns the step, NaN if a weight is none. Weights have the
-// signs of the values' scales.
+// The largest magnitude of a chunk's weights as `levels` steps; returns the step, NaN if a weight is none.
 INLINE float find_step(const float* row, float levels) {
     vf most = vf{}, sum = vf{};
 #pragma GCC unroll 8

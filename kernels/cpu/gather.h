@@ -23,8 +23,14 @@ INLINE void gather_block(
                 std::memcpy(to, row, 4 * dim);
                 continue;
             }
-            float scale = load<float>(slab + layout.scale_bytes + 4 * p);
-            for (int64_t i = 0; i < dim; i++) to[i] = row[i] * scale;
+            const uint8_t* tail = slab + layout.scale_bytes + 4 * p;
+            if constexpr (F == kInt4) {
+                float scale = from_bfloat16(load<uint16_t>(tail)), offset = from_bfloat16(load<uint16_t>(tail + 2));
+                for (int64_t i = 0; i < dim; i++) to[i] = row[i] * scale + offset;
+            } else {
+                float scale = load<float>(tail);
+                for (int64_t i = 0; i < dim; i++) to[i] = row[i] * scale;
+            }
         }
     }
     int64_t token = call.kv_heads * dim;

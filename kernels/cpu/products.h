@@ -375,7 +375,7 @@ private:
         }
         const uint32_t* bytes = reinterpret_cast<uint32_t*>(w_.weight_bytes);
         const Strides strides{kChunk / 4, value_row_, w_.out_width};
-        if (four)  // the scales of int4 may be negative, and so the weights
+        if (four)  // codes are unsigned bytes, and so weights signed ones
             multiply<SignedRowProduct>(bytes, w_.packed_values, w_.sums, 2 * rows_, count / 4, dim, strides, false);
         else
             multiply<UnsignedRowProduct>(bytes, w_.packed_values, w_.sums, 2 * rows_, count / 4, dim, strides, false);

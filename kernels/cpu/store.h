@@ -14,14 +14,14 @@ INLINE void store_row(
 ) {
     uint8_t* to = slab + offset * layout.row_bytes;
     if (!layout.scale_bytes) return write_row(row, cache.format, cache.dim, to);
-    uint8_t* scale = slab + layout.scale_bytes + 4 * offset;
+    uint8_t* tail = slab + layout.scale_bytes + 4 * offset;
     if (cache.format == kInt8) {
-        store(scale, quantise_row(row, cache.dim, codes));
+        store(tail, quantise_row(row, cache.dim, codes));
         std::memcpy(to, codes, cache.dim);
         return;
     }
     int64_t half = cache.dim / 2;
-    store(scale, fit_codes(row, cache.dim, unit, codes));
+    store(tail, fit_codes(row, cache.dim, unit, codes));
     for (int64_t i = 0; i < half; i++) to[i] = static_cast<uint8_t>((codes[i] + 8) | ((codes[half + i] + 8) << 4));
 }
 

@@ -69,6 +69,7 @@ struct Workspace {
     int64_t width, out_width;  // D and Dv, padded
     int64_t rows;
     float *query, *out, *most, *total, *query_unit;
+    float *query_total, *shift;  // sums of the queries' elements; what is to be added to all elements of out
     uint16_t* query_pairs;
     uint8_t* query_bytes;
     int32_t* query_sums;
@@ -87,6 +88,8 @@ struct Workspace {
         part.most += head * rows;
         part.total += head * rows;
         part.query_unit += head * rows;
+        part.query_total += head * rows;
+        part.shift += head * rows;
         part.query_pairs += head * 2 * rows * width;
         part.query_bytes += head * 4 * rows * width;
         part.query_sums += head * 2 * rows;
@@ -105,6 +108,8 @@ struct Workspace {
             most = arena.take<float>(heads * rows);
             total = arena.take<float>(heads * rows);
             query_unit = arena.take<float>(heads * rows);
+            query_total = arena.take<float>(heads * rows);
+            shift = arena.take<float>(heads * rows);
             query_pairs = arena.take<uint16_t>(heads * 2 * rows * width);
             query_bytes = arena.take<uint8_t>(heads * 4 * rows * width);
             query_sums = arena.take<int32_t>(heads * 2 * rows);
@@ -217,11 +222,18 @@ private:
     bool scaled_, settled_;
 };
 
-INLINE void read_scales(const ChunkRows& rows, const uint8_t* const* from, float* scales) {
+INLINE void read_tails(const ChunkRows& rows, const uint8_t* const* from, int64_t format, RowTails& tails) {
     int at = 0;
     for (int i = 0; i < rows.runs; i++) {
-        std::memcpy(scales + at, from[i], 4 * rows.run_length[i]);
+        std::memcpy(tails.scales + at, from[i], 4 * rows.run_length[i]);
         at += rows.run_length[i];
     }
-    for (; at < kChunk; at++) scales[at] = 0.0f;
+    for (; at < kChunk; at++) tails.scales[at] = 0.0f;
+    tails.shifted = format == kInt4;
+    if (!tails.shifted) return;
+    for (int i = 0; i < kChunk; i += kLanes) {  // two bfloat16, the scale first
+        vi words = load<vi>(tails.scales + i);
+        store(tails.offsets + i, words & static_cast<int32_t>(0xffff0000));
+        store(tails.scales + i, words << 16);
+    }
 }

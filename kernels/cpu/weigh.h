@@ -4,12 +4,27 @@
 #include "direct.h"
 #include "step.h"
 
+// The scales of a chunk's rows, and of int4 their offsets; 0 past its end.
+struct RowTails {
+    alignas(64) float scales[kChunk];
+    alignas(64) float offsets[kChunk];
+    bool shifted;  // whether there are offsets
+};
+
 // The keys [start, start + count) of a chunk.
 struct Keys {
     int64_t start;
     int count;
-    const float* key_scales;    // or null; padded to kChunk
-    const float* value_scales;  // or null
+    const RowTails* key_tails;    // or null
+    const RowTails* value_tails;  // or null
+};
+
+// What is kept for a row of scores from chunk to chunk.
+struct RowSums {
+    float query_total;  // sum of the query's elements
+    float& most;        // of the online softmax
+    float& total;
+    float& shift;  // sum of the weights, each times the offset of its value
 };
 
 class Weigher {
@@ -18,8 +33,8 @@ public:
         : call_(call), plan_(plan), plain_(call.softcap == 0 && !call.slopes && !call.bias && !call.tree) {}
 
     // One row of scores of head `head` becomes weights, times the values' scales; rows past `count` weigh nothing.
-    // `most` and `total` are those of the online softmax; the result is the factor of what was summed up before.
-    float weigh(float* row, const Token& token, int64_t head, const Keys& keys, float& most, float& total) const {
+    // The result is the factor of what was summed up before.
+    float weigh(float* row, const Token& token, int64_t head, const Keys& keys, const RowSums& sums) const {
         constexpr int kVectors = kChunk / kLanes;
         vf value[kVectors];
         if (plain_ && keys.start >= token.low && keys.start + kChunk <= token.high && keys.count == kChunk) {
@@ -27,10 +42,10 @@ public:
 #pragma GCC unroll 16
             for (int i = 0; i < kVectors; i++) {
                 value[i] = load<vf>(row + i * kLanes) * scale;
-                if (keys.key_scales) value[i] *= load<vf>(keys.key_scales + i * kLanes);
+                if (keys.key_tails) value[i] = scaled(value[i], *keys.key_tails, i * kLanes, sums.query_total * scale);
             }
         } else {
-            score(row, token, head, keys);
+            score(row, token, head, keys, sums.query_total);
 #pragma GCC unroll 16
             for (int i = 0; i < kVectors; i++) value[i] = load<vf>(row + i * kLanes);
         }
@@ -38,37 +53,49 @@ public:
 #pragma GCC unroll 16
         for (int i = 1; i < kVectors; i++) highest = highest > value[i] ? highest : value[i];
         float new_most = max_lanes(highest);
-        new_most = new_most > most ? new_most : most;
+        new_most = new_most > sums.most ? new_most : sums.most;
         float base = new_most == -INFINITY ? 0.0f : new_most;
-        vf sum = vf{};
+        vf sum = vf{}, shift = vf{};
 #pragma GCC unroll 16
         for (int i = 0; i < kVectors; i++) {
             vf weight = exp_of(value[i] - base);
             sum += weight;
-            if (keys.value_scales) weight *= load<vf>(keys.value_scales + i * kLanes);
+            if (keys.value_tails) {
+                if (keys.value_tails->shifted) shift += weight * load<vf>(keys.value_tails->offsets + i * kLanes);
+                weight *= load<vf>(keys.value_tails->scales + i * kLanes);
+            }
             store(row + i * kLanes, weight);
         }
-        float factor = most == new_most ? 1.0f : std::exp(most - base);
-        total = total * factor + sum_lanes(sum);
-        most = new_most;
+        float factor = sums.most == new_most ? 1.0f : std::exp(sums.most - base);
+        sums.total = sums.total * factor + sum_lanes(sum);
+        sums.shift = sums.shift * factor + sum_lanes(shift);
+        sums.most = new_most;
         return factor;
     }
 
     // The final weights of a row whose log-sum-exp is known, added to mass[0 .. count).
-    void add_mass(float* row, const Token& token, int64_t head, const Keys& keys, float lse, float* mass) const {
+    void add_mass(
+        float* row, const Token& token, int64_t head, const Keys& keys, float query_total, float lse, float* mass
+    ) const {
         if (lse == -INFINITY) return;
-        score(row, token, head, keys);
+        score(row, token, head, keys, query_total);
         for (int i = 0; i < kChunk; i += kLanes) store(row + i, exp_of(load<vf>(row + i) - lse));
         for (int j = 0; j < keys.count; j++) mass[j] += row[j];
     }
 
 private:
+    // Products with codes become products with what these stand for; `query_total` is the sum of the query's elements.
+    static vf scaled(vf products, const RowTails& tails, int at, float query_total) {
+        products *= load<vf>(tails.scales + at);
+        return tails.shifted ? products + load<vf>(tails.offsets + at) * query_total : products;
+    }
+
     // Raw products become scores, -inf where the token does not see the key.
-    void score(float* row, const Token& token, int64_t head, const Keys& keys) const {
+    void score(float* row, const Token& token, int64_t head, const Keys& keys, float query_total) const {
         float scale = static_cast<float>(call_.scale);
         for (int i = 0; i < kChunk; i += kLanes) {
             vf value = load<vf>(row + i) * scale;
-            if (keys.key_scales) value *= load<vf>(keys.key_scales + i);
+            if (keys.key_tails) value = scaled(value, *keys.key_tails, i, query_total * scale);
             store(row + i, value);
         }
         if (!plain_) enrich(row, token, head, keys);

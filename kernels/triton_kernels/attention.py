@@ -11,8 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores
-from kvpass.kernels.triton_kernels.tiles import find_last, find_slabs, load_rows, load_scales, set_dims, unpack
+from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores, sum_query
+from kvpass.kernels.triton_kernels.tiles import (
+    find_last,
+    find_slabs,
+    load_rows,
+    load_scales,
+    set_dims,
+    split_tails,
+    unpack,
+)
 
 
 @triton.jit
@@ -114,23 +122,23 @@ def store_columns(out, rows, dims, value, valid, WIDTH: tl.constexpr):
 
 @triton.jit
 def store_sets(
-    out, rows, acc0, acc1, acc2, acc3, factor, valid,
+    out, rows, acc0, acc1, acc2, acc3, factor, added, valid,
     FORMAT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of all sets, times ``factor``, in ``[rows, WIDTH]``."""
+    """Store the sums of all sets, times ``factor`` and plus ``added``, in ``[rows, WIDTH]``."""
     nibbles: tl.constexpr = FORMAT == "int4"
     words: tl.constexpr = FORMAT == "int8" or nibbles
     dims = set_dims(tl.arange(0, acc0.shape[1]), 0, FORMAT, A, ROW)
-    store_columns(out, rows, dims, acc0 * factor[:, None], valid, WIDTH)
+    store_columns(out, rows, dims, acc0 * factor[:, None] + added[:, None], valid, WIDTH)
     if nibbles or B:
         dims = set_dims(tl.arange(0, acc1.shape[1]), 1, FORMAT, A, ROW)
-        store_columns(out, rows, dims, acc1 * factor[:, None], valid, WIDTH)
+        store_columns(out, rows, dims, acc1 * factor[:, None] + added[:, None], valid, WIDTH)
     if words:
         dims = set_dims(tl.arange(0, acc2.shape[1]), 2, FORMAT, A, ROW)
-        store_columns(out, rows, dims, acc2 * factor[:, None], valid, WIDTH)
+        store_columns(out, rows, dims, acc2 * factor[:, None] + added[:, None], valid, WIDTH)
     if words and (nibbles or B):
         dims = set_dims(tl.arange(0, acc3.shape[1]), 3, FORMAT, A, ROW)
-        store_columns(out, rows, dims, acc3 * factor[:, None], valid, WIDTH)
+        store_columns(out, rows, dims, acc3 * factor[:, None] + added[:, None], valid, WIDTH)
 
 
 @triton.jit
@@ -241,12 +249,16 @@ def attention_kernel(
             query, token, row_head, valid, stride_token, stride_head, KEY_FORMAT, KEY_A, KEY_B, KEY_ROW, D, DOT, NORMED
         )
         row_scale = scale * peak if NORMED else scale + tl.zeros((BLOCK_M,), tl.float32)
+        row_total = None
+        if KEY_FORMAT == "int4":
+            row_total = sum_query(q0, q1, q2, q3) * row_scale
         largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc0 = tl.zeros((BLOCK_M, value_a), tl.float32)
         acc1 = tl.zeros((BLOCK_M, value_b if value_b else 1), tl.float32)
         acc2 = tl.zeros((BLOCK_M, value_a if value_scaled else 1), tl.float32)
         acc3 = tl.zeros((BLOCK_M, value_b if value_scaled and value_b else 1), tl.float32)
+        acc_shift = tl.zeros((BLOCK_M,), tl.float32)  # what the offsets of values add to all dims
         value_unit = 1e-30  # largest scale of a value so far: relative to it, weights stay in the range of float16
         table = block_tables + member * table_width
         origin = (first_key // BLOCK_N - tile_start) * BLOCK_N
@@ -262,13 +274,17 @@ def attention_kernel(
                 raw_b = load_rows(key_cache, slabs, offsets, there, cols, KEY_ROW, KEY_SLAB)
             products = multiply_keys(q0, q1, q2, q3, raw, raw_b, KEY_FORMAT, KEY_B, DOT, PRECISION)
             key_scale = None
+            key_offset = None
             if key_scaled:
-                key_scale = load_scales(key_scales, slabs, offsets, there, P, KEY_ROW, KEY_SLAB)
+                key_tail = load_scales(key_scales, slabs, offsets, there, P, KEY_ROW, KEY_SLAB)
+                key_scale = key_tail
+            if KEY_FORMAT == "int4":
+                key_scale, key_offset = split_tails(key_tail)
             seen = there[None, :] & valid[:, None]
             scores = finish_scores(
                 products * row_scale[:, None], seen, token, row_head, position, keys, start, past, key_scale,
-                softcap, window, chunk, slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions, PAIRS,
-                PART != "prefix", plain,
+                key_offset, row_total, softcap, window, chunk, slopes, bias, bias_rows, bias_length, tree_mask,
+                tree_width, positions, PAIRS, PART != "prefix", plain,
             )  # fmt: skip
             higher = tl.maximum(largest, tl.max(scores, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -283,9 +299,13 @@ def attention_kernel(
                     cols = VALUE_A + tl.arange(0, VALUE_B)
                     raw_b = load_rows(value_cache, slabs, offsets, there, cols, VALUE_ROW, VALUE_SLAB)
             if value_scaled:
-                value_scale = key_scale
-                if not LATENT:
+                if LATENT:
+                    value_scale = key_tail
+                else:
                     value_scale = load_scales(value_scales, slabs, offsets, there, P, VALUE_ROW, VALUE_SLAB)
+                if VALUE_FORMAT == "int4":
+                    value_scale, value_offset = split_tails(value_scale)
+                    acc_shift = acc_shift * shrink + tl.sum(weights * value_offset[None, :], 1)
                 higher_unit = tl.maximum(value_unit, tl.max(tl.abs(value_scale), 0))
                 inverse = 1.0 / higher_unit
                 weights = weights * (value_scale * inverse)[None, :]
@@ -298,9 +318,12 @@ def attention_kernel(
         if (from_unit == tile_start) & (to_unit == tile_stop):
             factor, row_lse = close_rows(largest, total, sinks, row_head, valid)
             place = token * (heads * GROUP) + row_head
+            added = acc_shift * factor
             if value_scaled:
                 factor = factor * value_unit
-            store_sets(out, place, acc0, acc1, acc2, acc3, factor, valid, VALUE_FORMAT, VALUE_A, VALUE_B, VALUE_ROW, DV)
+            store_sets(
+                out, place, acc0, acc1, acc2, acc3, factor, added, valid, VALUE_FORMAT, VALUE_A, VALUE_B, VALUE_ROW, DV
+            )
             if lse is not None:
                 tl.store(lse + place, row_lse, mask=valid)
         else:
@@ -309,8 +332,9 @@ def attention_kernel(
             if value_scaled:
                 factor = factor * value_unit
             store_sets(
-                partial, place, acc0, acc1, acc2, acc3, factor, valid, VALUE_FORMAT, VALUE_A, VALUE_B, VALUE_ROW, DV
-            )
+                partial, place, acc0, acc1, acc2, acc3, factor, acc_shift, valid, VALUE_FORMAT, VALUE_A, VALUE_B,
+                VALUE_ROW, DV,
+            )  # fmt: skip
             tl.store(partial_sums + place * 2, largest, mask=valid)
             tl.store(partial_sums + place * 2 + 1, total, mask=valid)
 

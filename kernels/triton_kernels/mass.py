@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from kvpass.kernels.triton_kernels.attention import load_query_sets, multiply_keys
-from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores
-from kvpass.kernels.triton_kernels.tiles import find_slabs, load_rows, load_scales
+from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores, sum_query
+from kvpass.kernels.triton_kernels.tiles import find_slabs, load_rows, load_scales, split_tails
 
 
 @triton.jit
@@ -41,8 +41,11 @@ def mass_kernel(
     if KEY_B:
         raw_b = load_rows(key_cache, slabs, offsets, there, KEY_A + tl.arange(0, KEY_B), KEY_ROW, KEY_SLAB)
     key_scale = None
+    key_offset = None
     if key_scaled:
         key_scale = load_scales(key_scales, slabs, offsets, there, P, KEY_ROW, KEY_SLAB)
+    if KEY_FORMAT == "int4":
+        key_scale, key_offset = split_tails(key_scale)
     received = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, count * GROUP, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
@@ -55,12 +58,16 @@ def mass_kernel(
             query, token, row_head, valid, stride_token, stride_head, KEY_FORMAT, KEY_A, KEY_B, KEY_ROW, D, DOT, NORMED
         )
         products = multiply_keys(q0, q1, q2, q3, raw, raw_b, KEY_FORMAT, KEY_B, DOT, PRECISION)
+        row_total = None
+        if KEY_FORMAT == "int4":
+            row_total = sum_query(q0, q1, q2, q3) * peak * scale
         if NORMED:
             products = products * peak[:, None]
         seen = there[None, :] & valid[:, None]
         scores = finish_scores(
-            products * scale, seen, token, row_head, position, keys, start, past, key_scale, softcap, window, chunk,
-            slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions, PAIRS, True, False,
+            products * scale, seen, token, row_head, position, keys, start, past, key_scale, key_offset,
+            row_total, softcap, window, chunk, slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions,
+            PAIRS, True, False,
         )  # fmt: skip
         row_lse = tl.load(lse + token * (heads * GROUP) + row_head, mask=valid, other=0.0)
         row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse) * LOG2E

@@ -9,6 +9,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def sum_query(q0, q1, q2, q3):
+    """The sum of each row's elements over all four sets of int4, float32 ``[BLOCK_M]``."""
+    total = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    return total + tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
+
+
+@triton.jit
 def finish_scores(
     products,
     seen,
@@ -19,6 +26,8 @@ def finish_scores(
     step_start,
     past,
     key_scale,
+    key_offset,
+    row_total,
     softcap,
     window,
     chunk,
@@ -37,11 +46,14 @@ def finish_scores(
 
     PLAIN: nothing is added to the products, and their scale is in units of log 2 already.
 
-    ``key_scale`` is the scale of each key's row, or None. ``row_*`` describe the rows and ``keys`` the columns;
+    ``key_scale`` is the scale of each key's row, or None; so is its ``key_offset``, which counts times ``row_total``,
+    the scaled sum of a query's elements. ``row_*`` describe the rows and ``keys`` the columns;
     ``past`` is the number of tokens before this step's, whose first row is ``step_start``.
     """
     if key_scale is not None:
         products = products * key_scale[None, :]
+    if key_offset is not None:
+        products = products + row_total[:, None] * key_offset[None, :]
     if softcap is not None:
         products = softcap * (2.0 / (1.0 + tl.exp(products * (-2.0 / softcap))) - 1.0)
     key_position = keys

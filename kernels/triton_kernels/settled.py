@@ -154,8 +154,9 @@ def settled_attention_kernel(
             key_scale = load_token_scales(key_halves, block, head, heads, offsets, there, P, KEY_SLAB)
             seen = there[None, :] & valid[:, None]
             scores = finish_scores(
-                products * scale, seen, token, row_head, position, keys, start, past, key_scale, softcap, window, chunk,
-                slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions, PAIRS, PART != "prefix", False,
+                products * scale, seen, token, row_head, position, keys, start, past, key_scale, None, None, softcap,
+                window, chunk, slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions, PAIRS,
+                PART != "prefix", False,
             )  # fmt: skip
             higher = tl.maximum(largest, tl.max(scores, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -249,8 +250,8 @@ def settled_mass_kernel(
         )
         seen = there[None, :] & valid[:, None]
         scores = finish_scores(
-            products * scale, seen, token, row_head, position, keys, start, past, key_scale, softcap, window, chunk,
-            slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions, PAIRS, True, False,
+            products * scale, seen, token, row_head, position, keys, start, past, key_scale, None, None, softcap,
+            window, chunk, slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions, PAIRS, True, False,
         )  # fmt: skip
         row_lse = tl.load(lse + token * (heads * GROUP) + row_head, mask=valid, other=0.0)
         row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse) * LOG2E

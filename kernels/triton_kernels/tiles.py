@@ -51,7 +51,7 @@ def load_rows(cache, slabs, offsets, valid, cols, ROW: tl.constexpr, SLAB: tl.co
 
 @triton.jit
 def load_scales(scales, slabs, offsets, valid, P: tl.constexpr, ROW: tl.constexpr, SLAB: tl.constexpr):
-    """The rows' scales, which follow the words of a slab; ``scales`` is the cache seen as float32."""
+    """The rows' tails, which follow the words of a slab; ``scales`` is the cache seen as float32."""
     return tl.load(scales + slabs * SLAB + P * ROW + offsets, mask=valid, other=0.0)
 
 
@@ -149,36 +149,64 @@ def quantize(x, scale, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def fit_codes(low, high):
-    """Codes of -8..7 of rows in two halves ``[R, C]``, and the scales ``[R]`` of least squared error of those tried.
+def fit_codes(low, high, inside, WIDTH: tl.constexpr):
+    """Codes of -8..7 of rows in two halves ``[R, C]``, and their tails, int32 ``[R]``: see :func:`split_tails`.
 
-    The same trials as :func:`kvpass.kernels.fitted_codes.fit_codes`. A row that is not finite has codes of 0 and a
-    scale of NaN.
+    The same trials as :func:`kvpass.kernels.fitted_codes.fit_codes`. ``inside``: columns that are part of a row, of
+    WIDTH numbers. A row that is not finite has codes of 0, and NaN for scale and offset.
     """
-    largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    inside = inside[None, :]
+    least = tl.minimum(tl.min(tl.where(inside, low, float("inf")), 1), tl.min(tl.where(inside, high, float("inf")), 1))
+    most = tl.maximum(tl.max(tl.where(inside, low, float("-inf")), 1), tl.max(tl.where(inside, high, float("-inf")), 1))
     strange = tl.max((tl.abs(low) < float("inf")).to(tl.int32) ^ 1, 1)
     strange = tl.maximum(strange, tl.max((tl.abs(high) < float("inf")).to(tl.int32) ^ 1, 1)) > 0
-    usable = (largest > 0) & (strange == 0)
-    divisor = tl.where(usable, largest, 1.0)[:, None]
-    low = tl.where(usable[:, None], tl.div_rn(low, divisor), 0.0)
-    high = tl.where(usable[:, None], tl.div_rn(high, divisor), 0.0)
-    best = tl.zeros_like(largest)
-    scale = tl.zeros_like(largest)
-    chosen = tl.zeros_like(largest)
-    for trial in range(14):
-        step = (7.0 + 0.5 * (trial // 2)) * (1 - 2 * (trial % 2))
-        low_code = nearest_code(low * step)
-        high_code = nearest_code(high * step)
-        along = tl.sum(low * low_code + high * high_code, 1)
-        square = tl.sum(low_code * low_code + high_code * high_code, 1)
-        tried = along / tl.where(usable, square, 1.0)
+    middle = least * 0.5 + most * 0.5
+    half = most * 0.5 - least * 0.5
+    usable = (half > 0) & (strange == 0)
+    divisor = tl.where(usable, half, 1.0)[:, None]
+    low = tl.where(usable[:, None] & inside, tl.div_rn(low - middle[:, None], divisor), 0.0)
+    high = tl.where(usable[:, None] & inside, tl.div_rn(high - middle[:, None], divisor), 0.0)
+    mean = tl.sum(low + high, 1) / WIDTH
+    best = tl.zeros_like(half)
+    slope = tl.zeros_like(half)
+    mean_of_codes = tl.zeros_like(half)
+    factor = tl.zeros_like(half)
+    shift = tl.zeros_like(half)
+    for trial in range(16):
+        inverse = 15.0 / (2.0 - 0.08 * (trial // 4 + trial % 4))
+        start = (1.0 - 0.08 * (trial // 4)) * inverse - 8.0
+        low_code = tl.where(inside, nearest_code(low * inverse + start), 0.0)
+        high_code = tl.where(inside, nearest_code(high * inverse + start), 0.0)
+        mean_code = tl.sum(low_code + high_code, 1) / WIDTH
+        along = tl.sum(low * low_code + high * high_code, 1) - WIDTH * mean * mean_code
+        spread = tl.sum(low_code * low_code + high_code * high_code, 1) - WIDTH * mean_code * mean_code
+        tried = along / tl.where(usable, spread, 1.0)
         better = along * tried > best
         best = tl.where(better, along * tried, best)
-        scale = tl.where(better, tried, scale)
-        chosen = tl.where(better, step, chosen)
-    low_code = nearest_code(low * chosen[:, None])
-    high_code = nearest_code(high * chosen[:, None])
-    return low_code.to(tl.int32), high_code.to(tl.int32), tl.where(strange, float("nan"), scale * largest)
+        slope = tl.where(better, tried, slope)
+        mean_of_codes = tl.where(better, mean_code, mean_of_codes)
+        factor = tl.where(better, inverse, factor)
+        shift = tl.where(better, start, shift)
+    low_code = nearest_code(low * factor[:, None] + shift[:, None])
+    high_code = nearest_code(high * factor[:, None] + shift[:, None])
+    scale = bfloat16_bits(slope * half)
+    offset = mean * half + middle - (scale << 16).to(tl.float32, bitcast=True) * mean_of_codes
+    tail = tl.where(strange, 0x7FC07FC0, scale | (bfloat16_bits(offset) << 16))
+    return low_code.to(tl.int32), high_code.to(tl.int32), tail
+
+
+@triton.jit
+def bfloat16_bits(x):
+    """The bits of a finite float32 as bfloat16, half to even, in the low half of an int32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+@triton.jit
+def split_tails(tails):
+    """Scales and offsets of int4, from tails seen as float32: two bfloat16, the scale in the low half."""
+    bits = tails.to(tl.int32, bitcast=True)
+    return (bits << 16).to(tl.float32, bitcast=True), (bits & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from kvpass.kernels.triton_kernels.tiles import (
     quantize,
     row_scale,
     set_dims,
+    split_tails,
     store_row_scales,
     unpack,
 )
@@ -71,8 +72,8 @@ def encode_rows(
         store_row_scales(scales, slabs, offsets, valid, scale, P, ROW, SLAB)
         tl.store(cache + places, quantize(low, scale, 127.0).to(tl.uint8), mask=inside)
     elif FORMAT == "int4":
-        low_codes, high_codes, scale = fit_codes(low, high)
-        store_row_scales(scales, slabs, offsets, valid, scale, P, ROW, SLAB)
+        low_codes, high_codes, tail = fit_codes(low, high, cols < ROW, 2 * ROW)
+        store_row_scales(scales, slabs, offsets, valid, tail.to(tl.float32, bitcast=True), P, ROW, SLAB)
         tl.store(cache + places, ((low_codes + 8) | ((high_codes + 8) << 4)).to(tl.uint8), mask=inside)
     elif FORMAT == "fp8_e4m3_bytes":
         tl.store(cache + places, encode_fp8(low, 3), mask=inside)
@@ -194,11 +195,17 @@ def gather_kernel(
     factor = valid.to(tl.float32)
     if scaled:
         factor = load_scales(scales, slabs, offsets, valid, P, ROW, SLAB)
+    shift = valid.to(tl.float32)
+    if FORMAT == "int4":
+        factor, shift = split_tails(factor)
     for index in tl.static_range(4):
         if index == 0 or FORMAT == "int4" or (index == 2 and FORMAT == "int8"):
             dims = set_dims(tl.arange(0, 2 * A if scaled else A), index, FORMAT, A, ROW)
             x = unpack(raw, index, FORMAT, tl.float32)
-            x = tl.where(valid[:, None], x * factor[:, None], 0.0)
+            x = x * factor[:, None]
+            if FORMAT == "int4":
+                x = x + shift[:, None]
+            x = tl.where(valid[:, None], x, 0.0)
             inside = (dims < width)[None, :] & (offsets >= 0)[:, None]
             tl.store(out + rows[:, None] * width + dims[None, :], x, mask=inside)
 
