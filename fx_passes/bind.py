@@ -13,6 +13,7 @@ from kvpass.errors import InputError
 from kvpass.fx_passes.graph import aten, is_call
 from kvpass.fx_passes.insert_cache import PagedGraph
 from kvpass.fx_passes.mass_steps import with_mass
+from kvpass.fx_passes.prefix_steps import show_prefix
 from kvpass.fx_passes.tree_steps import with_tree_mask
 from kvpass.types import CachePlan, Refusal, StepInputs
 
@@ -62,8 +63,10 @@ class PagedModule(nn.Module):
             logits ``[R, V]`` of the rows ``step.logits_index``, in the model's dtype.
 
         Raises:
-            InputError: if the step has a tree mask, and :attr:`tree_step` is a refusal.
+            InputError: if the step has a tree mask, and :attr:`tree_step` is a refusal; or a part of a prefix.
         """
+        if self.plan.prefix:
+            step = show_prefix(step, self.plan.prefix)
         graph: GraphModule | Refusal = self.graph_module if step.tree_mask is None else self.tree_step
         if isinstance(graph, Refusal):
             raise InputError(f"a step of this model cannot have a tree mask: {graph}")

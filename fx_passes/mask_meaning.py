@@ -29,7 +29,6 @@ from torch import Tensor
 
 from kvpass.fx_passes.mask_probe import (
     BEYOND,
-    HIDDEN_BELOW,
     LONGEST,
     PROBE_ENTRIES,
     ROUNDED_FROM,
@@ -40,6 +39,7 @@ from kvpass.fx_passes.mask_probe import (
     probe_lengths,
     row_chunks,
 )
+from kvpass.fx_passes.prefix_mask import find_prefix, with_prefix, without_prefix
 from kvpass.fx_passes.prove_mask import MaskExpression, holds_up_to, prove_meaning
 from kvpass.types import MaskMeaning
 
@@ -50,8 +50,6 @@ TABLE_ENTRIES = 2**27
 LONGEST_COMPARED = 300
 # Entries of a matrix at which a proven meaning is compared with the values beyond that length (128 MiB).
 CHECKED_ENTRIES = 2**25
-# A constant prefix is looked for in sequences of up to this many tokens, to name it in a refusal.
-LONGEST_PREFIX = 1100
 # No sequence is this long: such an integer is "to the end" of a slice, or what a mask writes for minus infinity.
 ENDLESS = 2**24
 # Smaller integers are dims, signs and off-by-ones far more often than sizes that hide behind another one.
@@ -86,13 +84,15 @@ def read_mask_meaning(
         probe = MaskProbe(evaluate, num_heads, absolute_scores)
         return _read(probe, sizes, max_length, expression)
     except NotProvenError as reason:
-        prefix = _prefix(evaluate, sizes)
+        prefix = find_prefix(evaluate, sizes)
         if prefix is None:
             return str(reason)
-        return (
-            f"{reason}; the first {prefix} tokens see one another (prefix-LM), and a step that computes some of them "
-            "need not hold the others yet"
-        )
+        probe = MaskProbe(without_prefix(evaluate, prefix), num_heads, absolute_scores)
+    try:
+        meaning = _read(probe, [*sizes, prefix], max_length, None)
+    except NotProvenError as reason:
+        return str(reason)
+    return with_prefix(meaning, prefix, evaluate, expression, absolute_scores)
 
 
 def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression: MaskExpression | None) -> MaskMeaning:
@@ -117,22 +117,6 @@ def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression
         for length in lengths:
             probe.extend(length)
     return _probed(probe, sizes, max_length, expression)
-
-
-def _prefix(evaluate: Callable[[int, int], Tensor], sizes: list[int]) -> int | None:
-    """How many first tokens see one another, where all else is causal: a prefix of constant length; or None."""
-    for length in probe_lengths(sizes, LONGEST_PREFIX):
-        try:
-            bias = evaluate(1, length).float()
-        except Exception:  # the graph is the user's, so any error can come out of it
-            return None
-        shown = bias > bias.amax(-1, keepdim=True) - HIDDEN_BELOW
-        first = int(shown.expand(*shown.shape[:-2], length, length)[..., 0, :].sum(-1).max())
-        positions = torch.arange(length, device=bias.device)
-        wanted = positions <= positions[:, None].clamp(min=first - 1)
-        if 1 < first < length and torch.equal(shown.expand_as(wanted[None] & shown), wanted.expand_as(wanted & shown)):
-            return first
-    return None
 
 
 def _with_proof(probe: MaskProbe, proven: MaskMeaning, expression: MaskExpression) -> MaskMeaning:

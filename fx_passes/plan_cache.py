@@ -104,7 +104,8 @@ def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) ->
     specs = _in_groups(specs, formats)
     limit, reason = _longest(captured, inference, evaluator, sites, config)
     forbidden = tuple(sorted(captured.forbidden_tokens))
-    plan = CachePlan(specs, config.block_size, vocab_size, limit, reason, forbidden)
+    prefix = next((site.mask.prefix or 0 for site in sites), 0)
+    plan = CachePlan(specs, config.block_size, vocab_size, limit, reason, forbidden, prefix)
     return GraphPlan(plan, tuple(sites), tuple(stored), inference, evaluator, formats)
 
 

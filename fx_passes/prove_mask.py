@@ -166,6 +166,22 @@ def holds_up_to(mask: MaskExpression, meaning: MaskMeaning, absolute_scores: boo
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def proves_prefix(mask: MaskExpression, prefix: int, absolute_scores: bool) -> bool:
+    """Whether the expression is proven to show all keys up to the query and those of the first tokens, and no other."""
+    try:
+        sights = [_sight(head, absolute_scores) for head in mask.heads]
+    except UnreadableError:
+        return False
+    wanted = any_of([CAUSAL, less(KEY, whole(prefix))])
+    return all(
+        len(sight.leaves) == 1
+        and isinstance(sight.leaves[0][1], Number)
+        and _slope(mask, sight.leaves[0][1], sight.visible, absolute_scores) == 0
+        and mask.proves(_same(sight.visible, wanted))
+        for sight in sights
+    )
+
+
 def visible_term(window: int | None, chunk: int | None) -> Term:
     """The keys that a meaning shows."""
     parts = [CAUSAL]

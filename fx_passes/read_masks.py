@@ -27,8 +27,8 @@ class ReadMasks:
     Before: ``kvpass::dense_attention`` with a bias that the graph computes from shapes.
     After: the same; each site carries its :class:`kvpass.types.MaskMeaning`.
     Requires: ``find-attention``.
-    Refuses: no mask at all, a mask that shows later tokens, one that differs between sequences or that changes with
-        the length, one that depends on the tokens.
+    Refuses: no mask at all, a mask that shows later tokens (but for a constant prefix, the same in all attentions), one
+        that differs between sequences or that changes with the length, one that depends on the tokens.
 
     Attributes:
         max_length: length that a bias table has to cover; None for the default.
@@ -54,7 +54,17 @@ class ReadMasks:
                 refusals.append(refuse(captured, site, meaning, self.name))
             else:
                 site.meta[MASK] = meaning
-        return PassResult(0, tuple(refusals))
+        return PassResult(0, tuple(refusals or self._refuse_prefixes(captured)))
+
+    def _refuse_prefixes(self, captured: CapturedGraph) -> list[Refusal]:
+        """A step shows all attentions the same prefix."""
+        sites = attention_sites(captured)
+        prefixes = {site.meta[MASK].prefix for site in sites}
+        if len(prefixes) <= 1:
+            return []
+        named = " and ".join(str(prefix or 0) for prefix in sorted(prefixes, key=lambda prefix: prefix or 0))
+        reason = f"the attentions of this model have prefixes of {named} tokens that see one another: not the same"
+        return [refuse(captured, site, reason, self.name) for site in sites if site.meta[MASK].prefix is not None]
 
     def _origin(self, bias: Node | None) -> tuple[object, ...]:
         """What a bias is made of: equal for the sites of one mask, though each has nodes of its own."""

@@ -12,6 +12,8 @@ from torch.fx import Graph, GraphModule, Node
 from kvpass.fx_passes.bind import PagedModule
 from kvpass.fx_passes.graph import CapturedGraph
 from kvpass.fx_passes.insert_cache import PagedGraph
+from kvpass.fx_passes.prefix_steps import show_prefix
+from kvpass.fx_passes.tree_steps import with_tree_mask
 from kvpass.kernels.formats import allocate_caches, find_format
 from kvpass.kernels.settling import SettlingTables
 from kvpass.types import CachePlan, StepInputs
@@ -109,8 +111,9 @@ def verify(
         found.errors[name] = max(
             found.errors.get(name, 0.0), logits_error(logits, wanted[index][rows], scale, run.tolerance[1])
         )
-    alone = original(run.sequences[0][:1].unsqueeze(0))[0].float()
-    found.errors["single token"] = logits_error(run.first_logits, alone, scale, run.tolerance[1])
+    if not module.plan.prefix:
+        alone = original(run.sequences[0][:1].unsqueeze(0))[0].float()
+        found.errors["single token"] = logits_error(run.first_logits, alone, scale, run.tolerance[1])
     sites = reference(run.sequences[0].unsqueeze(0), *run.position_ids(reference))[1:]
     for name, site, result in zip(paged.site_names, sites, run.site_rows(), strict=True):
         magnitude = float(site.float().abs().max()) or 1.0
@@ -150,13 +153,20 @@ class _Run:
         self.module = module
         self.device = module.device
         self.observed = paged.observed
+        if self.plan.prefix:
+            shown = with_tree_mask(paged.observed)
+            assert isinstance(shown, GraphModule), "the module itself was refused before"
+            self.shown = shown
         self.tolerance = tolerance_of(module)
         block = self.plan.block_size
         windows = [s.window for s in self.plan.caches if s.window is not None and s.window < LONGEST - 16]
         # blocks that settle do so behind two more, and the first never does
         blocks = 2 if not self.plan.settles else 5
         longest = max([blocks * block + 9, 41, *(w + 9 for w in windows)])
-        longest = min(longest, LONGEST, self.plan.max_length or LONGEST)
+        longest = min(longest, LONGEST)
+        if self.plan.prefix:  # a third of a sequence, and half of it but for some tokens, are prompts
+            longest = max(longest, 3 * self.plan.prefix + 24)
+        longest = min(longest, self.plan.max_length or longest)
         generator = torch.Generator().manual_seed(0)
         allowed = allowed_tokens(self.plan)
         ids = allowed[torch.randint(0, len(allowed), (3, longest), generator=generator)].to(self.device)
@@ -208,7 +218,11 @@ class _Run:
         work = {i: span for i, span in work.items() if span[1] > span[0]}
         if not work:
             return []
-        logits, *sites = self.observed(*self._arguments(work))
+        step = self._inputs(work)
+        if self.plan.prefix:
+            step = show_prefix(step, self.plan.prefix)
+        observed = self.observed if step.tree_mask is None else self.shown
+        logits, *sites = observed(*self.module.arguments(step, self.caches))
         if work.get(0, (1, 1))[0] == 0:
             self.first_logits = logits[0, :1]
         pieces, row = [], 0
@@ -220,7 +234,7 @@ class _Run:
             row += end - start
         return pieces
 
-    def _arguments(self, work: dict[int, tuple[int, int]]) -> list[Tensor]:
+    def _inputs(self, work: dict[int, tuple[int, int]]) -> StepInputs:
         tokens, positions, rows = [], [], []
         lengths: list[int] = []
         starts = [0]
@@ -234,7 +248,7 @@ class _Run:
         tables = self.tables[:, list(work)]
         self.blocks.settle(tables, torch.tensor([start for start, _ in work.values()]))
         slots, tables = self.blocks.inputs(tables, torch.cat(positions), torch.cat(rows))
-        step = StepInputs(
+        return StepInputs(
             torch.cat(tokens),
             torch.cat(positions).to(self.device),
             slots.to(self.device),
@@ -243,7 +257,6 @@ class _Run:
             torch.tensor(starts, device=self.device),
             torch.arange(starts[-1], device=self.device),
         )
-        return self.module.arguments(step, self.caches)
 
     def site_rows(self) -> list[Tensor]:
         """Results of each attention on the first sequence, ``[Hq, S, Dv]``."""

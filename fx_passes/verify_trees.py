@@ -25,7 +25,7 @@ def verify_trees(module: PagedModule) -> Comparison:
     tolerance, share = tolerance_of(module)
     found = Comparison(tolerance=max(format_bound(module.plan), tolerance))
     windows = [s.window for s in module.plan.caches if s.window is not None and s.window < LONGEST - 16]
-    length = max([module.plan.block_size, *windows]) + 9
+    length = max([module.plan.block_size, module.plan.prefix, *windows]) + 9
     length = min(length, (module.plan.max_length or LONGEST) - len(PARENTS))
     if length < 2:
         return found

@@ -155,7 +155,7 @@ def check_forgetting(plan: GraphPlan) -> None:
     """
     for site in plan.sites:
         mask = site.mask
-        if mask.reach is not None or mask.slopes is not None or mask.bias is not None:
+        if any(one is not None for one in (mask.reach, mask.slopes, mask.bias, mask.prefix)):
             reason = f"its mask is {mask.describe()}: tokens can be forgotten only where every mask is causal alone"
             raise _refused([Refusal(reason, site.name, pass_name="plan-cache")])
 
@@ -217,6 +217,8 @@ def rewrite(
         ids = calibration_ids(paged.plan, device) if examples is None else list(examples[:, : paged.plan.max_length])
         report = replace(report, calibration=calibrate(exact, paged.plan, ids))
     module = PagedModule(paged)
+    if paged.plan.prefix and isinstance(module.tree_step, Refusal):
+        raise _refused([module.tree_step], seconds)
     seconds["insert-cache"] = time.perf_counter() - start
     if check:
         start = time.perf_counter()

@@ -80,7 +80,8 @@ class Engine:
         self._pool = BlockPool(room.num_blocks, plan.block_size, config.scrub)
         windows = plan.group_windows
         policy = POLICIES[config.eviction]()
-        sharing = config.prefix_sharing and config.forgetting is None
+        # Where tokens see later ones of a prefix, a block holds more than its own tokens and those before it say.
+        sharing = config.prefix_sharing and config.forgetting is None and not plan.prefix
         prefix_cache = PrefixCache(self._pool, windows, policy) if sharing else None
         self._moves = moves = make_moves(module, plan, config, caches, self._pool, prefix_cache)
         swap = moves if config.host_bytes else None
@@ -92,6 +93,7 @@ class Engine:
             windows,
             swap,
             forgetting=config.forgetting,
+            prefix=plan.prefix,
         )
         self._wide: WideBlocks | None = None
         if plan.settles:

@@ -58,7 +58,7 @@ class MaskMeaning:
 
     A key at position k is visible to a query at position q when ``k <= q``, when ``q - k < window`` (if there is a
     window), when ``k // chunk == q // chunk`` (if there are chunks), and when the bias is not ``-inf`` (if there is
-    one). Scores are
+    one); or when ``k < prefix``, whatever the query (if there is a prefix). Scores are
     ``softcap(scale * q.k) - slope[h] * (q - k) + bias[h, ...]``.
 
     Attributes:
@@ -67,6 +67,8 @@ class MaskMeaning:
         slopes: ALiBi slope of each query head, float32 ``[Hq]``.
         bias: residual bias, float32: ``[1 | Hq, L]`` indexed by distance ``q - k``, or ``[1 | Hq, L, L]`` indexed by
             (q, k). ``-inf`` hides a key.
+        prefix: first tokens, which see one another (prefix-LM); None means that no token sees a later one. It goes
+            with none of the others.
         limit: longest sequence for which the meaning holds; None means every length.
         evidence: how it was established, for the report.
     """
@@ -75,6 +77,7 @@ class MaskMeaning:
     chunk: int | None = None
     slopes: Tensor | None = None
     bias: Tensor | None = None
+    prefix: int | None = None
     limit: int | None = None
     evidence: str = ""
 
@@ -88,7 +91,7 @@ class MaskMeaning:
         parts = [] if self.window is None else [f"sliding window {self.window}"]
         if self.chunk is not None:
             parts.append(f"chunks of {self.chunk}")
-        parts = parts or ["causal"]
+        parts = parts or ["causal" if self.prefix is None else f"causal behind a prefix of {self.prefix}"]
         if self.slopes is not None:
             parts.append("ALiBi")
         if self.bias is not None:
@@ -140,6 +143,8 @@ class CachePlan:
         vocab_size: number of token ids that the model accepts.
         forbidden_tokens: ids that no sequence may contain; the rewrite is proven for sequences without them. One is
             the padding token of a model that counts positions without padding.
+        prefix: first tokens of each sequence, which see one another and have to be computed in one step; 0 where no
+            token sees a later one.
     """
 
     caches: tuple[CacheSpec, ...]
@@ -148,6 +153,7 @@ class CachePlan:
     max_length: int | None = None
     max_length_reason: str = ""
     forbidden_tokens: tuple[int, ...] = ()
+    prefix: int = 0
 
     @property
     def settles(self) -> bool:

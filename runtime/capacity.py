@@ -82,8 +82,14 @@ def divide_memory(plan: CachePlan, config: CacheConfig, device: torch.device | s
     given, at most a quarter of it goes to them, and fewer sequences and tokens run at once if that is not enough.
 
     Raises:
-        ConfigError: if the memory does not hold a single block, or too few wide ones.
+        ConfigError: if the memory does not hold a single block, or too few wide ones; or if a step is too short for
+            the prefix of the plan.
     """
+    if config.max_batch_tokens < plan.prefix:
+        raise ConfigError(
+            f"max_batch_tokens={config.max_batch_tokens} is less than the first {plan.prefix} tokens of a sequence, "
+            f"which see one another in this model and are computed in one step: give at least {plan.prefix}"
+        )
     size, wide = bytes_per_block(plan), _bytes_per_wide_block(plan)
     tokens, sequences, groups = config.max_batch_tokens, config.max_sequences, len(plan.group_windows)
     wanted = groups * _wide_blocks_for(plan, tokens, sequences) if plan.settles else 0

@@ -49,6 +49,11 @@ def make_sequences(
     for index, (prompt, options) in enumerate(zip(prompts, samplings, strict=True)):
         tokens = _token_ids(prompt, f"prompts[{index}]", plan.vocab_size)
         _check_allowed(tokens, index, plan.forbidden_tokens)
+        if len(tokens) < plan.prefix:
+            raise InputError(
+                f"prompts[{index}] has {len(tokens)} tokens; in this model the first {plan.prefix} tokens see one "
+                f"another, so a prompt has to have at least {plan.prefix}"
+            )
         if plan.max_length is not None and len(tokens) + new > plan.max_length:
             reason = f" ({plan.max_length_reason})" if plan.max_length_reason else ""
             raise InputError(

@@ -55,6 +55,7 @@ class Scheduler:
         swap: SwapSpace | None = None,
         clock: Callable[[], float] = time.monotonic,
         forgetting: AttentionSinks | HeavyHitters | None = None,
+        prefix: int = 0,
     ) -> None:
         """Schedule over ``pool``.
 
@@ -68,12 +69,15 @@ class Scheduler:
             clock: what deadlines are measured by, in seconds.
             forgetting: what long sequences forget; None where they remember everything. It goes with neither windows
                 nor a prefix cache: what a block holds would depend on what was forgotten before it.
+            prefix: first tokens of each sequence that have to be computed in one step, at most ``max_batch_tokens``;
+                see :attr:`kvpass.types.CachePlan.prefix`. It does not go with a prefix cache either.
         """
         self._pool = pool
         self._prefix_cache = prefix_cache
         self.counts = SchedulerCounts()
-        # No more run than there are tokens in a step, so that each one that decodes gets one in every step.
-        self._queues = Queues(min(max_sequences, max_batch_tokens))
+        # No more run than there are tokens in a step, so that each one that decodes gets one in every step, beside
+        # a prefix.
+        self._queues = Queues(min(max_sequences, max_batch_tokens - max(0, prefix - 1)))
         self._deadlines = Deadlines(clock)
         # The step between schedule and commit, what it registered and copies, and who was cancelled meanwhile.
         self._in_flight: Step | None = None
@@ -85,7 +89,7 @@ class Scheduler:
         self._dropped: set[Sequence] = set()
         pins = None if prefix_cache is None else prefix_cache.pins
         self._builder = StepBuilder(
-            pool, self._queues, self._holdings, self._registry, pins, max_batch_tokens, self.counts
+            pool, self._queues, self._holdings, self._registry, pins, max_batch_tokens, self.counts, prefix
         )
         # False while blocks change hands: if an exception leaves it so, nothing is known but the tokens.
         self._intact = True

@@ -29,6 +29,7 @@ class StepBuilder:
         pins: Pins | None,
         max_batch_tokens: int,
         counts: SchedulerCounts,
+        prefix: int = 0,
     ) -> None:
         self._pool = pool
         self._queues = queues
@@ -37,6 +38,8 @@ class StepBuilder:
         self._pins = pins
         self._max_batch_tokens = max_batch_tokens
         self._counts = counts
+        # First tokens of each sequence that are computed in one step.
+        self._prefix = prefix
         # Blocks of tokens that somebody has begun to compute, and what they follow.
         self._begun: set[tuple[Branch, bytes]] = set()
         # Whether somebody in the step being built computes more than one token.
@@ -152,7 +155,8 @@ class StepBuilder:
     def _end_of_chunk(self, sequence: Sequence, spare: int, shortest: int) -> int:
         """How far a sequence is computed in this step, by tokens to spare and by blocks.
 
-        By one token at least, but by none if somebody before it does what it can take over then.
+        By one token at least, but by none if somebody before it does what it can take over then, or if its prefix
+        would be cut.
 
         Args:
             spare: tokens to spare, more than none.
@@ -171,7 +175,10 @@ class StepBuilder:
                 end -= end % size
             elif self._prefilling:
                 return first
-        return max(first + 1, self._holdings.longest(sequence, end))
+        if first < self._prefix:
+            end = max(end, min(self._prefix, first + spare))
+        end = max(first + 1, self._holdings.longest(sequence, end))
+        return end if end >= self._prefix else first
 
     def _make_room(self, sequence: Sequence, end: int) -> bool:
         """Preempt those behind ``sequence`` until it can have its blocks up to ``end``; False if that is not enough."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from tests.decoders import padding, rotary, scores
+from tests.decoders import padding, prefix, rotary, scores
 from tests.decoders import unsound_attention as attention
 from tests.decoders import unsound_mixing as mixing
 from tests.decoders.skeleton import Builder, Decoder, decoder, decoder_around, in_turn
@@ -41,7 +41,15 @@ REFUSED: dict[str, Expected] = {
     "mask one token ahead": Expected(decoder_around(attention.OneAhead), AHEAD, FIRST),
     "mask one token ahead after twenty": Expected(decoder_around(attention.OneAheadAfterTwenty), AHEAD, FIRST),
     "one head of four ahead": Expected(decoder_around(attention.OneHeadAhead), AHEAD, FIRST),
-    "prefix seen by all": Expected(decoder_around(attention.PrefixForAll), AHEAD, FIRST),
+    "prefix seen by all, with ALiBi": Expected(
+        decoder_around(attention.PrefixWithALiBi), r"prefix|see one another", FIRST
+    ),
+    "prefix of half the length": Expected(decoder_around(partial(prefix.Prefix, "half")), r"see one another", FIRST),
+    "prefixes of two lengths": Expected(
+        decoder(lambda: Decoder(in_turn(prefix.Prefix, partial(prefix.Prefix, "added, of eleven")))),
+        r"not the same",
+        FIRST,
+    ),
     "each token sees later ones only": Expected(decoder_around(attention.OnlyLater), AHEAD, FIRST),
     "mask of -1000": Expected(decoder_around(attention.SoftMask), AHEAD + r"|mask|bias", FIRST),
     "window of half the length": Expected(decoder_around(attention.LengthDependentWindow), LENGTH + r"|mask", FIRST),

@@ -62,12 +62,13 @@ class OneHeadAhead(Heads):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=i[None, :] <= i[:, None] + ahead)
 
 
-class PrefixForAll(Heads):
-    """The first five tokens see one another, later ones are causal."""
+class PrefixWithALiBi(Heads):
+    """The first five tokens see one another, the farther off the fainter."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         i = torch.arange(q.size(2), device=q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[None, :] <= i[:, None]) | (i[None, :] < 5))
+        seen, far = (i[None, :] <= i[:, None]) | (i[None, :] < 5), (i[None, :] - i[:, None]).abs()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(seen, -0.1 * far, -torch.inf))
 
 
 class OnlyLater(Heads):

@@ -280,13 +280,24 @@ def test_the_reason_for_refusal_is_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 5, 700])
-def test_a_prefix_of_constant_length_is_refused_by_its_name(size: int) -> None:
+def test_a_prefix_of_constant_length(size: int) -> None:
     for prefix in (lambda q, k: (k <= q) | (k < size), lambda q, k: (k <= q) | ((k < size) & (q < size))):
-        assert refusal_of(masked(prefix), size) == (
-            "the mask lets the query at position 0 see the key at position 1, which comes later; the first "
-            f"{size} tokens see one another (prefix-LM), and a step that computes some of them need not hold the "
-            "others yet"
-        )
+        meaning = meaning_of(masked(prefix), size)
+        assert (meaning.prefix, meaning.window, meaning.bias) == (size, None, None)
+        assert meaning.describe().startswith(f"causal behind a prefix of {size}, up to")
+
+
+def test_what_a_prefix_does_not_go_with() -> None:
+    causal = masked(lambda q, k: k <= q)
+    faint = refusal_of(lambda b, s: causal(b, s).masked_fill(torch.arange(s) < 5, 0) + 0.1 * torch.ones(s, s).triu(1))
+    assert faint == "the first 5 tokens see one another, but in one of 2 tokens not as each sees itself"
+    half = refusal_of(lambda b, s: causal(b, s).masked_fill(torch.arange(s) < s // 2, 0))
+    assert half == "the first 2 tokens see one another, but in one of 2 tokens not as each sees itself"
+    fading = refusal_of(
+        lambda b, s: causal(b, s).masked_fill(torch.arange(s) < 5, 0) - 0.1 * (torch.arange(s) - 5).clamp(min=0), 5
+    )
+    assert fading.endswith("only a causal one goes with a prefix")
+    assert "prefix" not in refusal_of(masked(lambda q, k: ((k <= q) & (q - k < 9)) | ((k < 5) & (q < 5))), 5, 9)
     assert "prefix" not in refusal_of(masked(lambda q, k: (k <= q) | ((k < 5) & (q == 0))), 5)
     assert "prefix" not in refusal_of(masked(lambda q, k: k <= q + 1))
     assert "prefix" not in refusal_of(lambda batch, length: torch.zeros(length, length))
