@@ -15,6 +15,7 @@ from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence
 from kvpass.types import CachePlan, CacheSpec, Sampling
 from tests.history_engine import VOCABULARY, check_idle, logits_of, ragged
+from tests.speculating import Branching, always_speculate
 
 SIZE = 4
 SINKS = AttentionSinks(window=10, sinks=3, every=6)
@@ -163,6 +164,12 @@ def test_a_compiled_model_sees_what_the_original_sees_with_the_middle_hidden():
     )
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
     assert (expected - whole).abs().max() > 1e-2, "nothing was forgotten"
+    # Trees of drafts, in sequences that forget.
+    prompts, drawn = [[1, 2, 3], [4] * 20], Sampling(temperature=3.0, seed=1)
+    plain = engine.generate(prompts, 60, drawn)
+    always_speculate(engine, Branching(zip(prompts, plain, strict=True), mistakes=0.5, max_draft=2))
+    assert engine.generate(prompts, 60, drawn) == plain
+    assert engine.stats().drafted_trees > 5
 
 
 def logits_with_mask(model, ids, mask):

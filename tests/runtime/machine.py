@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.draft_tree import merge_paths
 from kvpass.runtime.prefix_cache import PrefixCache
+from kvpass.runtime.row_moves import rows_to_move
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence, SequenceState
 from kvpass.types import Sampling
@@ -113,6 +115,7 @@ class Machine:
         self.slots = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.sequences: list[tuple[Sequence, list[int]]] = []
         self.num_copied = 0
+        self.num_moved = 0
         self.searches: list[Search] = []
 
     def block_view(self):
@@ -181,14 +184,29 @@ class Machine:
             self.scheduler.commit(step, self.next_tokens(step))
         return step
 
-    def propose(self, sequence, accepted, rejected):
-        """Propose the next ``accepted`` tokens, and ``rejected`` wrong ones after them."""
+    def propose(self, sequence, accepted, rejected, wrong=0):
+        """Propose the next ``accepted`` tokens, and ``rejected`` wrong ones after them; in a tree, behind wrong ones.
+
+        The tree begins with a path of ``wrong`` wrong tokens, so that the right ones are not where they belong.
+        """
         history, draft = histories(sequence.tokens.tolist())[-1], []
         for i in range(accepted + rejected):
             token = (history + (i >= accepted)) % VOCABULARY
             history = extend(history, token)
             draft.append(token)
-        sequence.propose(draft)
+        if wrong and draft:
+            tree = merge_paths([[(draft[0] + 1) % VOCABULARY] * wrong, draft])
+            sequence.propose(tree.tokens, tree.parents)
+        else:
+            sequence.propose(draft)
+
+    def values_of(self, sequence, end):
+        """What the first ``end`` slots of a sequence have to hold."""
+        known = histories(sequence.tokens_to_compute(0, min(end, sequence.num_tokens)).tolist())
+        tree = sequence.draft_tree(max(0, end - sequence.num_tokens))
+        for token, parent in zip(tree.tokens, tree.parents, strict=True):
+            known.append(extend(known[sequence.num_tokens + parent], token))
+        return known
 
     def compute(self, step):
         """Make the copies, write all slots, then check that every sequence reads its own tokens and nothing else.
@@ -211,7 +229,7 @@ class Machine:
         writers: dict[int, Sequence] = {}
         for sequence, start, end in step.ranges:
             assert start < end <= sequence.num_tokens + sequence.num_draft
-            values = histories(sequence.tokens_to_compute(0, end).tolist())
+            values = self.values_of(sequence, end)
             for position in range(start, end):
                 block = sequence.tables[group][position // size]
                 assert block not in untouchable, "a registered block is written again"
@@ -224,23 +242,30 @@ class Machine:
             positions = np.arange(first, end)
             read = self.slots[sequence.tables[group].entries[positions // size] * size + positions % size]
             read = read - self.mark(sequence, group)
-            assert read.tolist() == histories(sequence.tokens_to_compute(0, end).tolist())[first:]
+            assert read.tolist() == self.values_of(sequence, end)[first:]
 
     def mark(self, sequence, group):
         """What tells the slots of a group, and of a namespace, from those of others; a multiple of 5 for group 0."""
         return group + (1_000_000_000 if sequence.namespace else 0)
 
     def next_tokens(self, step):
-        """For each sampled sequence the tokens that follow, as far as what was proposed is right, and one more."""
+        """For each sampled sequence the tokens that follow, as far as what was proposed is right, and one more.
+
+        What is accepted of trees is moved to its place.
+        """
         found = []
         for sequence, drafted in zip(step.sampled, step.drafted, strict=True):
             if self.held_later(sequence):
                 found.append([])
                 continue
-            draft, new = sequence.draft[:drafted], [self.token_after(sequence, sequence.num_tokens - 1)]
-            while len(new) <= drafted and new[-1] == draft[len(new) - 1]:
-                new.append(self.token_after(sequence, sequence.num_tokens - 1 + len(new)))
+            tree, new = sequence.draft_tree(drafted), [self.token_after(sequence, sequence.num_tokens - 1)]
+            while len(path := tree.follow(new)) == len(new):
+                new.append(self.token_after(sequence, sequence.num_tokens + path[-1]))
             found.append(new)
+        moves = rows_to_move(step, found, self.pool.block_size)
+        for source, target in () if moves is None else zip(*moves, strict=True):
+            self.slots[target] = self.slots[source]
+            self.num_moved += len(source)
         return found
 
     def token_after(self, sequence, position):

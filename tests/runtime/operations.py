@@ -101,7 +101,7 @@ def operate(machine: Machine, numbers: random.Random, name: str) -> None:
             machine.fork(numbers.choice(plain), numbers.randint(1, 3))
         case "propose":
             for sequence in plain:
-                machine.propose(sequence, numbers.randrange(5), numbers.randrange(3))
+                machine.propose(sequence, numbers.randrange(5), numbers.randrange(3), numbers.choice((0, 0, 1, 2)))
         case "finish":
             for _ in range(20):
                 machine.step()

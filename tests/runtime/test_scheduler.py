@@ -314,6 +314,20 @@ def test_blocks_that_a_window_has_passed_let_others_in(make_machine):
     assert lengths[4] < lengths[None]
 
 
+@pytest.mark.parametrize("windows", [(None,), (6, None)])
+def test_trees_of_proposed_tokens_change_no_output_and_what_is_right_is_moved(make_machine, windows):
+    machine = make_machine(num_blocks=40, max_batch_tokens=64, windows=windows)
+    for token in range(4):
+        machine.add([1, 2, token], 40)
+    while (step := machine.step()).ranges:
+        for place, sequence in enumerate(step.sampled):
+            machine.propose(sequence, 3, 1, wrong=1 + place % 2)
+        machine.scheduler.check_integrity()
+    machine.check_outputs()
+    counts = machine.scheduler.counts
+    assert machine.num_moved >= len(windows) * counts.accepted_tokens > 50 and counts.drafted_trees > 20
+
+
 @pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize(("accepted", "rejected"), [(0, 3), (3, 0), (2, 2), (9, 1)])
 def test_proposed_tokens_change_no_output_and_those_that_are_right_save_steps(
