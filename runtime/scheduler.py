@@ -213,6 +213,8 @@ class Scheduler:
             if received is not None:
                 self._holdings.note_attention(step, received)
             forked = self._fork_followers(step) if self._queues.followers else []
+            ended: set[Sequence] = set()
+            finished = SequenceState.FINISHED
             for sequence, drafted, new in zip(step.sampled, step.drafted, tokens, strict=True):
                 if self._dropped and sequence in self._dropped:
                     continue
@@ -225,12 +227,13 @@ class Scheduler:
                     self._accept(sequence, drafted, new)
                 else:
                     sequence.append(new[0])
+                if sequence.state is finished:
+                    ended.add(sequence)
             self._registry.settle()
             self._holdings.let_go()
             self._in_flight = None
             self._drop(self._dropped, None)
             self._dropped = set()
-            ended = {sequence for sequence in step.sampled if sequence.state is SequenceState.FINISHED}
             for sequence in ended:
                 self._holdings.give_back_all(sequence)
             self._queues.take_out(ended)
@@ -362,7 +365,7 @@ class Scheduler:
         counts.steps += 1
         counts.prefill_tokens += computed - decoded
         counts.decode_tokens += decoded
-        counts.unused_slots += (blocks * size - ends) * len(step.ranges[0].sequence.tables)
+        counts.unused_slots += (blocks * size - ends) * len(step.ranges[0][0].tables)
         counts.allocated_slots += self._pool.num_used * size
 
     def _reset(self) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeAlias
 
 from kvpass.runtime.sequence import Sequence
 
-
-class TokenRange(NamedTuple):
-    """Tokens ``start`` to ``end`` of a sequence, to be computed in one step; the last ones may be proposed ones."""
-
-    sequence: Sequence
-    start: int
-    end: int
+# Tokens ``start`` to ``end`` of a sequence, to be computed in one step; the last ones may be proposed ones. A plain
+# tuple, since each step makes one for each sequence.
+TokenRange: TypeAlias = tuple[Sequence, int, int]
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,7 @@ class StepBuilder:
                 continue  # it is held
             in_prefill = end - first > 1
             if not in_prefill and first % size and end % size and not (sequence.num_draft or sequence.shares_tail):
-                ranges.append(TokenRange(sequence, first, end))  # its block is there, and will not be full
+                ranges.append((sequence, first, end))  # its block is there, and will not be full
                 continue
             if in_prefill:
                 del lacking[0]
@@ -226,4 +226,4 @@ class StepBuilder:
             block = self._registry.next_block(sequence)
             if block is not None:
                 self._begun.add(block)
-        return TokenRange(sequence, sequence.num_computed, end)
+        return sequence, sequence.num_computed, end

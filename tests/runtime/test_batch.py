@@ -6,7 +6,7 @@ import torch
 from kvpass.runtime.batch import BatchBuilder
 from kvpass.runtime.block_table import BlockTable
 from kvpass.runtime.sequence import Sequence
-from kvpass.runtime.step import Step, TokenRange
+from kvpass.runtime.step import Step
 from kvpass.runtime.table_rows import TableRows
 from kvpass.types import Sampling
 
@@ -21,9 +21,7 @@ def test_prefill_chunk_and_decode_are_flattened_in_one_step():
     decoding = sequence([10, 11, 12, 13, 14], [7, 2])
     whole = sequence([20, 21], [5])
     chunk = sequence([30, 31, 32, 33, 34, 35, 36, 37, 38], [1, 8, 3])
-    step = Step(
-        (TokenRange(decoding, 4, 5), TokenRange(whole, 0, 2), TokenRange(chunk, 3, 6)), (decoding, whole), (0, 0)
-    )
+    step = Step(((decoding, 4, 5), (whole, 0, 2), (chunk, 3, 6)), (decoding, whole), (0, 0))
     inputs = BatchBuilder(4).build(step)
     assert inputs.token_ids.tolist() == [14, 20, 21, 33, 34, 35]
     assert inputs.positions.tolist() == [4, 0, 1, 3, 4, 5]
@@ -37,7 +35,7 @@ def test_prefill_chunk_and_decode_are_flattened_in_one_step():
 
 
 def test_a_step_with_no_finished_prompt_asks_for_no_logits():
-    inputs = BatchBuilder(4).build(Step((TokenRange(sequence([1, 2, 3], [0]), 0, 2),), (), ()))
+    inputs = BatchBuilder(4).build(Step(((sequence([1, 2, 3], [0]), 0, 2),), (), ()))
     assert inputs.logits_index.tolist() == []
     assert inputs.logits_index.dtype == torch.int64
 
@@ -45,7 +43,7 @@ def test_a_step_with_no_finished_prompt_asks_for_no_logits():
 def test_proposed_tokens_follow_the_newest_one_and_each_has_its_row_of_logits():
     drafting, chunk, plain = sequence([10, 11, 12], [7, 2]), sequence([1, 2, 3, 4, 5], [1, 8]), sequence([20], [5])
     drafting.propose([50, 51, 52])
-    ranges = (TokenRange(drafting, 2, 5), TokenRange(chunk, 0, 2), TokenRange(plain, 0, 1))
+    ranges = ((drafting, 2, 5), (chunk, 0, 2), (plain, 0, 1))
     inputs = BatchBuilder(4).build(Step(ranges, (drafting, plain), (2, 0)))
     assert inputs.token_ids.tolist() == [12, 50, 51, 1, 2, 20]
     assert inputs.slot_mapping.tolist() == [[7 * 4 + 2, 7 * 4 + 3, 2 * 4, 1 * 4, 1 * 4 + 1, 5 * 4]]

@@ -8,7 +8,7 @@ from kvpass.errors import ConfigError
 from kvpass.runtime.draft_costs import DraftCosts, FadingLine
 from kvpass.runtime.prompt_lookup import PromptLookup
 from kvpass.runtime.sequence import Sequence
-from kvpass.runtime.step import Step, TokenRange
+from kvpass.runtime.step import Step
 from kvpass.runtime.verification import can_be_drafted, choose_tokens
 from kvpass.types import Sampling
 
@@ -19,7 +19,7 @@ def sequence_of(tokens, new=100, sampling=None, seed=0):
 
 def step_of(*sequences):
     drafted = tuple(sequence.num_draft for sequence in sequences)
-    ranges = tuple(TokenRange(s, s.num_tokens - 1, s.num_tokens + n) for s, n in zip(sequences, drafted, strict=True))
+    ranges = tuple((s, s.num_tokens - 1, s.num_tokens + n) for s, n in zip(sequences, drafted, strict=True))
     return Step(ranges, sequences, drafted)
 
 
