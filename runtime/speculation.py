@@ -97,6 +97,8 @@ class Speculator:
         self._all = Chance(right=3.0, tried=4.0)
         # First proposed tokens of sequences for which nothing is computed, to see whether they would have been right.
         self._watched: dict[Sequence, int] = {}
+        # Tokens that a proposal has for each one of its longest path, fading.
+        self._width = 1.0
         self._since_plain = 0
         self._since_drafted = 0
 
@@ -171,7 +173,7 @@ class Speculator:
     def _count(self, chance: Chance, worth: float, price: float) -> int:
         right = self._estimate(chance)
         count, likely = 0, right
-        while count < self.drafter.max_draft and likely * worth > price * self.branches:
+        while count < self.drafter.max_draft and likely * worth > price * self._width:
             count += 1
             likely *= right
         if count == 0 and self._is_trial(chance):
@@ -215,6 +217,8 @@ class Speculator:
                     f"than its branches, which are {self.branches}"
                 )
             trees.append(tree)
+            if tree.tokens:
+                self._width += (1 - _MEMORY) * (len(tree.tokens) / max(tree.depths()) - self._width)
         return trees
 
 

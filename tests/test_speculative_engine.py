@@ -187,6 +187,23 @@ def test_drafts_that_pay_are_computed(clock):
     assert clock.now < 300 / 4
 
 
+@pytest.mark.parametrize("branches", [1, 3])
+def test_what_a_tree_may_have_is_no_price_where_it_has_one_path(clock, branches):
+    """A step takes 1 s, and 0.4 s more for each drafted token: three for every one that is right would not pay."""
+    engine = make_engine(num_blocks=256)
+    expected = naive([1, 2, 3], 300)
+    drafter = Guesses([([1, 2, 3], expected)], mistakes=0.0)
+    drafter.branches = branches
+    engine.speculate(drafter)
+
+    def compute(step):
+        clock.now += 1 + 0.4 * (len(step.token_ids) - 1)
+
+    engine.module.before_step = compute
+    assert engine.generate([[1, 2, 3]], 300) == [expected]
+    assert clock.now < 300 * 0.6
+
+
 class Proposes:
     cheap, max_draft = True, 4
 
