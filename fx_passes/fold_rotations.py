@@ -208,6 +208,10 @@ def _readers_behind(
     path: list[Node] = []
     projections: list[LinearMap] = []
     for node in moves.after(start, numbers):
+        if node.op == "output":  # what is moved alone is rotated where it is returned
+            if not all(_is_moved_from(n, start) for n in node.all_input_nodes if n in numbers):
+                raise NotMoved("the graph returns its result")
+            continue
         projection = read_linear_map(node)
         if projection is not None and projection.source in numbers:
             projections.append(_checked(moves.captured, projection))

@@ -74,14 +74,12 @@ class StepMoves:
         return sorted(path), sorted(sources)
 
     def after(self, start: Node, numbers: Mapping[Node, Any]) -> Iterator[Node]:
-        """The users of a node, and of all that are put in ``numbers``, in the graph's order; not the graph's output."""
+        """The users of a node, and of all that are put in ``numbers``, in the graph's order."""
         waiting = list(start.users)
         heapq.heapify(waiting)
         seen = set(waiting)
         while waiting:
             node = heapq.heappop(waiting)
-            if node.op == "output":
-                continue
             yield node
             for user in node.users if node in numbers else ():
                 if user not in seen:
@@ -114,7 +112,10 @@ class StepMoves:
 
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), resolve)
         assert callable(node.target)
-        return node.target(*args, **{k: v for k, v in kwargs.items() if k not in ("dtype", "device")})
+        try:
+            return node.target(*args, **{k: v for k, v in kwargs.items() if k not in ("dtype", "device")})
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what numbers cannot show is not proven
+            raise NotMoved(f"{describe(node)} cannot be followed: {error}") from error
 
     def _other(self, node: Node, floats: bool) -> Any:
         value = tensor_value(node)
