@@ -39,8 +39,8 @@ from kvpass.runtime.stats import EngineStats, gather_stats
 from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.settling_module import SettlingModule
 from kvpass.step_loop import StepLoop
-from kvpass.step_module import StepModule
-from kvpass.types import CachePlan, HeavyHitters, Sampling
+from kvpass.step_module import StepModule, weighing_module
+from kvpass.types import CachePlan, Sampling
 
 if TYPE_CHECKING:
     from kvpass.report import RewriteReport
@@ -100,8 +100,7 @@ class Engine:
             size = plan.block_size
             self._wide = WideBlocks(room.num_blocks, room.wide_blocks, size, windows, self._pool.is_used)
             module = SettlingModule(module, plan, self._wide)
-        weighing: Any = self.module if isinstance(config.forgetting, HeavyHitters) else None
-        self._loop = StepLoop(module, plan, caches, self._scheduler, moves, weighing)
+        self._loop = StepLoop(module, plan, caches, self._scheduler, moves, weighing_module(self.module, config))
         self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive)
         self._driver = Driver(self._loop)
         self._closed = False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from kvpass.types import StepInputs
+from kvpass.config import CacheConfig
+from kvpass.errors import ConfigError
+from kvpass.types import HeavyHitters, StepInputs
 
 
 class StepModule(Protocol):
@@ -30,3 +32,19 @@ class WeighingModule(StepModule, Protocol):
 
     def forward_with_mass(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]], /) -> tuple[Tensor, Tensor]:
         """Logits ``[R, V]``, and the attention that the entries of the block tables have received, ``[N, W]``."""
+
+
+def weighing_module(module: StepModule, config: CacheConfig) -> WeighingModule | None:
+    """The module, where the attention that blocks receive decides what is forgotten; None where it does not.
+
+    Raises:
+        ConfigError: if the module does not say what blocks receive.
+    """
+    if not isinstance(config.forgetting, HeavyHitters):
+        return None
+    if not callable(getattr(module, "forward_with_mass", None)):
+        raise ConfigError(
+            f"a {type(module).__name__} does not say how much attention blocks receive, as kvpass.HeavyHitters needs: "
+            "give it forward_with_mass(step, caches), or forget by kvpass.AttentionSinks"
+        )
+    return cast("WeighingModule", module)

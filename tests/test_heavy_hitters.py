@@ -14,6 +14,7 @@ from kvpass.fx_passes.bind import PagedModule
 from kvpass.models.pydecoder import PyDecoder, PyDecoderConfig
 from kvpass.types import CachePlan, CacheSpec, Sampling
 from tests.history_engine import VOCABULARY, check_idle, ragged
+from tests.history_engine import make_engine as history_engine
 from tests.test_token_eviction import seen_logits
 
 SIZE = 4
@@ -151,6 +152,11 @@ def test_what_much_attention_goes_to_stays_where_a_window_loses_it():
 def test_what_cannot_be_kept_is_named(wrong):
     with pytest.raises(ConfigError, match=rf"{next(iter(wrong))}=.* of kvpass.HeavyHitters is no whole number"):
         CacheConfig(forgetting=replace(HEAVY, **wrong))
+
+
+def test_a_module_that_does_not_weigh_is_refused():
+    with pytest.raises(ConfigError, match="HistoryModule does not say how much attention blocks receive"):
+        history_engine(forgetting=HEAVY)
 
 
 def test_drafts_are_refused():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import kvpass
+from kvpass.fx_passes.verify_mass import verify_mass
 from kvpass.fx_passes.verify_trees import verify_trees
 from tests.decoders.catalogue import DECODERS, UNUSUAL
 from tests.decoders.skeleton import VOCAB
@@ -66,6 +67,9 @@ def test_each_node_of_a_tree_has_the_logits_of_its_path(compiled: Compiled) -> N
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     found = verify_trees(compiled.engine.module)
     assert found.passed and len(found.errors) == 2
+    if any(spec.value_dim == 0 for spec in compiled.engine.plan.caches):  # latents, which a plain step reads otherwise
+        found = verify_mass(compiled.engine.module)
+        assert found.passed and len(found.errors) == 5
 
 
 def test_verification_ran_on_every_site(compiled: Compiled) -> None:
