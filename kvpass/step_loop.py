@@ -285,11 +285,11 @@ class StepLoop:
         if search.is_changing:
             self._drop([request], KvpassError("a beam search was interrupted while its beams changed: start it again"))
         elif search.is_ready:
+            search.is_changing = True
             choices, beams = search.choose(), search.sequences
             if not choices:
                 self._drop([request])
                 return
-            search.is_changing = True
             parents = {choice.parent for choice in choices}
             gone = [beam for place, beam in enumerate(beams) if place not in parents]
             self._scheduler.cancel(gone)

@@ -28,27 +28,29 @@ class TableRows:
 
         Later calls leave it as it is.
         """
+        # Until all is done nothing counts as written, so that an exception leaves nothing wrong behind.
+        before, self._sequences = self._sequences, ()
         groups = len(sequences[0].tables)
         if groups != len(self._rows) or width > self._rows.shape[2]:
             size = max(width, 2 * self._rows.shape[2])
-            self._sequences, self._rows = (), np.zeros((groups, 0, size), dtype=np.int64)
-        if sequences != self._sequences:
-            self._rearrange(sequences)
+            before, self._rows = (), np.zeros((groups, 0, size), dtype=np.int64)
+        if sequences != before:
+            self._rearrange(before, sequences)
         changes = [table.changes for sequence in sequences for table in sequence.tables]
         if changes != self._changes:
-            for place, (now, before) in enumerate(zip(changes, self._changes, strict=True)):
-                if now != before:
+            for place, (now, written) in enumerate(zip(changes, self._changes, strict=True)):
+                if now != written:
                     row, group = divmod(place, groups)
                     sequences[row].tables[group].copy_to(self._rows[group, row])
             self._changes = changes
+        self._sequences = sequences
         return self._rows[:, :, :width].copy()
 
-    def _rearrange(self, sequences: tuple[Sequence, ...]) -> None:
-        """Put the rows into the order of ``sequences``; those of new ones count as never written."""
-        groups, old = len(self._rows), {sequence: row for row, sequence in enumerate(self._sequences)}
+    def _rearrange(self, before: tuple[Sequence, ...], sequences: tuple[Sequence, ...]) -> None:
+        """Put the rows of ``before`` into the order of ``sequences``; those of new ones count as never written."""
+        groups, old = len(self._rows), {sequence: row for row, sequence in enumerate(before)}
         places = [old.get(sequence, -1) for sequence in sequences]
-        before = [*self._changes, *[-1] * groups] if self._sequences else [-1] * groups
-        self._changes = [before[place * groups + group] for place in places for group in range(groups)]
+        changes = [*self._changes, *[-1] * groups] if before else [-1] * groups
+        self._changes = [changes[place * groups + group] for place in places for group in range(groups)]
         blank = np.zeros((groups, 1, self._rows.shape[2]), dtype=np.int64)
         self._rows = np.concatenate((self._rows, blank), axis=1)[:, places]
-        self._sequences = sequences

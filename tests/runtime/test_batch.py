@@ -86,3 +86,24 @@ def test_tables_of_an_earlier_step_stay_as_they_were():
     member.tables[0].extend([4])
     assert rows.build((member,), 2).tolist() == [[[3, 4]]]
     assert first.tolist() == [[[3, 0]]]
+
+
+def test_an_exception_leaves_no_wrong_row_behind(monkeypatch):
+    rows, members = TableRows(), tuple(sequence([1], [block]) for block in range(1, 5))
+    rows.build(members, 1)
+    write = BlockTable.copy_to
+    for failing in range(3):
+        calls = iter(range(9))
+        for member in members[:3]:
+            member.tables[0].replace(0, member.tables[0][0] + 10)
+
+        def fail(table, row, calls=calls, failing=failing):
+            if next(calls) == failing:
+                raise KeyboardInterrupt
+            write(table, row)
+
+        monkeypatch.setattr(BlockTable, "copy_to", fail)
+        with pytest.raises(KeyboardInterrupt):
+            rows.build(members[::-1], 1)
+        monkeypatch.setattr(BlockTable, "copy_to", write)
+        assert rows.build(members, 1).tolist() == [[[member.tables[0][0]] for member in members]]
