@@ -46,8 +46,8 @@ E = Entry
 # rows, width: entries for storage of 4, 8, 16 and 32 bits per element. Where 64 rows are missing, 16 serve; float32
 # dots of heads wider than 128 spill whatever the tile, and are refused.
 _NVIDIA: dict[tuple[int, int], tuple[Entry | None, ...]] = {
-    (16, 64): (E(128, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
-    (16, 128): (E(128, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
+    (16, 64): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
+    (16, 128): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
     (16, 256): (E(32, 4, 3, 2), E(32, 4, 5, 2), E(32, 4, 5, 2), None),
     (16, 576): (E(32, 8, 2, 1), E(32, 8, 3, 1), E(32, 8, 3, 1), None),
     (64, 64): (E(64, 4, 3, 2), E(64, 4, 3, 2), E(64, 4, 3, 2), E(32, 8, 3, 1)),
@@ -55,12 +55,14 @@ _NVIDIA: dict[tuple[int, int], tuple[Entry | None, ...]] = {
     (64, 256): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), None),
 }
 TILES: dict[str, dict[tuple[int, int], tuple[Entry | None, ...]]] = {
-    "sm_80": _NVIDIA,
+    "sm_80": {
+        **_NVIDIA,
+        (64, 64): (E(32, 4, 3, 2), E(64, 4, 3, 2), E(64, 4, 3, 2), E(32, 8, 3, 1)),
+        (64, 128): (E(32, 8, 3, 1), E(32, 8, 3, 1), E(64, 8, 3, 1), None),
+    },
     "sm_90": _NVIDIA,
     "sm_100": {
         **_NVIDIA,
-        (16, 64): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
-        (16, 128): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
         (64, 64): (None, None, E(64, 4, 3, 2), None),
         (64, 128): (None, None, E(64, 8, 3, 1), None),
         (64, 256): (None, None, E(16, 8, 2, 1), None),
