@@ -117,7 +117,8 @@ class AttentionCall:
         # one kind of blocks in a tile
         if self.keys.form.settles is None:
             return tile
-        return tile._replace(keys=min(tile.keys, 32 if rows == 16 else 16, self.block_size), stages=1)
+        most = 32 if rows == 16 and target.architecture != "sm_80" else 16
+        return tile._replace(keys=min(tile.keys, most, self.block_size), stages=1)
 
 
 def find_positions(call: AttentionCall) -> tuple[Tensor, Launch]:
@@ -208,7 +209,7 @@ def lay_out_attention(
     rows = max(1, min(tile.rows, MERGED_ELEMENTS // width))
     merge = {**common, **sums, "ROWS": rows, "WIDTH": width}
     return [
-        Launch(schedule_kernel, (1,), plan, stages=1),
+        Launch(schedule_kernel, (1,), plan, warps=2, stages=1),
         Launch(
             settled_attention_kernel if settled else attention_kernel, (programs,), attention, tile.warps, tile.stages
         ),

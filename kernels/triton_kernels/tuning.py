@@ -47,17 +47,17 @@ E = Entry
 # dots of heads wider than 128 spill whatever the tile, and are refused.
 _NVIDIA: dict[tuple[int, int], tuple[Entry | None, ...]] = {
     (16, 64): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
-    (16, 128): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
+    (16, 128): (E(64, 4, 3, 2), E(32, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
     (16, 256): (E(32, 4, 3, 2), E(32, 4, 5, 2), E(32, 4, 5, 2), None),
-    (16, 576): (E(32, 8, 2, 1), E(32, 8, 3, 1), E(32, 8, 3, 1), None),
+    (16, 576): (E(16, 8, 2, 1), E(32, 8, 3, 1), E(32, 8, 3, 1), None),
     (64, 64): (E(64, 4, 3, 2), E(64, 4, 3, 2), E(64, 4, 3, 2), E(32, 8, 3, 1)),
     (64, 128): (E(64, 8, 3, 1), E(64, 8, 3, 1), E(64, 8, 3, 1), None),
-    (64, 256): (E(16, 8, 2, 1), E(16, 8, 2, 1), E(16, 8, 2, 1), None),
+    (64, 256): (E(16, 8, 2, 1), None, E(16, 8, 2, 1), None),
 }
 TILES: dict[str, dict[tuple[int, int], tuple[Entry | None, ...]]] = {
     "sm_80": {
         **_NVIDIA,
-        (64, 64): (E(32, 4, 3, 2), E(64, 4, 3, 2), E(64, 4, 3, 2), E(32, 8, 3, 1)),
+        (64, 64): (E(32, 4, 3, 2), None, E(64, 4, 3, 2), E(16, 8, 3, 1)),
         (64, 128): (E(32, 8, 3, 1), E(32, 8, 3, 1), E(64, 8, 3, 1), None),
     },
     "sm_90": _NVIDIA,
@@ -100,6 +100,6 @@ def choose_tile(target: Target, rows: int, width: int, bits: int, block_size: in
         entry = table[rows, column][STORAGES.index(bits)]
         assert entry is not None, "kvpass.kernels.triton_kernels.limits refuses what has no entry"
     keys = min(entry.keys, block_size) if block_size >= 64 else entry.keys
-    if rich and (rows > ROWS[0] or bits <= 8):
+    if rich:
         keys = max(16, keys // 2)
     return Tile(rows, keys, entry.warps, entry.stages, entry.programs)
