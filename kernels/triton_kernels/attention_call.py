@@ -114,11 +114,12 @@ class AttentionCall:
         extra = (self.features.softcap, self.features.slopes, self.features.bias, self.features.tree_mask)
         rich = any(feature is not None for feature in extra)
         tile = choose_tile(target, rows, max(self.keys.width, self.value_dim), bits, self.block_size, rich)
-        # one kind of blocks in a tile
         if self.keys.form.settles is None:
             return tile
-        most = 32 if rows == 16 and target.architecture != "sm_80" else 16
-        return tile._replace(keys=min(tile.keys, most, self.block_size), stages=1)
+        if target.architecture == "sm_80" and self.block_size >= 64:  # with four warps it spills
+            tile = tile._replace(warps=8, programs=1)
+        # one kind of blocks in a tile
+        return tile._replace(keys=min(tile.keys, 32 if rows == 16 else 16, self.block_size), stages=1)
 
 
 def find_positions(call: AttentionCall) -> tuple[Tensor, Launch]:

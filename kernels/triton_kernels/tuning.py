@@ -57,12 +57,14 @@ _NVIDIA: dict[tuple[int, int], tuple[Entry | None, ...]] = {
 TILES: dict[str, dict[tuple[int, int], tuple[Entry | None, ...]]] = {
     "sm_80": {
         **_NVIDIA,
+        (16, 128): (E(64, 4, 3, 2), E(64, 4, 5, 2), E(64, 4, 5, 2), E(32, 4, 3, 2)),
         (64, 64): (E(32, 4, 3, 2), None, E(64, 4, 3, 2), E(16, 8, 3, 1)),
         (64, 128): (E(32, 8, 3, 1), E(32, 8, 3, 1), E(64, 8, 3, 1), None),
     },
     "sm_90": _NVIDIA,
     "sm_100": {
         **_NVIDIA,
+        (16, 576): (E(16, 8, 1, 1), E(32, 8, 3, 1), E(32, 8, 3, 1), None),
         (64, 64): (None, None, E(64, 4, 3, 2), None),
         (64, 128): (None, None, E(64, 8, 3, 1), None),
         (64, 256): (None, None, E(16, 8, 2, 1), None),

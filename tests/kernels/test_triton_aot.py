@@ -38,7 +38,17 @@ def test_a_kernel_that_spills_is_stopped() -> None:
 
 def test_what_is_committed_has_no_fault() -> None:
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["kernels"]
-    assert {row["op"] for row in rows} >= {"paged", "latent", "cascade", "mass", "write", "fused", "gather", "copy"}
+    assert {row["op"] for row in rows} >= {
+        "paged",
+        "latent",
+        "cascade",
+        "mass",
+        "write",
+        "fused",
+        "gather",
+        "copy",
+        "settle",
+    }
     for row in rows:
         assert row["spilled"] == 0, row
         assert row["faults"] == [], row
