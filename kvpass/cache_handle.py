@@ -110,6 +110,21 @@ def _checked(namespace: str) -> str:
     return namespace
 
 
+def shares_prefixes(plan: CachePlan, config: CacheConfig) -> bool:
+    """Whether what a block holds is known from its tokens and those before it, and all that they leave is in blocks.
+
+    Not so where tokens see later ones of a prefix, where tokens are forgotten, and where there are recurrent states.
+
+    Raises:
+        ConfigError: if there are states, and blocks are to be kept in host memory or on disk.
+    """
+    if plan.states and (config.host_memory is not None or config.disk is not None):
+        raise ConfigError(
+            "this module has recurrent states, which are not kept with blocks: leave host_memory and disk out"
+        )
+    return config.prefix_sharing and config.forgetting is None and not plan.prefix and not plan.states
+
+
 def make_moves(
     module: object,
     plan: CachePlan,

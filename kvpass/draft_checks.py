@@ -10,10 +10,12 @@ from kvpass.fx_passes.bind import PagedModule
 from kvpass.fx_passes.verify_trees import verify_trees
 from kvpass.report import RewriteReport
 from kvpass.step_module import StepModule
-from kvpass.types import HeavyHitters, Refusal
+from kvpass.types import CachePlan, HeavyHitters, Refusal
 
 
-def check_drafter(drafter: Any, module: StepModule, config: CacheConfig, report: RewriteReport) -> None:
+def check_drafter(
+    drafter: Any, module: StepModule, plan: CachePlan, config: CacheConfig, report: RewriteReport
+) -> None:
     """Look at what a drafter is, and at whether the engine's module takes what it proposes.
 
     Raises:
@@ -22,6 +24,10 @@ def check_drafter(drafter: Any, module: StepModule, config: CacheConfig, report:
     """
     if not all(callable(getattr(drafter, name, None)) for name in ("propose", "forget")):
         raise ConfigError(f"{drafter!r} is no drafter: give kvpass.PromptLookup(), kvpass.DraftEngine(engine) or None")
+    if plan.states:
+        raise ConfigError(
+            "this module has recurrent states, from which rejected drafts cannot be taken back: leave out drafts"
+        )
     if isinstance(config.forgetting, HeavyHitters):
         raise ConfigError(
             "tokens are forgotten by the attention that they receive, and that of rejected drafts would count: "

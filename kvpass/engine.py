@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
-from kvpass.cache_handle import CacheHandle, make_moves
+from kvpass.cache_handle import CacheHandle, make_moves, shares_prefixes
 from kvpass.config import CacheConfig
 from kvpass.draft_checks import check_drafter
 from kvpass.driving import Driver
@@ -35,9 +35,9 @@ from kvpass.runtime.requests import make_samples, make_sequences, set_service
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.speculation import Drafter, Speculator
+from kvpass.runtime.state_slots import StateSlots, allocate_states
 from kvpass.runtime.stats import EngineStats, gather_stats
-from kvpass.runtime.wide_blocks import WideBlocks
-from kvpass.settling_module import SettlingModule
+from kvpass.settling_module import make_settling
 from kvpass.step_loop import StepLoop
 from kvpass.step_module import StepModule, weighing_module
 from kvpass.types import CachePlan, Sampling
@@ -80,9 +80,7 @@ class Engine:
         self._pool = BlockPool(room.num_blocks, plan.block_size, config.scrub)
         windows = plan.group_windows
         policy = POLICIES[config.eviction]()
-        # Where tokens see later ones of a prefix, a block holds more than its own tokens and those before it say.
-        sharing = config.prefix_sharing and config.forgetting is None and not plan.prefix
-        prefix_cache = PrefixCache(self._pool, windows, policy) if sharing else None
+        prefix_cache = PrefixCache(self._pool, windows, policy) if shares_prefixes(plan, config) else None
         self._moves = moves = make_moves(module, plan, config, caches, self._pool, prefix_cache)
         swap = moves if config.host_bytes else None
         self._scheduler = Scheduler(
@@ -94,13 +92,12 @@ class Engine:
             swap,
             forgetting=config.forgetting,
             prefix=plan.prefix,
+            slots=StateSlots(room.state_slots) if plan.states else None,
         )
-        self._wide: WideBlocks | None = None
-        if plan.settles:
-            size = plan.block_size
-            self._wide = WideBlocks(room.num_blocks, room.wide_blocks, size, windows, self._pool.is_used)
-            module = SettlingModule(module, plan, self._wide)
-        self._loop = StepLoop(module, plan, caches, self._scheduler, moves, weighing_module(self.module, config))
+        states = allocate_states(plan, room.state_slots, module.device)
+        module, self._wide = make_settling(module, plan, room, self._pool)
+        weighing = weighing_module(self.module, config)
+        self._loop = StepLoop(module, plan, caches, self._scheduler, moves, weighing, states)
         self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive)
         self._driver = Driver(self._loop)
         self._closed = False
@@ -273,7 +270,7 @@ class Engine:
             VerificationError: if the model gives other logits for tokens in a tree.
         """
         if drafter is not None:
-            check_drafter(drafter, self.module, self.config, self.report)
+            check_drafter(drafter, self.module, self.plan, self.config, self.report)
         check = getattr(drafter, "check_for", None)
         if check is not None:
             check(self)
@@ -322,8 +319,8 @@ class Engine:
         """Figures of now and so far."""
         with self._loop.exclusive():
             tiers, size = self._moves.tier_counts, bytes_per_block(self.plan)
-            wide = self._room.wide_bytes
-            return gather_stats(self._pool, self._scheduler, self._loop.latencies, tiers, size, wide)
+            other = self._room.wide_bytes + self._room.state_bytes
+            return gather_stats(self._pool, self._scheduler, self._loop.latencies, tiers, size, other)
 
     def latencies(self) -> Latencies:
         """How long tokens took so far, as histograms; a copy."""

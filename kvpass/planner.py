@@ -16,8 +16,9 @@ from kvpass.config import CacheConfig
 from kvpass.errors import ConfigError, InputError
 from kvpass.fx_passes.group_caches import group_caches
 from kvpass.kernels.formats import cache_bytes_per_token
-from kvpass.runtime.capacity import bytes_per_block, divide_memory
+from kvpass.runtime.capacity import Room, bytes_per_block, divide_memory
 from kvpass.runtime.footprint import blocks_of_prefix, blocks_of_sequence, sequences_that_fit
+from kvpass.runtime.state_slots import bytes_per_state
 from kvpass.types import CachePlan, CacheSpec
 
 EXACT_FORMATS = {4: "float32", 2: "bfloat16", 1: "fp8_e4m3"}  # by bytes of a number, for who has no model at hand
@@ -104,7 +105,7 @@ class Stage:
     Attributes:
         name: the technique.
         bytes_per_token: of one token in all caches.
-        bytes_of_sequence: of one sequence more, in whole blocks, beside what all share.
+        bytes_of_sequence: of one sequence more, in whole blocks and recurrent states, beside what all share.
         bytes_of_requests: of all requests; None where their number is not given.
         fit: sequences that the memory holds.
     """
@@ -125,7 +126,7 @@ class MemoryPlan:
         block_size: tokens per block.
         num_blocks: blocks of the pool.
         bytes_per_block: of one block in all caches.
-        bytes_reserved: of the pool's tensors.
+        bytes_reserved: of the tensors of the pool, and of recurrent states.
         bytes_given: memory that they may take.
         stages: one technique after the other; the last one is what the engine does.
     """
@@ -160,19 +161,20 @@ def plan_memory(received: int, exact: CachePlan, stored: CachePlan, config: Cach
             f"({stored.max_length_reason}): ask for a shorter one"
         )
     room, size = divide_memory(stored, config), bytes_per_block(stored)
-    num_blocks, reserved = room.num_blocks, room.num_blocks * size + room.wide_bytes
+    num_blocks, reserved = room.num_blocks, room.num_blocks * size + room.wide_bytes + room.state_bytes
     given = config.num_blocks is None and config.memory_share is None
     memory = config.memory_bytes if given else reserved
-    stages = [_contiguous("every head that attention receives", received, memory, demand)]
+    stages = [_contiguous("every head that attention receives", received, bytes_per_state(stored), memory, demand)]
     unwindowed = [_without_windows(plan) for plan in (exact, stored)]
-    stages.append(_paged("the narrowest cut", unwindowed[0], memory, demand, 0))
+    stages.append(_paged("the narrowest cut", unwindowed[0], room, memory, demand, 0))
     if stored != exact:
         names = sorted({form for spec in stored.caches for form in (spec.key_format, spec.value_format)})
-        stages.append(_paged(f"stored as {', '.join(names)}", unwindowed[1], memory, demand, 0))
+        stages.append(_paged(f"stored as {', '.join(names)}", unwindowed[1], room, memory, demand, 0))
     if any(spec.window is not None for spec in stored.caches):
-        stages.append(_paged("windows give blocks back", stored, memory, demand, 0))
-    if demand.shared_prefix:
-        stages.append(_paged(f"{demand.shared_prefix} tokens shared", stored, memory, demand, demand.shared_prefix))
+        stages.append(_paged("windows give blocks back", stored, room, memory, demand, 0))
+    if demand.shared_prefix and not stored.states:  # a block's content does not hold the state behind it
+        name = f"{demand.shared_prefix} tokens shared"
+        stages.append(_paged(name, stored, room, memory, demand, demand.shared_prefix))
     return MemoryPlan(demand, stored.block_size, num_blocks, size, reserved, memory, tuple(stages))
 
 
@@ -258,22 +260,24 @@ def bytes_text(count: int) -> str:
     return f"{count} B"
 
 
-def _contiguous(name: str, per_token: int, memory: int, demand: Demand) -> Stage:
+def _contiguous(name: str, per_token: int, state: int, memory: int, demand: Demand) -> Stage:
     """A cache without blocks."""
-    sequence = per_token * demand.context
+    sequence = per_token * demand.context + state
     total = None if demand.requests is None else sequence * demand.requests
     return Stage(name, per_token, sequence, total, memory // max(1, sequence))
 
 
-def _paged(name: str, plan: CachePlan, memory: int, demand: Demand, prefix: int) -> Stage:
-    """A cache in blocks, of which all sequences share those of a ``prefix``."""
-    size = bytes_per_block(plan)
+def _paged(name: str, plan: CachePlan, room: Room, memory: int, demand: Demand, prefix: int) -> Stage:
+    """A cache in blocks, of which all sequences share those of a ``prefix``, beside the states of all that may run."""
+    size, state = bytes_per_block(plan), bytes_per_state(plan)
     shared = blocks_of_prefix(plan, demand.context, prefix)
     blocks = blocks_of_sequence(plan, demand.context)
-    total = None if demand.requests is None else (shared + (blocks - shared) * demand.requests) * size
-    fit = sequences_that_fit(plan, memory // max(1, size), demand.context, prefix)
+    requests = demand.requests
+    total = None if requests is None else (shared + (blocks - shared) * requests) * size + requests * state
+    fit = sequences_that_fit(plan, (memory - room.state_bytes) // max(1, size), demand.context, prefix)
+    fit = min(fit, room.state_slots) if plan.states else fit
     per_token = sum(map(cache_bytes_per_token, plan.caches))
-    return Stage(name, per_token, (blocks - shared) * size, total, fit)
+    return Stage(name, per_token, (blocks - shared) * size + state, total, fit)
 
 
 def _without_windows(plan: CachePlan) -> CachePlan:

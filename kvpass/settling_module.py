@@ -10,9 +10,21 @@ import torch
 from torch import Tensor
 
 from kvpass.kernels.settling import settling_caches
+from kvpass.runtime.block_pool import BlockPool
+from kvpass.runtime.capacity import Room
 from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.step_module import StepModule
 from kvpass.types import CachePlan, StepInputs
+
+
+def make_settling(
+    module: StepModule, plan: CachePlan, room: Room, pool: BlockPool
+) -> tuple[StepModule, WideBlocks | None]:
+    """The module, made one that settles blocks if its plan has caches that do; and which of the pool's are wide."""
+    if not plan.settles:
+        return module, None
+    wide = WideBlocks(room.num_blocks, room.wide_blocks, plan.block_size, plan.group_windows, pool.is_used)
+    return SettlingModule(module, plan, wide), wide
 
 
 class SettlingModule:

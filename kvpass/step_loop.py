@@ -29,6 +29,7 @@ from kvpass.runtime.row_moves import rows_to_move
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence, SequenceState
 from kvpass.runtime.speculation import Speculator
+from kvpass.runtime.state_slots import move_states
 from kvpass.runtime.step import Step
 from kvpass.runtime.verification import choose_tokens
 from kvpass.settling_module import SettlingModule
@@ -41,6 +42,7 @@ class StepLoop:
 
     Attributes:
         caches: key and value tensors of each cache, in the order of the plan.
+        states: tensors of each recurrent state, likewise.
         speculator: proposes tokens that a step computes ahead; None computes none.
         latencies: how long tokens took.
         requests: those that have not ended, each in the scheduler or about to be cancelled.
@@ -55,6 +57,7 @@ class StepLoop:
         scheduler: Scheduler,
         moves: BlockMoves,
         weighing: WeighingModule | None = None,
+        states: tuple[Tensor, ...] = (),
     ) -> None:
         self._moves = moves
         # Computes the steps where the attention that blocks receive decides what is forgotten.
@@ -63,6 +66,7 @@ class StepLoop:
         self._plan = plan
         self._batches = BatchBuilder(plan.block_size, module.device)
         self.caches: Ordered[tuple[Tensor, Tensor]] = caches
+        self.states = states
         self._scheduler = scheduler
         self.speculator: Speculator | None = None
         self.latencies = Latencies()
@@ -110,7 +114,7 @@ class StepLoop:
         """Cancel everything, now and whatever is submitted later, and let go of the caches."""
         self._closed = True
         with self.exclusive():
-            self.caches = ()
+            self.caches, self.states = (), ()
             self._moves.close()
 
     def step(self) -> None:
@@ -137,7 +141,8 @@ class StepLoop:
             elif step.copies:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
-            inputs = self._batches.build(step)
+            move_states(self.states, step.state_moves)
+            inputs = self._batches.build(step, self.states)
             received: NDArray[np.float64] | None = None
             if self._weighing is None:
                 logits = self._module(inputs, self.caches)

@@ -16,7 +16,9 @@ from kvpass.types import HeavyHitters, StepInputs
 class StepModule(Protocol):
     """What the engine needs of a paged module.
 
-    One that takes steps with a tree mask and is no :class:`kvpass.PagedModule` has an attribute ``takes_trees``.
+    One that takes steps with a tree mask and is no :class:`kvpass.PagedModule` has an attribute ``takes_trees``. One
+    whose plan has recurrent states finds them in the step, and leaves them as they are after its tokens: see
+    :attr:`kvpass.types.StepInputs.states`.
     """
 
     @property

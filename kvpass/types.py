@@ -132,6 +132,21 @@ class CacheSpec:
 
 
 @dataclass(frozen=True)
+class StateSpec:
+    """One recurrent state: what a layer remembers of all past tokens of a sequence together, whatever their number.
+
+    Attributes:
+        name: unique within the plan.
+        shape: of the state of one sequence.
+        dtype: of its numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class CachePlan:
     """What the passes ask of the runtime; the two rooms meet here and nowhere else.
 
@@ -145,6 +160,7 @@ class CachePlan:
             the padding token of a model that counts positions without padding.
         prefix: first tokens of each sequence, which see one another and have to be computed in one step; 0 where no
             token sees a later one.
+        states: recurrent states of a module of your own; the order is that of :attr:`StepInputs.states`.
     """
 
     caches: tuple[CacheSpec, ...]
@@ -154,6 +170,7 @@ class CachePlan:
     max_length_reason: str = ""
     forbidden_tokens: tuple[int, ...] = ()
     prefix: int = 0
+    states: tuple[StateSpec, ...] = ()
 
     @property
     def settles(self) -> bool:
@@ -249,7 +266,8 @@ class HeavyHitters:
 class StepInputs:
     """One step of a paged module: T tokens of N sequences, prefill and decode in any mix.
 
-    The tokens of a sequence are contiguous and in order. All tensors are int64 and on the module's device.
+    The tokens of a sequence are contiguous and in order. All tensors are on the module's device, and int64 unless
+    it is said otherwise.
 
     Attributes:
         token_ids: ``[T]``.
@@ -266,6 +284,10 @@ class StepInputs:
             where the tokens of a sequence are nodes of a tree that grows from its earlier ones. A row's bits are its
             own and its ancestors', and its position is that of its depth; its slot is still that of its place among
             the tokens. None where each token sees all before it.
+        state_slots: ``[N]``, the slot of each sequence in ``states``, no two equal; None where the plan has no states.
+        states: ``[slots, *shape]`` for each of ``plan.states``, to be changed in place at ``state_slots``: what is
+            there is the state after the earlier tokens of the sequence (zeros if there are none), and has to be the
+            state after those of this step when the module returns.
     """
 
     token_ids: Tensor
@@ -276,6 +298,8 @@ class StepInputs:
     query_start: Tensor
     logits_index: Tensor
     tree_mask: Tensor | None = None
+    state_slots: Tensor | None = None
+    states: tuple[Tensor, ...] = ()
 
 
 FinishReason = Literal["length", "stop", "error", "deadline"]

@@ -22,8 +22,8 @@ class BatchBuilder:
         self._device = device
         self._rows = TableRows()
 
-    def build(self, step: Step) -> StepInputs:
-        """Flatten a step that is not empty: T tokens of N sequences, oldest sequence first.
+    def build(self, step: Step, states: tuple[Tensor, ...] = ()) -> StepInputs:
+        """Flatten a step that is not empty: T tokens of N sequences, oldest sequence first, with their ``states``.
 
         Returns:
             StepInputs on the device; ``logits_index`` has ``1 + drafted`` rows for each of ``step.sampled``, in that
@@ -62,6 +62,8 @@ class BatchBuilder:
             query_start=self._move(query_start),
             logits_index=self._move(_rows_with_logits(step, query_start[1:], ends - known)),
             tree_mask=torch.from_numpy(_tree_mask(query_start, trees)).to(self._device) if trees else None,
+            state_slots=self._move(np.array([s.state_slot for s in sequences], dtype=np.int64)) if states else None,
+            states=states,
         )
 
     def _move(self, array: NDArray[np.int64]) -> Tensor:

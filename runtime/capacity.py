@@ -13,6 +13,7 @@ from kvpass.config import CacheConfig
 from kvpass.errors import ConfigError
 from kvpass.kernels import formats
 from kvpass.kernels.formats import cache_bytes_per_token, shared_tensors, wide_bytes_per_token
+from kvpass.runtime.state_slots import bytes_per_state
 from kvpass.types import CachePlan
 
 # A model that remembers nothing of past tokens has blocks that cost no memory; they still count its tokens.
@@ -66,6 +67,8 @@ class Room(NamedTuple):
         wide_bytes: what those take.
         max_batch_tokens: tokens of one step, which may need that many wide blocks: at most those of the config.
         max_sequences: sequences that run at once, likewise.
+        state_slots: sequences that have recurrent states at once, all that may run; 0 where the plan has no states.
+        state_bytes: what those take.
     """
 
     num_blocks: int
@@ -73,6 +76,8 @@ class Room(NamedTuple):
     wide_bytes: int
     max_batch_tokens: int
     max_sequences: int
+    state_slots: int = 0
+    state_bytes: int = 0
 
 
 def divide_memory(plan: CachePlan, config: CacheConfig, device: torch.device | str = "cpu") -> Room:
@@ -80,10 +85,11 @@ def divide_memory(plan: CachePlan, config: CacheConfig, device: torch.device | s
 
     Wide blocks are as many as a step may write to, and one more for each sequence: its first. Where the memory is
     given, at most a quarter of it goes to them, and fewer sequences and tokens run at once if that is not enough.
+    Recurrent states, of all sequences that may run, are taken from the memory first.
 
     Raises:
-        ConfigError: if the memory does not hold a single block, or too few wide ones; or if a step is too short for
-            the prefix of the plan.
+        ConfigError: if the memory does not hold a single block, or too few wide ones, beside the states; if a step is
+            too short for the prefix of the plan; if a state cannot be stored.
     """
     if config.max_batch_tokens < plan.prefix:
         raise ConfigError(
@@ -93,13 +99,22 @@ def divide_memory(plan: CachePlan, config: CacheConfig, device: torch.device | s
     size, wide = bytes_per_block(plan), _bytes_per_wide_block(plan)
     tokens, sequences, groups = config.max_batch_tokens, config.max_sequences, len(plan.group_windows)
     wanted = groups * _wide_blocks_for(plan, tokens, sequences) if plan.settles else 0
+    slots = min(sequences, tokens - max(0, plan.prefix - 1)) if plan.states else 0
+    states = slots * bytes_per_state(plan)
     if config.num_blocks is not None:
         wanted = min(wanted, config.num_blocks)
-        return Room(config.num_blocks, wanted, wanted * wide, tokens, sequences)
-    if size == 0:
+        return Room(config.num_blocks, wanted, wanted * wide, tokens, sequences, slots, states)
+    if size == 0 and not states:
         return Room(BLOCKS_WITHOUT_MEMORY, 0, 0, tokens, sequences)
     share = config.memory_share
-    memory = config.memory_bytes if share is None else int(share * free_bytes(device))
+    memory = (config.memory_bytes if share is None else int(share * free_bytes(device))) - states
+    if states and memory < size:
+        raise ConfigError(
+            f"memory={config.memory!r} is too little: the recurrent states of max_sequences={slots} sequences take "
+            f"{states} bytes, and a block {size}; give at least memory={states + size}, or a smaller max_sequences"
+        )
+    if size == 0:
+        return Room(BLOCKS_WITHOUT_MEMORY, 0, 0, tokens, sequences, slots, states)
     least, num_wide = size, 0
     if plan.settles:
         least = 4 * groups * LEAST_WIDE_BLOCKS * wide
@@ -113,7 +128,8 @@ def divide_memory(plan: CachePlan, config: CacheConfig, device: torch.device | s
             f"memory={config.memory!r} holds no block: one block of {plan.block_size} tokens takes {size} bytes in "
             f"the {len(plan.caches)} caches of this model; give at least memory={least}, or a smaller block_size"
         )
-    return Room((memory - num_wide * wide) // size, num_wide, num_wide * wide, tokens, sequences)
+    num_blocks = (memory - num_wide * wide) // size
+    return Room(num_blocks, num_wide, num_wide * wide, tokens, sequences, slots, states)
 
 
 def _wide_blocks_for(plan: CachePlan, tokens: int, sequences: int) -> int:

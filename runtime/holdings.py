@@ -15,6 +15,7 @@ from kvpass.runtime.block_table import BlockTable
 from kvpass.runtime.host_memory import StoredBlock
 from kvpass.runtime.prefix_nodes import PrefixNode
 from kvpass.runtime.sequence import Sequence
+from kvpass.runtime.state_slots import StateMove, StateSlots
 from kvpass.runtime.step import Step
 from kvpass.runtime.step_registry import StepRegistry
 from kvpass.runtime.swap_space import SwapSpace
@@ -39,8 +40,11 @@ class Holdings:
         max_chunk: int,
         swap: SwapSpace | None = None,
         forgetting: AttentionSinks | HeavyHitters | None = None,
+        slots: StateSlots | None = None,
     ) -> None:
         self._pool = pool
+        # Where the recurrent states of those who run are; None where there are none.
+        self._slots = slots
         self._registry = registry
         # Of each group the newest tokens, its own included, that a query may look at; None for all.
         self._windows = tuple(windows)
@@ -159,6 +163,8 @@ class Holdings:
             and sequence.num_computed == len(path) * self._pool.block_size
         ):
             self._copy_part(sequence, *match.partial)
+        if self._slots is not None:
+            sequence.state_slot = self._slots.take()
         return True
 
     def take_over_more(self, sequence: Sequence) -> int:
@@ -180,6 +186,8 @@ class Holdings:
         twin.num_computed, twin.received = sequence.num_computed, sequence.received.copy()
         twin.num_registered, twin.branch = sequence.num_registered, sequence.branch
         twin.shares_tail = sequence.shares_tail = sequence.num_computed % self._pool.block_size != 0
+        if self._slots is not None:
+            twin.state_slot = self._slots.take(like=sequence.state_slot)
 
     def give_back_passed(self, sequences: Iterable[Sequence]) -> None:
         """Give back what no token to come of running sequences looks at."""
@@ -233,6 +241,7 @@ class Holdings:
         """Empty the tables of a sequence."""
         self._pool.release(sequence.take_blocks())
         self._forget_swapped(sequence)
+        self._release_slot(sequence)
 
     def put_aside(self, sequence: Sequence) -> None:
         """Empty the tables of a sequence that will go on later; what it has computed is swapped out if there is room.
@@ -245,8 +254,18 @@ class Holdings:
         handle = swap.swap_out(content) if swap is not None and content else None
         self._pool.release(sequence.take_blocks())
         self._forget_swapped(sequence)
+        self._release_slot(sequence)
         if handle is not None:
             sequence.swapped, sequence.swapped_tokens = handle, computed
+
+    def take_state_moves(self) -> tuple[StateMove, ...]:
+        """As :meth:`kvpass.runtime.state_slots.StateSlots.take_moves`."""
+        return () if self._slots is None else self._slots.take_moves()
+
+    def _release_slot(self, sequence: Sequence) -> None:
+        if self._slots is not None and sequence.state_slot is not None:
+            self._slots.release(sequence.state_slot)
+        sequence.state_slot = None
 
     def _load(self, sequence: Sequence, stored: Ordered[Ordered[StoredBlock | None]], passed: list[int]) -> None:
         """Allocate blocks for what is stored of the tokens behind the matched ones, and fill them."""
@@ -326,9 +345,19 @@ class Holdings:
         self.copies = []
         if self._swap is not None:
             self._swap.clear()
+        if self._slots is not None:
+            self._slots.reset()
         for sequence in sequences:
             sequence.take_blocks()
+            sequence.state_slot = None
             sequence.swapped, sequence.swapped_tokens = None, 0
+
+    def check_running(self, running: Ordered[Sequence], in_flight: bool) -> None:
+        """As :meth:`check_integrity` for all who run; and each has a state slot of its own, and nobody else has one."""
+        for sequence in running:
+            self.check_integrity(sequence, in_flight)
+        if self._slots is not None:
+            self._slots.check_integrity(sequence.state_slot for sequence in running)
 
     def check_integrity(self, sequence: Sequence, in_flight: bool) -> None:
         """Assert that the tables of a running sequence are as they should be.

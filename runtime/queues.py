@@ -130,7 +130,7 @@ class Queues:
         _require(not any(s.held for s in self.waiting), "a sequence that is held waits for blocks")
         for sequence in (*self.waiting, *self.following, *self.parked):
             _require(sequence.state is SequenceState.WAITING, "a sequence waits that should not")
-            held = any(table.owned for table in sequence.tables)
+            held = any(table.owned for table in sequence.tables) or sequence.state_slot is not None
             _require(not held and sequence.num_computed == 0, "a waiting sequence holds blocks")
 
 

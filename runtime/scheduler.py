@@ -31,6 +31,7 @@ from kvpass.runtime.holdings import Holdings
 from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.queues import Queues
 from kvpass.runtime.sequence import Sequence, SequenceState
+from kvpass.runtime.state_slots import StateSlots
 from kvpass.runtime.step import SchedulerCounts, Step
 from kvpass.runtime.step_builder import StepBuilder
 from kvpass.runtime.step_registry import StepRegistry
@@ -56,6 +57,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         forgetting: AttentionSinks | HeavyHitters | None = None,
         prefix: int = 0,
+        slots: StateSlots | None = None,
     ) -> None:
         """Schedule over ``pool``.
 
@@ -69,6 +71,7 @@ class Scheduler:
             clock: what deadlines are measured by, in seconds.
             forgetting: what long sequences forget; None where they remember everything. It goes with neither windows
                 nor a prefix cache: what a block holds would depend on what was forgotten before it.
+            slots: of recurrent states, of which blocks tell nothing: they go with neither a prefix cache nor a swap.
             prefix: first tokens of each sequence that have to be computed in one step, at most ``max_batch_tokens``;
                 see :attr:`kvpass.types.CachePlan.prefix`. It does not go with a prefix cache either.
         """
@@ -85,7 +88,8 @@ class Scheduler:
         _require(
             forgetting is None or (prefix_cache is None and set(windows) == {None}), "forgetting goes with no windows"
         )
-        self._holdings = Holdings(pool, self._registry, windows, max_batch_tokens, swap, forgetting)
+        _require(slots is None or (prefix_cache is None and swap is None), "states are neither shared nor swapped")
+        self._holdings = Holdings(pool, self._registry, windows, max_batch_tokens, swap, forgetting, slots)
         self._dropped: set[Sequence] = set()
         pins = None if prefix_cache is None else prefix_cache.pins
         self._builder = StepBuilder(
@@ -190,7 +194,8 @@ class Scheduler:
             if followers := self._queues.followers:
                 reached = [pair for s, n in reached for pair in ((s, n), *((f, 0) for f in followers.get(s, ())))]
             sampled, drafted = zip(*reached, strict=True) if reached else ((), ())
-            step = Step(tuple(ranges), sampled, drafted, tuple(self._holdings.copies), tuple(expired))
+            moves = self._holdings.take_state_moves() if ranges else ()
+            step = Step(tuple(ranges), sampled, drafted, tuple(self._holdings.copies), tuple(expired), moves)
             if ranges:
                 self._in_flight = step
         return step
@@ -297,8 +302,7 @@ class Scheduler:
             self._prefix_cache.check_integrity()
         if self._in_flight is None:
             _require(self._registry.is_settled and not sources and not self._dropped, "a step was left half done")
-        for sequence in running:
-            self._holdings.check_integrity(sequence, self._in_flight is not None)
+        self._holdings.check_running(running, self._in_flight is not None)
 
     def _enter(self, sequence: Sequence) -> None:
         """Queue a sequence that has a rank."""

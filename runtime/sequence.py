@@ -78,6 +78,7 @@ class Sequence:
         shares_tail: the block that holds its newest computed token may have other owners, and is then copied before
             it is written.
         swapped: handle of the content of its blocks, ``swapped_tokens`` of them, in host memory; None where it is not.
+        state_slot: where its recurrent states are while it runs; None where there are none.
         ahead: what is being read of its cache for it, before it starts; None if nothing is.
         branch: place in the prefix tree up to which the blocks are registered; None without prefix sharing.
         num_registered: blocks of each group from the front that are on the path to ``branch``.
@@ -113,6 +114,7 @@ class Sequence:
         "seed",
         "shares_tail",
         "state",
+        "state_slot",
         "stop_ids",
         "swapped",
         "swapped_tokens",
@@ -157,6 +159,7 @@ class Sequence:
         self.shares_tail = False
         self.swapped: object | None = None
         self.swapped_tokens = 0
+        self.state_slot: int | None = None
         self.branch: Branch | None = None
         self.num_registered = 0
         self.text = text

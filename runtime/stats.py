@@ -20,7 +20,7 @@ class EngineStats:
         blocks_used: blocks that running sequences refer to.
         blocks_cached: blocks that nobody refers to, kept for reuse of their prefix.
         blocks_shared: blocks that more than one sequence refers to.
-        bytes_reserved: bytes of all caches, used or not.
+        bytes_reserved: bytes of all caches and recurrent states, used or not.
         bytes_peak_used: bytes of the most blocks that were used at once.
         waste: slots of used blocks that held no token over all slots of used blocks, both summed over all steps.
         running: sequences that hold blocks.
@@ -76,11 +76,11 @@ def gather_stats(
     latencies: Latencies,
     tiers: TierCounts,
     block_bytes: int,
-    wide_bytes: int = 0,
+    other_bytes: int = 0,
 ) -> EngineStats:
     """The figures of a pool of blocks of so many bytes, of its scheduler and of its tokens' times.
 
-    ``wide_bytes`` are reserved besides, for blocks that have not settled.
+    ``other_bytes`` are reserved besides, for blocks that have not settled and for recurrent states.
     """
     counts = scheduler.counts
     return EngineStats(
@@ -89,7 +89,7 @@ def gather_stats(
         blocks_used=pool.num_used,
         blocks_cached=pool.num_cached,
         blocks_shared=pool.num_shared,
-        bytes_reserved=pool.num_blocks * block_bytes + wide_bytes,
+        bytes_reserved=pool.num_blocks * block_bytes + other_bytes,
         bytes_peak_used=pool.peak_used * block_bytes,
         waste=counts.unused_slots / max(1, counts.allocated_slots),
         running=scheduler.num_running,

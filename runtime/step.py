@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from kvpass.runtime.sequence import Sequence
+from kvpass.runtime.state_slots import StateMove
 
 # Tokens ``start`` to ``end`` of a sequence, to be computed in one step; the last ones may be proposed ones. A plain
 # tuple, since each step makes one for each sequence.
@@ -24,6 +25,7 @@ class Step:
             logits more than that: behind its newest token, and behind each proposed one.
         copies: pairs (source, destination) of blocks whose content has to be copied before the step is computed, all
             at once; no two destinations are equal.
+        state_moves: slots of recurrent states that have to be copied or zeroed before the step is computed.
         expired: sequences that were ended when the step was chosen, since their deadline was over.
     """
 
@@ -32,6 +34,7 @@ class Step:
     drafted: tuple[int, ...]
     copies: tuple[tuple[int, int], ...] = ()
     expired: tuple[Sequence, ...] = ()
+    state_moves: tuple[StateMove, ...] = ()
 
 
 @dataclass
