@@ -30,8 +30,9 @@ def test_prefill_chunk_and_decode_are_flattened_in_one_step():
     assert inputs.seq_lens.tolist() == [5, 2, 6]
     assert inputs.query_start.tolist() == [0, 1, 3, 6]
     assert inputs.logits_index.tolist() == [0, 2]
-    assert inputs.tree_mask is None
-    assert all(tensor.dtype == torch.int64 for name, tensor in vars(inputs).items() if name != "tree_mask")
+    assert (inputs.tree_mask, inputs.state_slots, inputs.states) == (None, None, ())
+    others = [tensor for name, tensor in vars(inputs).items() if name not in ("tree_mask", "state_slots", "states")]
+    assert all(tensor.dtype == torch.int64 for tensor in others)
 
 
 def test_a_step_with_no_finished_prompt_asks_for_no_logits():
