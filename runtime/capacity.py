@@ -110,8 +110,9 @@ def divide_memory(plan: CachePlan, config: CacheConfig, device: torch.device | s
     memory = (config.memory_bytes if share is None else int(share * free_bytes(device))) - states
     if states and memory < size:
         raise ConfigError(
-            f"memory={config.memory!r} is too little: the recurrent states of max_sequences={slots} sequences take "
-            f"{states} bytes, and a block {size}; give at least memory={states + size}, or a smaller max_sequences"
+            f"memory={config.memory!r} is too little: the recurrent states of the {slots} sequences that may run at "
+            f"once take {states} bytes, and a block {size}; give at least memory={states + size}, or a smaller "
+            f"max_sequences"
         )
     if size == 0:
         return Room(BLOCKS_WITHOUT_MEMORY, 0, 0, tokens, sequences, slots, states)
@@ -126,7 +127,8 @@ def divide_memory(plan: CachePlan, config: CacheConfig, device: torch.device | s
     if memory < least:
         raise ConfigError(
             f"memory={config.memory!r} holds no block: one block of {plan.block_size} tokens takes {size} bytes in "
-            f"the {len(plan.caches)} caches of this model; give at least memory={least}, or a smaller block_size"
+            f"the {len(plan.caches)} caches of this model; give at least memory={least + states}, or a smaller "
+            f"block_size"
         )
     num_blocks = (memory - num_wide * wide) // size
     return Room(num_blocks, num_wide, num_wide * wide, tokens, sequences, slots, states)

@@ -222,7 +222,7 @@ def test_what_does_not_go_with_states_is_refused():
     for options in ({"host_memory": "1MiB"}, {"disk": "somewhere"}):
         with pytest.raises(ConfigError, match="not kept with blocks: leave host_memory and disk out"):
             make_engine(**options)
-    with pytest.raises(ConfigError, match=r"max_sequences=4 sequences take 128 bytes, .* at least memory=160"):
+    with pytest.raises(ConfigError, match=r"of the 4 sequences that may run at once take 128 bytes, .* memory=160"):
         make_engine(memory=159, max_sequences=4)
     assert make_engine(memory=160, max_sequences=4).stats().blocks_total == 1
     with pytest.raises(ConfigError, match="could not be allocated on cpu: give a smaller max_sequences"):
