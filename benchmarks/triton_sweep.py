@@ -143,11 +143,13 @@ class Case:
         step = cases.make_step(self.random, self.formats, self.heads, self.dims, self.size, lengths, counts)
         if tree:
             width = max(counts) + self.pick((0, 3))
-            mask = torch.from_numpy(self.random.random((sum(counts), width)) < 0.5)
-            for n, count in enumerate(counts):
-                for t in range(count):
-                    mask[step.starts[n] + t, t] = True
-                    mask[step.starts[n] + t, t + 1 :] = False
+            mask = torch.zeros(sum(counts), width, dtype=torch.bool)
+            for start, count in zip(step.starts[:-1], counts, strict=True):
+                for t in range(count):  # what its parent sees, and itself
+                    parent = int(self.random.integers(-1, t))
+                    if parent >= 0:
+                        mask[start + t] = mask[start + parent]
+                    mask[start + t, t] = True
             features["tree_mask"] = mask
         oldest = [length - count for length, count in zip(lengths, counts, strict=True)]
         if "window" in features:
