@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from kvpass.fx_passes.bind import PagedModule
 from kvpass.fx_passes.graph import arguments, is_call
 from kvpass.fx_passes.insert_cache import PagedGraph
+from kvpass.fx_passes.prefix_steps import show_prefix
+from kvpass.fx_passes.tree_steps import with_tree_mask
 from kvpass.fx_passes.verify import allowed_tokens, with_sites
 from kvpass.kernels.formats import allocate_cache, find_format
 from kvpass.types import CachePlan, StepInputs
@@ -46,11 +48,16 @@ def calibrate(exact: PagedGraph, plan: CachePlan, sequences: Sequence[Tensor]) -
     if not rows:
         return {}
     observed = with_sites(exact.module, exact.module.graph, [node.name for node in rows.values()])
+    if exact.plan.prefix:
+        shown = with_tree_mask(observed)
+        assert isinstance(shown, GraphModule), "such a graph was refused before"
+        observed = shown
     largest = {name: torch.zeros(()) for name in rows}
     for ids in sequences:
-        _, *written = observed(
-            *module.arguments(_whole_step(ids, exact.plan), _caches(exact.plan, len(ids), module.device))
-        )
+        step = _whole_step(ids, exact.plan)
+        if exact.plan.prefix:
+            step = show_prefix(step, exact.plan.prefix)
+        _, *written = observed(*module.arguments(step, _caches(exact.plan, len(ids), module.device)))
         for name, row in zip(rows, written, strict=True):
             largest[name] = torch.maximum(largest[name].to(row.device), row.abs().amax((0, 2)).float())
     chosen = {}

@@ -208,6 +208,9 @@ def rewrite(
     )
     fuse = has_kernel("norm_rotary_write", device.type)
     paged = exact = insert_cache(captured, plan, fuse, config.fold_rotations)
+    module = PagedModule(paged)
+    if paged.plan.prefix and isinstance(module.tree_step, Refusal):
+        raise _refused([module.tree_step], seconds)
     after = count_nodes(paged.module.graph)
     report = replace(report, calls=(before[0], after[0]), launches=(before[1], after[1]))
     report = replace(report, rotations=paged.rotations, derived_bytes=paged.derived_bytes)
@@ -216,9 +219,6 @@ def rewrite(
         exact = with_exact_formats(paged, plan.cache_plan)
         ids = calibration_ids(paged.plan, device) if examples is None else list(examples[:, : paged.plan.max_length])
         report = replace(report, calibration=calibrate(exact, paged.plan, ids))
-    module = PagedModule(paged)
-    if paged.plan.prefix and isinstance(module.tree_step, Refusal):
-        raise _refused([module.tree_step], seconds)
     seconds["insert-cache"] = time.perf_counter() - start
     if check:
         start = time.perf_counter()

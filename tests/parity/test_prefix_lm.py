@@ -55,9 +55,8 @@ def test_the_tokens_are_those_of_the_original(engine: kvpass.Engine) -> None:
 
 @pytest.mark.parametrize("spelling", ["a buffer", ELEVEN])
 def test_other_spellings(spelling: str) -> None:
-    prompts = [prompt + prompt if len(prompt) < 11 else prompt for prompt in PROMPTS]
+    prompts = ragged_prompts(VOCAB, lengths=(11, 13, 20, 44))
     short = replace(CONFIG, num_blocks=18)  # so that some are preempted
-    prompts = [prompt if len(prompt) >= 11 else [*prompt, 7] for prompt in prompts]
     assert_tokens_equal(decoder_around(partial(Prefix, spelling))(SEED), engine_of(spelling, short), prompts)
 
 
@@ -66,12 +65,17 @@ def test_samples_and_trees_of_drafts(engine: kvpass.Engine) -> None:
     engine.speculate(kvpass.PromptLookup(branches=2))
     assert engine.generate(PROMPTS, 12) == wanted
     engine.speculate(None)
-    assert [engine.submit(PROMPTS[3], 12, n=2).result()] == [wanted[3]]
+    assert [sample.result() for sample in engine.submit(PROMPTS[3], 12, n=2).samples] == [wanted[3], wanted[3]]
     engine.check_integrity()
 
 
-def test_int8() -> None:
-    engine_of("compared", replace(CONFIG, dtype="int8")).generate(PROMPTS, 4)
+@pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
+def test_lossy_formats(engine: kvpass.Engine, dtype: str) -> None:
+    quantised = engine_of("compared", replace(CONFIG, dtype=dtype))
+    given, wanted = (each.generate(PROMPTS, 4) for each in (quantised, engine))
+    assert [len(tokens) for tokens in given] == [len(tokens) for tokens in wanted] == [4] * len(PROMPTS)
+    verification = quantised.report.verification
+    assert verification is not None and verification.passed
 
 
 def test_bad_input(engine: kvpass.Engine) -> None:
