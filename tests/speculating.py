@@ -2,7 +2,9 @@
 
 import random
 
+import kvpass
 from kvpass.runtime.draft_tree import merge_paths
+from tests.history_engine import check_idle, make_engine, ragged
 
 
 class AlwaysPays:
@@ -61,6 +63,20 @@ def always_speculate(engine, drafter):
     engine.speculate(drafter)
     engine._loop.speculator.costs = AlwaysPays()
     return engine
+
+
+def counts_of_a_twins_drafts(temperature, options, branches=1):
+    """What was drafted and accepted where another engine of the same model drafts; the tokens are those of none."""
+    prompts = ragged(8)
+    samplings = [kvpass.Sampling(temperature=temperature, seed=index) for index in range(8)]
+    expected = make_engine().generate(prompts, 15, samplings)
+    small = make_engine()
+    engine = always_speculate(make_engine(**options), kvpass.DraftEngine(small, max_draft=4, branches=branches))
+    assert engine.generate(prompts, 15, samplings) == expected
+    check_idle(engine)
+    check_idle(small)
+    assert small.stats().prefix_hit_tokens > 0
+    return engine._scheduler.counts
 
 
 class Branching(Guesses):

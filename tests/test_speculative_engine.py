@@ -6,7 +6,7 @@ import kvpass
 from kvpass.errors import ConfigError, InputError
 from kvpass.types import Sampling
 from tests.history_engine import check_idle, make_engine, naive, ragged
-from tests.speculating import Guesses, always_speculate
+from tests.speculating import Guesses, always_speculate, counts_of_a_twins_drafts
 
 
 @pytest.mark.parametrize("mistakes", [0.0, 0.4])
@@ -108,18 +108,9 @@ def test_prompt_lookup_drafts_what_repeats_itself():
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 12, "max_batch_tokens": 7}], ids=["plain", "tight"])
 def test_another_engine_drafts(temperature, options):
-    """The small engine is the same model, so it is right every time: with seeds, because both draw with one number."""
-    prompts = ragged(8)
-    samplings = [Sampling(temperature=temperature, seed=index) for index in range(8)]
-    expected = make_engine().generate(prompts, 15, samplings)
-    small = make_engine()
-    engine = always_speculate(make_engine(**options), kvpass.DraftEngine(small, max_draft=4))
-    assert engine.generate(prompts, 15, samplings) == expected
-    counts = engine._scheduler.counts
+    """With seeds, because both draw with one number."""
+    counts = counts_of_a_twins_drafts(temperature, options)
     assert counts.accepted_tokens > 0.9 * counts.drafted_tokens > 0
-    check_idle(engine)
-    check_idle(small)
-    assert small.stats().prefix_hit_tokens > 0
 
 
 def test_an_engine_that_cannot_hold_a_sequence_drafts_nothing_for_it():

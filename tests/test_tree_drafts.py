@@ -8,7 +8,7 @@ from kvpass.errors import ConfigError, InputError
 from kvpass.runtime.draft_tree import DraftTree
 from kvpass.types import AttentionSinks, Sampling
 from tests.history_engine import check_idle, make_engine, naive, ragged
-from tests.speculating import Branching, always_speculate
+from tests.speculating import Branching, always_speculate, counts_of_a_twins_drafts
 
 
 @pytest.fixture
@@ -98,18 +98,10 @@ def test_prompt_lookup_with_branches_gives_the_same_tokens():
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 12, "max_batch_tokens": 7}], ids=["plain", "tight"])
 def test_another_engine_drafts_trees(temperature, options):
-    """The small engine is the same model: its first path is right every time."""
-    prompts = ragged(8)
-    samplings = [Sampling(temperature=temperature, seed=index) for index in range(8)]
-    expected = make_engine().generate(prompts, 15, samplings)
-    small = make_engine()
-    engine = always_speculate(make_engine(**options), kvpass.DraftEngine(small, max_draft=4, branches=3))
-    assert engine.generate(prompts, 15, samplings) == expected
-    counts = engine._scheduler.counts
+    """Its first path is right every time."""
+    counts = counts_of_a_twins_drafts(temperature, options, branches=3)
     assert counts.drafted_trees > 0
     assert counts.accepted_tokens > 0.9 * counts.drafted_tokens / 3 > 0
-    check_idle(engine)
-    check_idle(small)
 
 
 class Proposes:
