@@ -9,6 +9,8 @@ _OUTLIER = 3.0
 # Share of the time of plain decoding that drafting may lose, and plain steps that it may lose to begin with.
 _LOSS_PERMITTED = 0.005
 _STEPS_TO_TRY = 1.0
+# Steps with drafts after which it is known what they cost. The first of them does not count: its shapes are new.
+_TRIALS = 3
 # What was gained is no licence to lose as much later.
 _MOST_KEPT = 2.0
 
@@ -63,6 +65,7 @@ class DraftCosts:
     def __init__(self) -> None:
         self._plain = FadingLine()
         self._added = FadingLine()
+        self._trials = 0
         self.balance = 0.0
 
     @property
@@ -72,8 +75,8 @@ class DraftCosts:
 
     @property
     def tried(self) -> bool:
-        """Whether a step with drafts was measured."""
-        return self._added.known
+        """Whether enough steps with drafts were measured to tell what they cost."""
+        return self._trials >= _TRIALS
 
     @property
     def token_slope(self) -> float:
@@ -102,7 +105,9 @@ class DraftCosts:
         """A step with ``drafted`` proposed tokens was computed, ``accepted`` of which were right."""
         plain = self.plain_step(sequences)
         added = min(seconds, _OUTLIER * (plain + self.added(drafted))) - plain
-        self._added.add(drafted, added)
+        self._trials += 1
+        if self._trials > 1:
+            self._added.add(drafted, added)
         # So many tokens would have taken plain decoding the same share of its steps.
         won = accepted / sequences * plain
         self._book(won - added + _LOSS_PERMITTED * (plain + won))

@@ -24,7 +24,7 @@ from kvpass.runtime.verification import can_be_drafted
 _TRY_EVERY = 64
 _PLAIN_EVERY = 64
 # Tokens of such a trial, and of the first drafts of all.
-_TRIAL = 2
+_TRIAL = 1
 # Tokens that stand for what is known of other sequences, when the chances of a new one are estimated.
 _PRIOR_TOKENS = 4.0
 _MEMORY = 0.9
@@ -113,7 +113,10 @@ class Speculator:
             return
         asked = [max(count, int(self.drafter.cheap)) for count in counts]
         drafts = self._checked(self.drafter.propose(candidates, asked), asked)
-        if self.drafter.cheap and not self._pays(candidates, drafts, counts, len(sequences)):
+        if self._is_trial:
+            # The first nodes are the likeliest path, and what drafts cost shows on few as well.
+            drafts = [draft.cut(count) for draft, count in zip(drafts, counts, strict=True)]
+        elif self.drafter.cheap and not self._pays(candidates, drafts, counts, len(sequences)):
             counts = [0] * len(counts)
         for sequence, draft, count in zip(candidates, drafts, counts, strict=True):
             if draft.tokens and count == 0:
@@ -160,13 +163,18 @@ class Speculator:
             self._watched.pop(sequence, None)
             self.drafter.forget(sequence)
 
+    @property
+    def _is_trial(self) -> bool:
+        """Whether to find out, against the odds, what drafts cost now; what they are worth is watched all the while."""
+        return not self.costs.tried or (self.drafter.cheap and self._since_drafted >= _TRY_EVERY)
+
     def _counts(self, candidates: list[Sequence], running: int) -> list[int]:
         """How many tokens to ask for, for each candidate."""
         if self._since_plain >= _PLAIN_EVERY:
             return [0] * len(candidates)
         worth = self.costs.plain_step(running) / running
         chances = [self._chances.setdefault(sequence, Chance()) for sequence in candidates]
-        if not self.costs.tried:
+        if self._is_trial:
             return [min(_TRIAL, self.drafter.max_draft)] * len(candidates)
         return [self._count(chance, worth, self.costs.token_slope) for chance in chances]
 
@@ -176,18 +184,13 @@ class Speculator:
         while count < self.drafter.max_draft and likely * worth > price * self._width:
             count += 1
             likely *= right
-        if count == 0 and self._is_trial(chance):
+        # What an expensive drafter proposes is not watched, so that its chances show in trials alone.
+        if count == 0 and chance.idle >= _TRY_EVERY and not self.drafter.cheap:
             return min(_TRIAL, self.drafter.max_draft)
         return count
 
-    def _is_trial(self, chance: Chance) -> bool:
-        """Whether to try a sequence against the odds: they may have changed. What is watched shows when they do."""
-        return chance.idle >= _TRY_EVERY and not self.drafter.cheap
-
     def _pays(self, candidates: list[Sequence], drafts: list[DraftTree], counts: list[int], running: int) -> bool:
-        """Whether what is hoped for outweighs what the drafts together add to the step, or it is time to see."""
-        if self._since_drafted >= _TRY_EVERY:
-            return True
+        """Whether what is hoped for outweighs what the drafts together add to the step."""
         drafted = [(sequence, draft) for sequence, draft, n in zip(candidates, drafts, counts, strict=True) if n]
         hoped = sum(
             _expected(self._estimate(self._chances[sequence]), max(draft.depths(), default=0))
