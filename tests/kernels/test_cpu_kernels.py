@@ -15,7 +15,7 @@ from kvpass.kernels import naive, reference
 from kvpass.kernels.cpu import backend, loader
 from kvpass.kernels.formats import FORMATS, pack_slabs, unpack_slabs
 from tests.kernels.cache_cases import CHECKS
-from tests.kernels.format_bounds import check_within_formats
+from tests.kernels.format_bounds import ROUNDINGS
 from tests.kernels.random_cases import ATTENTIONS, attention_case
 from tests.kernels.settled_cases import NAMES, ROWS
 
@@ -47,7 +47,7 @@ def test_attention_is_right_on_every_level(op: str, name: str, level: str) -> No
     pick = random.Random(f"{level} {op} {name}")
     other = pick.choice(NAMES)
     formats = pick.choice(((name, other), (other, name), (name, name)))
-    check_within_formats(attention_case(pick.randrange(10**6), op, *formats), getattr(backend, op))
+    attention_case(pick.randrange(10**6), op, *formats).check(getattr(backend, op), ROUNDINGS["cpu"])
 
 
 @pytest.mark.parametrize("name", NAMES)

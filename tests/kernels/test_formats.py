@@ -20,7 +20,7 @@ from kvpass.kernels.formats import (
     unpack_slabs,
 )
 from kvpass.types import CacheSpec
-from tests.kernels.random_cases import allowed_error, rounding_error
+from tests.kernels.format_bounds import allowed_error, rounding_error
 from tests.kernels.settled_cases import ROWS
 
 WIDTHS = {"int8": 24 + 4, "int4": 24 // 2 + 4}  # stored width of 24 numbers; that of the float formats is 24

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_random_calls_agree_with_float64() -> None:
-    command = [sys.executable, "benchmarks/triton_sweep.py", "--device", "cuda", "--cases", "300"]
+    sweep = "-m benchmarks.kernel_sweep --backend triton --device cuda --cases 300"
+    command = [sys.executable, *sweep.split()]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr

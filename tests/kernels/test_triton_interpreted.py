@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, against float64 on random calls.
 
 In a process of its own: a read outside of a tensor ends the interpreter's process, and the switch is read when Triton
-is imported. ``benchmarks/triton_sweep.py`` runs as many cases as one likes.
+is imported. ``python -m benchmarks.kernel_sweep --backend triton`` runs as many cases as one likes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from tests.kernels.cache_cases import CHECKS
+from tests.kernels.random_cases import ATTENTIONS
+from tests.kernels.settled_cases import NAMES
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -27,40 +31,12 @@ def run_interpreted(*command: str, timeout: int = 300, **environment: str) -> su
 
 
 def test_random_calls_agree_with_float64(tmp_path: Path) -> None:
-    result = tmp_path / "result.json"
-    ran = run_interpreted("benchmarks/triton_sweep.py", "--cases", "48", "--seed", "7", "--output", str(result))
+    sweep = ("-m", "benchmarks.kernel_sweep", "--backend", "triton", "--cases", "42", "--seed", "7")
+    ran = run_interpreted(*sweep, "--results", str(tmp_path))
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    found = json.loads(result.read_text())
-    assert found["failures"] == []
-    assert set(found["by_op"]) == {
-        "cascade", "copy", "fused", "gather", "latent", "paged", "stats", "tree", "write",
-    }  # fmt: skip
-
-
-SETTLED = """
-import random, sys
-from kvpass.kernels.triton_kernels import backend
-from tests.kernels.cache_cases import check_gather_cache, check_settle_blocks
-from tests.kernels.random_cases import ATTENTIONS, attention_case
-ran = set()
-for op in ATTENTIONS:
-    for seed in range(200, 203):
-        if op != "latent_attention":
-            case = attention_case(seed, op, "k4", "v2")
-            if max(case.arguments["query"].shape[2], case.wanted()[0].shape[2]) <= 128:
-                case.check(getattr(backend, op), slack=2.0)  # the interpreter cuts bfloat16 off where a GPU rounds it
-                ran.add(op)
-for seed, name in ((1, "k4"), (2, "v2")):
-    check_gather_cache(backend.gather_cache, seed, name)
-for seed in (2, 4):
-    check_settle_blocks(backend.settle_blocks, seed, "k4", "v2")
-assert len(ran) == 3, ran
-"""
-
-
-def test_caches_that_settle_are_read_right() -> None:
-    ran = run_interpreted("-c", SETTLED)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "kernel_sweep_triton.json").read_text())
+    assert {row["op"] for row in found["results"]} == {*ATTENTIONS, *CHECKS}
+    assert set(found["options"]["by_format"]) == set(NAMES)
 
 
 THROUGH_THE_OPS = """
@@ -96,14 +72,13 @@ def test_the_ops_reach_the_kernels_when_the_backend_is_forced() -> None:
 
 def test_a_wrong_kernel_is_caught_by_the_sweep() -> None:
     broken = (
-        "import sys; sys.argv[1:] = ['--cases', '12', '--seed', '7']; sys.path.insert(0, 'benchmarks')\n"
-        "import triton_sweep, triton_cases\n"
+        "import sys; sys.argv[1:] = '--backend triton --op paged_attention --format bfloat16 --cases 5'.split()\n"
+        "from benchmarks import kernel_sweep\n"
         "from kvpass.kernels.triton_kernels import attention_call\n"
-        "attention_call.LEAST_UNITS = 1\n"
         "real = attention_call.describe_caches\n"
         "attention_call.describe_caches = lambda call, target: {**real(call, target), 'KEY_A': 16, 'KEY_B': 0}\n"
-        "sys.exit(triton_sweep.main())\n"
+        "sys.exit(kernel_sweep.main())\n"
     )
     ran = run_interpreted("-c", broken)
     assert ran.returncode == 1, ran.stdout + ran.stderr
-    assert "above its bound" in ran.stdout
+    assert "off by more than their bounds" in ran.stdout
