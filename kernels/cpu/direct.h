@@ -27,6 +27,23 @@ struct Upcoming {
     }
 };
 
+// Fetches what is wanted next in so many portions: at once they would fill the queue of the cache, and stall it.
+class PacedFetch {
+public:
+    PacedFetch(const Upcoming& upcoming, int64_t portions)
+        : upcoming_(upcoming), step_(static_cast<int>((upcoming.count + portions - 1) / portions)) {}
+
+    INLINE void next() {
+        upcoming_.fetch(at_, step_);
+        at_ += step_;
+    }
+
+private:
+    const Upcoming upcoming_;
+    const int step_;
+    int at_ = 0;
+};
+
 // scores[r][j] = query[r] . key[j] for R rows; `query` is padded with zeros to a multiple of kLanes. Writes up to the
 // multiple of kLanes above `count`; the pointers are valid that far.
 template <int F, int R>
@@ -143,11 +160,13 @@ INLINE __m512i widen_bytes(__m256i bytes) {
     return _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi16(code, 8), _mm512_set1_epi16(INT16_MIN), 0xf8);
 }
 
-// 32 neighbouring elements in bfloat16.
+// 32 neighbouring elements in bfloat16, which holds all numbers of these formats.
 template <int F>
 INLINE __m512i load_pairs(const uint8_t* row, int64_t i) {
     if constexpr (F == kBFloat16)
         return _mm512_loadu_si512(row + 2 * i);
+    else if constexpr (F == kInt8)
+        return (__m512i)_mm512_cvtne2ps_pbh((__m512)load_elements<F>(row, i + 16), (__m512)load_elements<F>(row, i));
     else
         return widen_bytes<F>(load<__m256i>(row + i));
 }

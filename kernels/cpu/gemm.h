@@ -4,7 +4,7 @@
 // by unit, so that lanes are columns and nothing has to be summed across a vector.
 #pragma once
 
-#include "simd.h"
+#include "direct.h"
 
 struct FloatProduct {
     typedef vf Sum;
@@ -45,61 +45,129 @@ struct UnsignedRowProduct {  // rows hold unsigned bytes, columns signed ones
 };
 #endif
 
-// Strides in units and cells.
+// Strides in units; b lies in panels of kPanel columns.
 struct Strides {
-    int64_t a, b, out;
+    int64_t a, b, panel;
 };
 
-template <class Product, int R, int NV>
+constexpr int kPanel = 2 * kLanes;
+
+// Rows [r, r + R) and columns [c, c + NV * kLanes); finish(row, column, sum) takes one row of the result after the other.
+template <class Product, int R, int NV, class Finish>
 INLINE void multiply_block(
-    const uint32_t* a, const uint32_t* b, typename Product::Cell* out, int64_t units, const Strides& stride, bool add
+    const uint32_t* a, const uint32_t* b, int64_t r, int64_t c, int64_t units, const Strides& stride, const Finish& finish
 ) {
     typename Product::Sum sums[R][NV];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++)
-            sums[r][v] = add ? load<typename Product::Sum>(out + r * stride.out + v * kLanes) : typename Product::Sum{};
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) sums[i][v] = typename Product::Sum{};
     for (int64_t u = 0; u < units; u++)
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
             for (int v = 0; v < NV; v++)
-                sums[r][v] = Product::add(sums[r][v], a + r * stride.a + u, b + u * stride.b + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+                sums[i][v] = Product::add(sums[i][v], a + (r + i) * stride.a + u, b + u * stride.b + v * kLanes);
+    if constexpr (Finish::kRows == 2 && R > 1) {
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) store(out + r * stride.out + v * kLanes, sums[r][v]);
+        for (int i = 0; i < R; i += 2)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) finish((r + i) / 2, c + v * kLanes, sums[i][v], sums[i + 1][v]);
+    } else if constexpr (Finish::kRows == 1) {
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) finish(r + i, c + v * kLanes, sums[i][v]);
+    }
 }
 
-template <class Product, int R>
-void multiply_rows(
-    const uint32_t* a, const uint32_t* b, typename Product::Cell* out, int64_t units, int64_t columns,
-    const Strides& stride, bool add
-) {
-    int64_t c = 0;
-    for (; c + 2 * kLanes <= columns; c += 2 * kLanes)
-        multiply_block<Product, R, 2>(a, b + c, out + c, units, stride, add);
-    if (c < columns) multiply_block<Product, R, 1>(a, b + c, out + c, units, stride, add);
-}
-
-// `columns` is a multiple of kLanes.
-template <class Product>
-void multiply(
-    const uint32_t* a, const uint32_t* b, typename Product::Cell* out, int64_t rows, int64_t units, int64_t columns,
-    const Strides& stride, bool add
+// One panel of columns, for all rows: the panel stays in the first-level cache.
+template <class Product, int NV, class Finish>
+void multiply_panel(
+    const uint32_t* a, const uint32_t* b, int64_t rows, int64_t c, int64_t units, const Strides& stride,
+    PacedFetch& fetch, const Finish& finish
 ) {
     constexpr int kMost = kLanes == 16 ? 8 : 4;
     int64_t r = 0;
-    for (; r + kMost <= rows; r += kMost)
-        multiply_rows<Product, kMost>(a + r * stride.a, b, out + r * stride.out, units, columns, stride, add);
+    for (; r + kMost <= rows; r += kMost) {
+        fetch.next();
+        multiply_block<Product, kMost, NV>(a, b, r, c, units, stride, finish);
+    }
+    fetch.next();
     if (kMost > 4 && r + 4 <= rows) {
-        multiply_rows<Product, 4>(a + r * stride.a, b, out + r * stride.out, units, columns, stride, add);
+        multiply_block<Product, 4, NV>(a, b, r, c, units, stride, finish);
         r += 4;
     }
     if (r + 2 <= rows) {
-        multiply_rows<Product, 2>(a + r * stride.a, b, out + r * stride.out, units, columns, stride, add);
+        multiply_block<Product, 2, NV>(a, b, r, c, units, stride, finish);
         r += 2;
     }
-    if (r < rows) multiply_rows<Product, 1>(a + r * stride.a, b, out + r * stride.out, units, columns, stride, add);
+    if (r < rows) multiply_block<Product, 1, NV>(a, b, r, c, units, stride, finish);
 }
+
+// `columns` is a multiple of kLanes. While this is computed `upcoming` is fetched.
+template <class Product, class Finish>
+void multiply(
+    const uint32_t* a, const uint32_t* b, int64_t rows, int64_t units, int64_t columns, const Strides& stride,
+    const Upcoming& upcoming, const Finish& finish
+) {
+    constexpr int kMost = kLanes == 16 ? 8 : 4;
+    PacedFetch fetch(upcoming, (rows / kMost + 1) * ((columns + kPanel - 1) / kPanel));
+    int64_t c = 0;
+    for (; c + kPanel <= columns; c += kPanel, b += stride.panel)
+        multiply_panel<Product, 2>(a, b, rows, c, units, stride, fetch, finish);
+    if (c < columns) multiply_panel<Product, 1>(a, b, rows, c, units, stride, fetch, finish);
+}
+
+// What becomes of the sums.
+
+struct Set {
+    static constexpr int kRows = 1;
+    float* out;
+    int64_t stride;
+    INLINE void operator()(int64_t r, int64_t c, vf sum) const { store(out + r * stride + c, sum); }
+};
+
+struct Add {
+    static constexpr int kRows = 1;
+    float* out;
+    int64_t stride;
+    INLINE void operator()(int64_t r, int64_t c, vf sum) const {
+        float* to = out + r * stride + c;
+        store(to, load<vf>(to) + sum);
+    }
+};
+
+#if KVPASS_DOT
+// Scores of queries in one or two signed parts, from sums of products with unsigned bytes that are `offset` too large.
+template <int Parts>
+struct SetScores {
+    static constexpr int kRows = Parts;
+    float* out;
+    int64_t stride;
+    const float* units;
+    const int32_t* query_sums;  // of each part, two for a row
+    int32_t offset;
+    INLINE void operator()(int64_t r, int64_t c, vi sum) const { write(r, c, number(sum, query_sums[2 * r])); }
+    INLINE void operator()(int64_t r, int64_t c, vi high, vi low) const {
+        write(r, c, number(high, query_sums[2 * r]) * 256.0f + number(low, query_sums[2 * r + 1]));
+    }
+    INLINE vf number(vi sum, int32_t query_sum) const { return __builtin_convertvector(sum - offset * query_sum, vf); }
+    INLINE void write(int64_t r, int64_t c, vf score) const { store(out + r * stride + c, score * units[r]); }
+};
+
+// Weights in two bytes, times bytes that are `offset` too large.
+struct AddValues {
+    static constexpr int kRows = 2;
+    float* out;
+    int64_t stride;
+    const float* units;
+    const int32_t* weight_sums;
+    int32_t offset;
+    INLINE void operator()(int64_t r, int64_t c, vi high, vi low) const {
+        float* to = out + r * stride + c;
+        vi sum = (high << 8) + low - offset * weight_sums[r];
+        store(to, load<vf>(to) + __builtin_convertvector(sum, vf) * units[r]);
+    }
+};
+#endif

@@ -1,8 +1,11 @@
-// A chunk of keys or values brought into the form that gemm.h multiplies: keys as [units][kChunk], values as
-// [units of keys][columns]. Every element is loaded from the cache once for all rows of a tile.
+// A chunk of keys or values brought into the form that gemm.h multiplies: panels of kPanel columns, which are keys, or
+// elements of values: [panels][units][kPanel]. Every element is loaded from the cache once for all rows of a tile.
 #pragma once
 
-#include "direct.h"
+#include "gemm.h"
+
+// Where column c, the first of a vector, of unit 0 stands among panels of so many units.
+INLINE int64_t in_panels(int64_t c, int64_t units) { return c / kPanel * kPanel * units + c % kPanel; }
 
 // One row as floats, padded with zeros to a multiple of kLanes.
 template <int F>
@@ -21,17 +24,19 @@ INLINE void expand_row(const uint8_t* row, int64_t dim, float* out) {
     }
 }
 
-// rows[j] holds `dim` floats, padded; out[d][j] for `count` keys, a multiple of kLanes.
+// rows[j] holds `dim` floats, padded to `stride`; the elements are the units of `count` keys, a multiple of kLanes.
 INLINE void transpose_floats(const float* rows, int64_t stride, int count, int64_t dim, float* out) {
-    for (int j = 0; j < count; j += kLanes)
+    for (int j = 0; j < count; j += kLanes) {
+        float* column = out + in_panels(j, stride);
         for (int64_t d = 0; d < dim; d += kLanes) {
             vf block[kLanes];
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; i++) block[i] = load<vf>(rows + (j + i) * stride + d);
             transpose(block);
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; i++) store(out + (d + i) * kChunk + j, block[i]);
+            for (int i = 0; i < kLanes; i++) store(column + (d + i) * kPanel, block[i]);
         }
+    }
 }
 
 #if KVPASS_DOT
@@ -53,36 +58,36 @@ INLINE void gather_units(const uint8_t* const* rows, int64_t at, __m512i* out) {
     out[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-// out[unit][key] for rows of `bytes` bytes, a multiple of 16, and `count` keys, a multiple of 16.
+// Keys, a multiple of 16, whose rows have `bytes` bytes, a multiple of 16.
 INLINE void transpose_units(const uint8_t* const* rows, int count, int64_t bytes, uint32_t* out) {
-    for (int j = 0; j < count; j += 16)
+    for (int j = 0; j < count; j += 16) {
+        uint32_t* column = out + in_panels(j, bytes / 4);
         for (int64_t at = 0; at < bytes; at += 16) {
             __m512i unit[4];
             gather_units(rows + j, at, unit);
 #pragma GCC unroll 4
-            for (int u = 0; u < 4; u++) _mm512_storeu_si512(out + (at / 4 + u) * kChunk + j, unit[u]);
+            for (int u = 0; u < 4; u++) _mm512_storeu_si512(column + (at / 4 + u) * kPanel, unit[u]);
         }
+    }
 }
 
-// Keys as unsigned bytes: int8 with 128 added, int4 with 8 added; [dim / 4][kChunk].
+// Keys as unsigned bytes: int8 with 128 added, int4 with 8 added.
 template <int F>
-INLINE void pack_byte_keys(
-    const uint8_t* const* rows, int count, int64_t dim, uint32_t* out, const Upcoming& upcoming
-) {
+INLINE void pack_byte_keys(const uint8_t* const* rows, int count, int64_t dim, uint32_t* out) {
     const __m512i low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(static_cast<char>(0x80));
     int64_t bytes = F == kInt4 ? dim / 2 : dim;
     for (int j = 0; j < count; j += 16) {
-        upcoming.fetch(j, 16);
+        uint32_t* column = out + in_panels(j, dim / 4);
         for (int64_t at = 0; at < bytes; at += 16) {
             __m512i unit[4];
             gather_units(rows + j, at, unit);
 #pragma GCC unroll 4
             for (int u = 0; u < 4; u++) {
-                uint32_t* to = out + (at / 4 + u) * kChunk + j;
+                uint32_t* to = column + (at / 4 + u) * kPanel;
                 if constexpr (F == kInt4) {
                     _mm512_storeu_si512(to, _mm512_and_si512(unit[u], low));
                     _mm512_storeu_si512(
-                        to + dim / 8 * kChunk, _mm512_and_si512(_mm512_srli_epi16(unit[u], 4), low)
+                        to + dim / 8 * kPanel, _mm512_and_si512(_mm512_srli_epi16(unit[u], 4), low)
                     );
                 } else {
                     _mm512_storeu_si512(to, _mm512_xor_si512(unit[u], sign));
@@ -92,11 +97,9 @@ INLINE void pack_byte_keys(
     }
 }
 
-// Values as bytes, four neighbouring keys in a unit: [kChunk / 4][columns]. int8 is signed, int4 has 8 added.
+// Values as bytes, four neighbouring keys in a unit. int8 is signed, int4 has 8 added.
 template <int F>
-INLINE void pack_byte_values(
-    const uint8_t* const* rows, int count, int64_t dim, int64_t columns, uint32_t* out, const Upcoming& upcoming
-) {
+INLINE void pack_byte_values(const uint8_t* const* rows, int count, int64_t dim, uint32_t* out) {
     const __m512i low = _mm512_set1_epi8(15);
     // unit i of the four lanes into lane i; then the bytes of a lane's four units transposed
     const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -104,8 +107,7 @@ INLINE void pack_byte_values(
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     int64_t bytes = F == kInt4 ? dim / 2 : dim;
     for (int j = 0; j < count; j += 4) {
-        upcoming.fetch(j, 4);
-        uint32_t* line = out + j / 4 * columns;
+        uint32_t* line = out + j / 4 * kPanel;
         for (int64_t at = 0; at < bytes; at += 16) {
             __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(rows[j] + at)));
             v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128((const __m128i*)(rows[j + 1] + at)));
@@ -113,24 +115,24 @@ INLINE void pack_byte_values(
             v = _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i*)(rows[j + 3] + at)));
             v = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(across, v), within);
             if constexpr (F == kInt4) {
-                _mm512_storeu_si512(line + at, _mm512_and_si512(v, low));
-                _mm512_storeu_si512(line + dim / 2 + at, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
+                uint32_t* second = line + in_panels(dim / 2 + at, count / 4);
+                _mm512_storeu_si512(line + in_panels(at, count / 4), _mm512_and_si512(v, low));
+                _mm512_storeu_si512(second, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
             } else {
-                _mm512_storeu_si512(line + at, v);
+                _mm512_storeu_si512(line + in_panels(at, count / 4), v);
             }
         }
     }
 }
 
-// Pairs of neighbouring keys side by side, from rows of bfloat16: [kChunk / 2][columns].
-INLINE void interleave_pairs(
-    const uint8_t* const* rows, int count, int64_t columns, uint32_t* out
-) {
+// Pairs of neighbouring keys side by side, from rows of bfloat16 whose elements, a multiple of 32, are the columns.
+INLINE void interleave_pairs(const uint8_t* const* rows, int count, int64_t columns, uint32_t* out) {
     for (int j = 0; j < count; j += 2)
         for (int64_t d = 0; d < columns; d += 32) {
+            uint32_t* to = out + in_panels(d, count / 2) + j / 2 * kPanel;
             __m512i a = _mm512_loadu_si512(rows[j] + 2 * d), b = _mm512_loadu_si512(rows[j + 1] + 2 * d);
-            _mm512_storeu_si512(out + j / 2 * columns + d, interleave_words(a, b, false));
-            _mm512_storeu_si512(out + j / 2 * columns + d + 16, interleave_words(a, b, true));
+            _mm512_storeu_si512(to, interleave_words(a, b, false));
+            _mm512_storeu_si512(to + 16, interleave_words(a, b, true));
         }
 }
 

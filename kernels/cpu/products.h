@@ -45,12 +45,12 @@ public:
         switch (key_way_) {
             case Way::kDirect: return direct(chunk, columns, upcoming);
             case Way::kPackFloats: {
-                expand(call_.keys.format, chunk.keys, chunk.key_units, columns, dim, w_.width, upcoming);
+                expand(call_.keys.format, chunk.keys, chunk.key_units, columns, dim, w_.width);
                 float* packed = reinterpret_cast<float*>(w_.packed_keys);
                 transpose_floats(w_.expanded, w_.width, columns, dim, packed);
                 multiply<FloatProduct>(
-                    reinterpret_cast<uint32_t*>(w_.query), w_.packed_keys, w_.scores, rows_, dim, columns,
-                    {w_.width, kChunk, kChunk}, false
+                    reinterpret_cast<uint32_t*>(w_.query), w_.packed_keys, rows_, dim, columns,
+                    {w_.width, kPanel, w_.width * kPanel}, upcoming, Set{w_.scores, kChunk}
                 );
                 return;
             }
@@ -68,11 +68,11 @@ public:
             case Way::kPackPairs: {
                 int64_t padded = round_up(dim, 32);
                 const uint8_t* rows[kChunk];
-                narrow(call_.keys.format, chunk.keys, columns, dim, dim, upcoming, rows);
+                narrow(call_.keys.format, chunk.keys, columns, dim, dim, rows);
                 transpose_units(rows, columns, 2 * padded, w_.packed_keys);
                 multiply<PairProduct>(
-                    reinterpret_cast<uint32_t*>(w_.query_pairs), w_.packed_keys, w_.scores, rows_, padded / 2,
-                    columns, {w_.width / 2, kChunk, kChunk}, false
+                    reinterpret_cast<uint32_t*>(w_.query_pairs), w_.packed_keys, rows_, padded / 2, columns,
+                    {w_.width / 2, kPanel, padded / 2 * kPanel}, upcoming, Set{w_.scores, kChunk}
                 );
                 return;
             }
@@ -106,12 +106,10 @@ public:
                 // a latent's values are the keys that have just been expanded
                 int64_t width = call_.latent ? w_.width : w_.out_width;
                 if (!call_.latent || key_way_ != Way::kPackFloats)
-                    expand(call_.values.format, chunk.values, chunk.value_units, count, value_row_, width, upcoming);
-                else
-                    upcoming.fetch(0, kChunk);
+                    expand(call_.values.format, chunk.values, chunk.value_units, count, value_row_, width);
                 multiply<FloatProduct>(
-                    reinterpret_cast<uint32_t*>(w_.scores), reinterpret_cast<uint32_t*>(w_.expanded), w_.out, rows_,
-                    count, round_up(dim, kLanes), {kChunk, width, w_.out_width}, true
+                    reinterpret_cast<uint32_t*>(w_.scores), reinterpret_cast<uint32_t*>(w_.expanded), rows_, count,
+                    round_up(dim, kLanes), {kChunk, width, kPanel}, upcoming, Add{w_.out, w_.out_width}
                 );
                 return;
             }
@@ -137,11 +135,14 @@ public:
                 split_weights_to_pairs(1);
                 int64_t padded = round_up(dim, 32);
                 const uint8_t* rows[kChunk];
-                narrow(call_.values.format, chunk.values, count, value_row_, dim, upcoming, rows);
+                if (call_.latent && key_way_ == Way::kPackPairs && call_.keys.format != kBFloat16)
+                    for (int j = 0; j < count; j++) rows[j] = reinterpret_cast<uint8_t*>(w_.narrow + j * w_.width);
+                else
+                    narrow(call_.values.format, chunk.values, count, value_row_, dim, rows);
                 interleave_pairs(rows, count, padded, w_.packed_values);
                 multiply<PairProduct>(
-                    reinterpret_cast<uint32_t*>(w_.weight_pairs), w_.packed_values, w_.out, rows_, count / 2, padded,
-                    {kChunk / 2, padded, w_.out_width}, true
+                    reinterpret_cast<uint32_t*>(w_.weight_pairs), w_.packed_values, rows_, count / 2, padded,
+                    {kChunk / 2, kPanel, count / 2 * kPanel}, upcoming, Add{w_.out, w_.out_width}
                 );
                 return;
             }
@@ -166,7 +167,7 @@ private:
         int64_t width = round_up(dim, 32);
         std::memcpy(rows, from, sizeof(*rows) * kChunk);
         if (format != kInt4 && !settles(format)) return format;
-        expand(format, from, units, count, dim, width, Upcoming{});
+        expand(format, from, units, count, dim, width);
         for (int j = 0; j < kChunk; j++)
             rows[j] = reinterpret_cast<uint8_t*>(w_.expanded + (j < count ? j : count - 1) * width);
         return kFloat32;
@@ -188,45 +189,34 @@ private:
     }
 
     void expand(
-        int64_t format, const uint8_t* const* from, const uint8_t* const* units, int count, int64_t dim, int64_t width,
-        const Upcoming& upcoming
+        int64_t format, const uint8_t* const* from, const uint8_t* const* units, int count, int64_t dim, int64_t width
     ) {
         if (settles(format)) {
-            for (int j = 0; j < count; j++) {
-                upcoming.fetch(j, 1);
-                expand_settled(format, from[j], units[j], dim, w_.expanded + j * width);
-            }
+            for (int j = 0; j < count; j++) expand_settled(format, from[j], units[j], dim, w_.expanded + j * width);
             return;
         }
         with_format(format, [&](auto f) {
-            for (int j = 0; j < count; j++) {
-                upcoming.fetch(j, 1);
-                expand_row<f>(from[j], dim, w_.expanded + j * width);
-            }
+            for (int j = 0; j < count; j++) expand_row<f>(from[j], dim, w_.expanded + j * width);
         });
     }
 
 #if KVPASS_DOT
     // Pointers to the first `dim` elements of the rows in bfloat16, padded: to the cache where it holds whole vectors.
     void narrow(
-        int64_t format, const uint8_t* const* from, int count, int64_t row_dim, int64_t dim, const Upcoming& upcoming,
-        const uint8_t** rows
+        int64_t format, const uint8_t* const* from, int count, int64_t row_dim, int64_t dim, const uint8_t** rows
     ) {
         int64_t padded = round_up(dim, 32);
         if (format == kBFloat16 && dim == padded) {
-            upcoming.fetch(0, kChunk);
             for (int j = 0; j < count; j++) rows[j] = from[j];
             return;
         }
         with_format(format, [&](auto f) {
             for (int j = 0; j < count; j++) {
-                upcoming.fetch(j, 1);
                 uint16_t* to = w_.narrow + j * padded;
                 rows[j] = reinterpret_cast<uint8_t*>(to);
-                if constexpr (f == kE4M3 || f == kE5M2) {
+                if constexpr (f == kInt8 || f == kE4M3 || f == kE5M2) {
                     if (dim == padded) {
-                        for (int64_t i = 0; i < dim; i += 32)
-                            _mm512_storeu_si512(to + i, widen_bytes<f>(load<__m256i>(from[j] + i)));
+                        for (int64_t i = 0; i < dim; i += 32) _mm512_storeu_si512(to + i, load_pairs<f>(from[j], i));
                         continue;
                     }
                 }
@@ -274,7 +264,7 @@ private:
                     w_.sums + (p * w_.rows + r) * kChunk, p == 0 && r == 0 ? upcoming : Upcoming{}
                 );
             });
-        byte_sums_to_scores(columns, 8, 1, w_.rows);
+        nibble_sums_to_scores(columns);
     }
 
     void direct_nibble_values(const ChunkRows& chunk, int count, const Upcoming& upcoming) {
@@ -334,27 +324,32 @@ private:
         int64_t dim = call_.keys.dim;
         bool four = call_.keys.format == kInt4;
         if (four)
-            pack_byte_keys<kInt4>(chunk.keys, columns, dim, w_.packed_keys, upcoming);
+            pack_byte_keys<kInt4>(chunk.keys, columns, dim, w_.packed_keys);
         else
-            pack_byte_keys<kInt8>(chunk.keys, columns, dim, w_.packed_keys, upcoming);
-        multiply<SignedRowProduct>(
-            reinterpret_cast<uint32_t*>(w_.query_bytes), w_.packed_keys, w_.sums, rows_ * key_parts_, dim / 4, columns,
-            {w_.width / 4, kChunk, kChunk}, false
-        );
-        byte_sums_to_scores(columns, four ? 8 : 128, key_parts_, 1);
+            pack_byte_keys<kInt8>(chunk.keys, columns, dim, w_.packed_keys);
+        auto product = [&](const auto& finish) {
+            multiply<SignedRowProduct>(
+                reinterpret_cast<uint32_t*>(w_.query_bytes), w_.packed_keys, rows_ * key_parts_, dim / 4, columns,
+                {w_.width / 4, kPanel, dim / 4 * kPanel}, upcoming, finish
+            );
+        };
+        int32_t offset = four ? 8 : 128;
+        if (key_parts_ == 2)
+            product(SetScores<2>{w_.scores, kChunk, w_.query_unit, w_.query_sums, offset});
+        else
+            product(SetScores<1>{w_.scores, kChunk, w_.query_unit, w_.query_sums, offset});
     }
 
-    // Sums of products with unsigned bytes, `offset` too large, as scores; a row's parts lie `part` rows apart.
-    void byte_sums_to_scores(int columns, int offset, int64_t row, int64_t part) {
+    // Sums of products with unsigned bytes, 8 too large, as scores.
+    void nibble_sums_to_scores(int columns) {
+        const SetScores<2> finish{w_.scores, kChunk, w_.query_unit, w_.query_sums, 8};
         for (int r = 0; r < rows_; r++) {
-            const int32_t *high = w_.sums + r * row * kChunk, *low = high + part * kChunk;
-            int32_t undo_high = offset * w_.query_sums[2 * r], undo_low = offset * w_.query_sums[2 * r + 1];
-            for (int i = 0; i < columns; i += kLanes) {
-                vf score = __builtin_convertvector(load<vi>(high + i) - undo_high, vf);
+            const int32_t *high = w_.sums + r * kChunk, *low = high + w_.rows * kChunk;
+            for (int i = 0; i < columns; i += kLanes)
                 if (key_parts_ == 2)
-                    score = score * 256.0f + __builtin_convertvector(load<vi>(low + i) - undo_low, vf);
-                store(w_.scores + r * kChunk + i, score * w_.query_unit[r]);
-            }
+                    finish(r, i, load<vi>(high + i), load<vi>(low + i));
+                else
+                    finish(r, i, load<vi>(high + i));
         }
     }
 
@@ -362,9 +357,9 @@ private:
         int64_t dim = call_.values.dim;
         bool four = call_.values.format == kInt4;
         if (four)
-            pack_byte_values<kInt4>(chunk.values, count, value_row_, value_row_, w_.packed_values, upcoming);
+            pack_byte_values<kInt4>(chunk.values, count, value_row_, w_.packed_values);
         else
-            pack_byte_values<kInt8>(chunk.values, count, dim, dim, w_.packed_values, upcoming);
+            pack_byte_values<kInt8>(chunk.values, count, dim, w_.packed_values);
         for (int r = 0; r < rows_; r++) {
             uint8_t* bytes = w_.weight_bytes + 2 * r * kChunk;
             const float* weights = w_.scores + r * kChunk;
@@ -374,19 +369,12 @@ private:
                      : split_weights(weights, kChunk, bytes, bytes + kChunk);
         }
         const uint32_t* bytes = reinterpret_cast<uint32_t*>(w_.weight_bytes);
-        const Strides strides{kChunk / 4, value_row_, w_.out_width};
+        const Strides strides{kChunk / 4, kPanel, count / 4 * kPanel};
+        const AddValues finish{w_.out, w_.out_width, w_.weight_unit, w_.weight_sums, 8};
         if (four)  // codes are unsigned bytes, and so weights signed ones
-            multiply<SignedRowProduct>(bytes, w_.packed_values, w_.sums, 2 * rows_, count / 4, dim, strides, false);
+            multiply<SignedRowProduct>(bytes, w_.packed_values, 2 * rows_, count / 4, dim, strides, upcoming, finish);
         else
-            multiply<UnsignedRowProduct>(bytes, w_.packed_values, w_.sums, 2 * rows_, count / 4, dim, strides, false);
-        for (int r = 0; r < rows_; r++) {
-            const int32_t* high = w_.sums + 2 * r * w_.out_width;
-            float* out = w_.out + r * w_.out_width;
-            for (int64_t i = 0; i < dim; i += kLanes) {
-                vi sum = (load<vi>(high + i) << 8) + load<vi>(high + w_.out_width + i) - 8 * w_.weight_sums[r];
-                store(out + i, load<vf>(out + i) + __builtin_convertvector(sum, vf) * w_.weight_unit[r]);
-            }
-        }
+            multiply<UnsignedRowProduct>(bytes, w_.packed_values, 2 * rows_, count / 4, dim, strides, upcoming, finish);
     }
 #endif
 

@@ -44,8 +44,10 @@ public:
         plan_.items.clear();
         plan_.slots = 0;
         if (int64_t status = read_tokens()) return status;
-        rows_ = group_ <= 64 ? 64 : std::min<int64_t>(group_, 128);
-        group_rows_ = std::min(group_, rows_);
+        // As many rows as keep what they gather in the second-level cache: their keys and values are packed once for all.
+        int64_t dims = std::max<int64_t>(call_.keys.dim + call_.values.dim, 1);
+        group_rows_ = std::min<int64_t>(group_, 128);
+        rows_ = std::max(group_rows_, std::clamp<int64_t>(65536 / dims, 64, 256));
         std::vector<int32_t> shared(call_.sequences, 0);
         if (int64_t status = read_groups(shared)) return status;
         for (int pass = 0; pass < 2; pass++) {  // first to know the whole, then to cut it

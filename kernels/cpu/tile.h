@@ -5,7 +5,6 @@
 #include <new>
 
 #include "direct_bytes.h"
-#include "gemm.h"
 #include "settled.h"
 #include "weigh.h"
 
@@ -45,6 +44,7 @@ private:
 enum class Way { kDirect, kDirectPairs, kDirectWords, kDirectNibbles, kPackFloats, kPackPairs, kPackBytes };
 
 constexpr int kMostDirectRows = 8;
+constexpr int kManyRows = 64;  // from which int8 is sooner made bfloat16 than that weights are split into bytes
 
 inline Way choose_way(int64_t format, int64_t query_format, int64_t dim, int64_t rows) {
     bool few = rows <= kMostDirectRows;
@@ -52,7 +52,8 @@ inline Way choose_way(int64_t format, int64_t query_format, int64_t dim, int64_t
 #if KVPASS_DOT
     if (format == kInt8 && few && dim % 32 == 0) return Way::kDirectWords;
     if (format == kInt4 && few && dim % 64 == 0) return Way::kDirectNibbles;
-    if (format == kInt8 && dim % 16 == 0) return Way::kPackBytes;
+    bool pairs = query_format == kBFloat16 && rows >= kManyRows;
+    if (format == kInt8 && dim % 16 == 0 && !pairs) return Way::kPackBytes;
     if (format == kInt4 && dim % 32 == 0) return Way::kPackBytes;
     bool exact = format != kFloat32 && format != kFloat16;  // in bfloat16
     if (few && exact && dim % 32 == 0) return Way::kDirectPairs;
@@ -122,7 +123,7 @@ struct Workspace {
             narrow = arena.take<uint16_t>(kChunk * both);
             weight_bytes = arena.take<uint8_t>(2 * rows * kChunk);
             weight_sums = arena.take<int32_t>(rows);
-            sums = arena.take<int32_t>(2 * rows * (both > kChunk ? both : kChunk));
+            sums = arena.take<int32_t>(2 * rows * kChunk);
             if (pass == 0) arena.reserve(arena.used());
         }
     }

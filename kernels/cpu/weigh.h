@@ -55,21 +55,14 @@ public:
         float new_most = max_lanes(highest);
         new_most = new_most > sums.most ? new_most : sums.most;
         float base = new_most == -INFINITY ? 0.0f : new_most;
-        vf sum = vf{}, shift = vf{};
-#pragma GCC unroll 16
-        for (int i = 0; i < kVectors; i++) {
-            vf weight = exp_of(value[i] - base);
-            sum += weight;
-            if (keys.value_tails) {
-                if (keys.value_tails->shifted) shift += weight * load<vf>(keys.value_tails->offsets + i * kLanes);
-                weight *= load<vf>(keys.value_tails->scales + i * kLanes);
-            }
-            store(row + i * kLanes, weight);
-        }
         float factor = sums.most == new_most ? 1.0f : std::exp(sums.most - base);
-        sums.total = sums.total * factor + sum_lanes(sum);
-        sums.shift = sums.shift * factor + sum_lanes(shift);
         sums.most = new_most;
+        if (!keys.value_tails)
+            take<false, false>(value, base, row, keys, factor, sums);
+        else if (!keys.value_tails->shifted)
+            take<true, false>(value, base, row, keys, factor, sums);
+        else
+            take<true, true>(value, base, row, keys, factor, sums);
         return factor;
     }
 
@@ -84,6 +77,24 @@ public:
     }
 
 private:
+    // The scores `value` become weights in `row`, and are summed up.
+    template <bool Scaled, bool Shifted>
+    static INLINE void take(
+        const vf* value, float base, float* row, const Keys& keys, float factor, const RowSums& sums
+    ) {
+        vf sum[2] = {vf{}, vf{}}, shift = vf{};
+#pragma GCC unroll 16
+        for (int i = 0; i < kChunk / kLanes; i++) {
+            vf weight = exp_of(value[i] - base);
+            sum[i % 2] += weight;
+            if constexpr (Shifted) shift += weight * load<vf>(keys.value_tails->offsets + i * kLanes);
+            if constexpr (Scaled) weight *= load<vf>(keys.value_tails->scales + i * kLanes);
+            store(row + i * kLanes, weight);
+        }
+        sums.total = sums.total * factor + sum_lanes(sum[0] + sum[1]);
+        if constexpr (Shifted) sums.shift = sums.shift * factor + sum_lanes(shift);
+    }
+
     // Products with codes become products with what these stand for; `query_total` is the sum of the query's elements.
     static vf scaled(vf products, const RowTails& tails, int at, float query_total) {
         products *= load<vf>(tails.scales + at);
