@@ -35,8 +35,9 @@ public:
         ChunkRows *chunk = &chunks[0], *next = &chunks[1];
         if (item.begin < item.end) {
             locator_.locate(item, item.head, item.begin, *chunk);
-            keys_of(*chunk).fetch(0, kChunk);
-            if (!call_.latent) values_of(*chunk).fetch(0, kChunk);
+            Fetcher first = fetcher_of(*chunk);
+            first.fetch(first.wanted());
+            first.fetch(first.wanted());
         }
         for (int64_t at = item.begin; at < item.end; at += kChunk)
             for (int64_t h = 0; h < item.heads; h++) {
@@ -101,8 +102,10 @@ public:
     }
 
 private:
-    Upcoming keys_of(const ChunkRows& chunk) const { return {chunk.keys, locator_.key().row_bytes, chunk.count}; }
-    Upcoming values_of(const ChunkRows& chunk) const { return {chunk.values, locator_.value().row_bytes, chunk.count}; }
+    Fetcher fetcher_of(const ChunkRows& chunk) const {
+        return {{chunk.keys, locator_.key().row_bytes, chunk.count},
+                {chunk.values, locator_.value().row_bytes, call_.latent ? 0 : chunk.count}};
+    }
 
     static std::vector<Products>& own_products() {
         static thread_local std::vector<Products> products;
@@ -120,12 +123,16 @@ private:
             read_tails(chunk, chunk.key_scales, call_.keys.format, key_tails);
             keys.key_tails = &key_tails;
         }
-        products.scores(chunk, keys_of(next));
+        Fetcher fetcher = fetcher_of(next);
+        const Share whole{fetcher, fetcher.wanted()}, eighth = whole.part(8);
+        int rows = item.tokens * item.group_rows;
+        products.scores(chunk, {fetcher, 3 * eighth.portions});
         if (locator_.value().scale_bytes) {
             read_tails(chunk, chunk.value_scales, call_.values.format, value_tails);
             keys.value_tails = &value_tails;
         }
-        for (int r = 0; r < item.tokens * item.group_rows; r++) {
+        for (int r = 0; r < rows; r++) {
+            eighth.part(rows).fetch();
             float factor = weigher_.weigh(
                 w.scores + r * kChunk, token(item, r), head(item, kv_head, r), keys,
                 {w.query_total[r], w.most[r], w.total[r], w.shift[r]}
@@ -134,7 +141,7 @@ private:
             float* out = w.out + r * w.out_width;
             for (int64_t i = 0; i < w.out_width; i += kLanes) store(out + i, load<vf>(out + i) * factor);
         }
-        products.values(chunk, call_.latent ? Upcoming{} : values_of(next));
+        products.values(chunk, whole.part(2));
     }
 
     int64_t index(const Item& item, int row) const { return item.first + row / item.group_rows; }
@@ -173,6 +180,8 @@ private:
         products.prepare_query();
         RowTails key_tails;
         ChunkRows chunk;
+        Fetcher fetcher({}, {});
+        const Share nothing{fetcher, 0};
         for (int64_t at = item.begin; at < item.end; at += kChunk) {
             locator_.locate(item, item.head, at, chunk);
             Keys keys{at, chunk.count, nullptr, nullptr};
@@ -180,7 +189,7 @@ private:
                 read_tails(chunk, chunk.key_scales, call_.keys.format, key_tails);
                 keys.key_tails = &key_tails;
             }
-            products.scores(chunk, Upcoming{});
+            products.scores(chunk, nothing);
             for (int r = 0; r < rows; r++)
                 weigher_.add_mass(
                     w.scores + r * kChunk, token(item, r), head(item, item.head, r), keys, w.query_total[r],

@@ -1,8 +1,8 @@
 // Attention of a few query rows straight from the cache: every element is loaded once for up to four rows.
 //
 // This is decode. The rows of a chunk of keys are given by pointers, so that blocks of any size, anywhere, look alike.
-// While a chunk's keys are read those of the next are fetched into the second-level cache, and so with its values: the
-// slabs of a sequence lie anywhere in memory, and no hardware prefetcher crosses from one to the next.
+// Meanwhile the rows of the next chunk are fetched into the second-level cache: the slabs of a sequence lie anywhere in
+// memory, and no hardware prefetcher crosses from one to the next.
 #pragma once
 
 #include <array>
@@ -12,36 +12,62 @@
 constexpr int kChunk = 128;  // keys taken together
 constexpr int kDirectRows = 4;
 
-// Rows that are wanted next.
-struct Upcoming {
+// Some rows of the cache.
+struct RowList {
     const uint8_t* const* rows = nullptr;
     int64_t bytes = 0;
     int count = 0;
-
-    // Fetches bytes [begin, end) of rows from `first` on.
-    INLINE void fetch(int first, int rows_now, int64_t begin = 0, int64_t end = INT64_MAX) const {
-        int last = first + rows_now < count ? first + rows_now : count;
-        if (end > bytes) end = bytes;
-        for (int j = first; j < last; j++)
-            for (int64_t b = begin; b < end; b += 64) prefetch(rows[j] + b);
-    }
 };
 
-// Fetches what is wanted next in so many portions: at once they would fill the queue of the cache, and stall it.
-class PacedFetch {
+// Fetches the rows that are wanted next: keys, then values. All at once they would fill the queue of the cache, and stall
+// it; so they are asked for little by little, all the while that something else is computed.
+class Fetcher {
 public:
-    PacedFetch(const Upcoming& upcoming, int64_t portions)
-        : upcoming_(upcoming), step_(static_cast<int>((upcoming.count + portions - 1) / portions)) {}
+    Fetcher(const RowList& keys, const RowList& values) : list_(keys), values_(values) {}
 
-    INLINE void next() {
-        upcoming_.fetch(at_, step_);
-        at_ += step_;
+    // Portions in all: rows, or lines of rows that are long.
+    int64_t wanted() const { return portions(list_) + portions(values_); }
+
+    // The next `count` portions, as many as there are of the present list.
+    INLINE void fetch(int64_t count) {
+        if (row_ >= list_.count) {
+            list_ = values_;
+            values_.count = row_ = 0;
+        }
+        if (list_.bytes > kShort) return fetch_lines(count);
+        int last = row_ + count < list_.count ? row_ + static_cast<int>(count) : list_.count;
+        for (; row_ < last; row_++)
+            for (int64_t b = 0; b < list_.bytes; b += 64) prefetch(list_.rows[row_] + b);
     }
 
 private:
-    const Upcoming upcoming_;
-    const int step_;
-    int at_ = 0;
+    static constexpr int64_t kShort = 256;
+    static int64_t portions(const RowList& list) {
+        return list.bytes > kShort ? list.count * ((list.bytes + 63) / 64) : list.count;
+    }
+
+    INLINE void fetch_lines(int64_t count) {
+        for (; count > 0 && row_ < list_.count; count--) {
+            prefetch(list_.rows[row_] + byte_);
+            byte_ += 64;
+            if (byte_ < list_.bytes) continue;
+            byte_ = 0;
+            row_++;
+        }
+    }
+
+    RowList list_, values_;
+    int64_t byte_ = 0;
+    int row_ = 0;
+};
+
+// How many portions are to be fetched during one part of the work.
+struct Share {
+    Fetcher& fetcher;
+    int64_t portions;
+
+    Share part(int64_t of) const { return {fetcher, (portions + of - 1) / of}; }
+    INLINE void fetch() const { fetcher.fetch(portions); }
 };
 
 // scores[r][j] = query[r] . key[j] for R rows; `query` is padded with zeros to a multiple of kLanes. Writes up to the
@@ -49,12 +75,13 @@ private:
 template <int F, int R>
 INLINE void direct_scores(
     const float* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, float* scores,
-    const Upcoming& upcoming
+    const Share& share
 ) {
     constexpr int K = kLanes / R;  // keys at once, so that the sums fill one vector
+    const Share each = share.part((count + K - 1) / K);
     int64_t whole = dim / kLanes * kLanes;
     for (int j = 0; j < count; j += K) {
-        upcoming.fetch(j, K);
+        each.fetch();
         vf sums[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) sums[i] = vf{};
@@ -87,16 +114,16 @@ INLINE void direct_scores(
 template <int F, int R, int NV>
 INLINE void direct_stripe(
     const float* weights, const uint8_t* const* values, int count, int64_t d, int64_t tail, float* out,
-    int64_t out_stride, const Upcoming& upcoming
+    int64_t out_stride, const Share& share
 ) {
-    constexpr int64_t size = kElementBytes<F>;
+    const Share each = share.part(count);
     vf sums[R][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) sums[r][v] = load<vf>(out + r * out_stride + d + v * kLanes);
     for (int j = 0; j < count; j++) {
-        upcoming.fetch(j, 1, size * d, size * (d + NV * kLanes));
+        each.fetch();
         vf element[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++)
@@ -118,16 +145,15 @@ INLINE void direct_stripe(
 template <int F, int R>
 INLINE void direct_values(
     const float* weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
-    const Upcoming& upcoming
+    const Share& share
 ) {
     constexpr int NV = kLanes == 16 ? 4 : 2;
-    int64_t d = 0;
+    int64_t d = 0, stripes = dim / (NV * kLanes) + (dim % (NV * kLanes) + kLanes - 1) / kLanes;
+    const Share each = share.part(stripes);
     for (; d + NV * kLanes <= dim; d += NV * kLanes)
-        direct_stripe<F, R, NV>(weights, values, count, d, 0, out, out_stride, upcoming);
+        direct_stripe<F, R, NV>(weights, values, count, d, 0, out, out_stride, each);
     for (; d < dim; d += kLanes)
-        direct_stripe<F, R, 1>(
-            weights, values, count, d, d + kLanes <= dim ? 0 : dim - d, out, out_stride, upcoming
-        );
+        direct_stripe<F, R, 1>(weights, values, count, d, d + kLanes <= dim ? 0 : dim - d, out, out_stride, each);
 }
 
 #if KVPASS_DOT
@@ -175,11 +201,12 @@ INLINE __m512i load_pairs(const uint8_t* row, int64_t i) {
 template <int F, int R, int Parts>
 INLINE void dot_scores(
     const uint16_t* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, float* scores,
-    const Upcoming& upcoming
+    const Share& share
 ) {
     constexpr int K = kLanes / R;
+    const Share each = share.part((count + K - 1) / K);
     for (int j = 0; j < count; j += K) {
-        upcoming.fetch(j, K);
+        each.fetch();
         vf sums[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) sums[i] = vf{};
@@ -218,9 +245,9 @@ INLINE __m512i interleave_words(__m512i a, __m512i b, bool high) {
 template <int F, int R, int Parts>
 INLINE void dot_values(
     const uint32_t* weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
-    const Upcoming& upcoming
+    const Share& share
 ) {
-    constexpr int64_t size = kElementBytes<F>;
+    const Share each = share.part((dim + 63) / 64 * (count / 2));
     for (int64_t d = 0; d < dim; d += 64) {
         bool wide = d + 64 <= dim;
         __m512 sums[R][4];
@@ -230,7 +257,7 @@ INLINE void dot_values(
             for (int v = 0; v < 4; v++)
                 sums[r][v] = v < 2 || wide ? _mm512_loadu_ps(out + r * out_stride + d + 16 * v) : _mm512_setzero_ps();
         for (int j = 0; j < count; j += 2) {
-            upcoming.fetch(j, 2, size * d, size * (d + 64));
+            each.fetch();
             __m512bh element[4];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {

@@ -1,5 +1,5 @@
 // Attention of a few query rows straight from int8 and int4 caches, in integers; every element is loaded once for up to
-// four rows. See direct.h for how rows are given and what is fetched.
+// four rows. See direct.h for how rows are given, and what is fetched meanwhile.
 #pragma once
 
 #include "pack.h"
@@ -30,17 +30,17 @@ INLINE float weights_to_words(const float* row, uint16_t* words) {
     return step;
 }
 
-// A row of weights as 7-bit fractions of the largest; `sum` gets the sum of the fractions. Returns whether what that
-// rounds off is less than a 64th of the weights: a quarter of what int4 itself may round.
-INLINE bool weights_to_bytes(const float* row, int8_t* high, float& step, int32_t& sum) {
-    step = find_step(row, 127.0f);
+// A row of weights, none negative, as 8-bit fractions of the largest; `sum` gets the sum of the fractions. Returns whether
+// what that rounds off is less than a 64th of the weights: a quarter of what int4 itself may round.
+INLINE bool weights_to_bytes(const float* row, uint8_t* high, float& step, int32_t& sum) {
+    step = find_step(row, 255.0f);
     vf inverse = splat(invert_step(step)), left = vf{}, total = vf{};
     vi all = vi{};
 #pragma GCC unroll 8
     for (int i = 0; i < kChunk; i += kLanes) {
         vf weight = load<vf>(row + i) * inverse;
         __m512i upper = _mm512_cvtps_epi32((__m512)weight);
-        total += (vf)_mm512_abs_ps((__m512)weight);
+        total += weight;
         left += (vf)_mm512_abs_ps((__m512)(weight - (vf)_mm512_cvtepi32_ps(upper)));
         all += (vi)upper;
         store(high + i, _mm512_cvtepi32_epi8(upper));
@@ -49,12 +49,12 @@ INLINE bool weights_to_bytes(const float* row, int8_t* high, float& step, int32_
     return sum_lanes(total - left * 64.0f) >= 0.0f;
 }
 
-// What weights_to_bytes has rounded off, in steps 254 times as fine.
-INLINE void rest_to_bytes(const float* row, const int8_t* high, int8_t* low, float& step, int32_t& sum) {
+// What weights_to_bytes has rounded off, signed, in steps 254 times as fine.
+INLINE void rest_to_bytes(const float* row, const uint8_t* high, uint8_t* low, float& step, int32_t& sum) {
     vf inverse = splat(invert_step(step));
     vi all = vi{};
     for (int i = 0; i < kChunk; i += kLanes) {
-        vf rest = load<vf>(row + i) * inverse - (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(high + i)));
+        vf rest = load<vf>(row + i) * inverse - (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(high + i)));
         __m512i lower = _mm512_cvtps_epi32((__m512)(rest * 254.0f));
         all += (vi)lower;
         store(low + i, _mm512_cvtepi32_epi8(lower));
@@ -84,13 +84,14 @@ INLINE __m512i words_of(const uint8_t* bytes) { return _mm512_cvtepi8_epi16(load
 template <int R>
 INLINE void word_scores(
     const uint16_t* query, int64_t query_stride, const float* steps, const uint8_t* const* keys, int count, int64_t dim,
-    float* scores, const Upcoming& upcoming
+    float* scores, const Share& share
 ) {
     constexpr int K = kLanes / R;
+    const Share each = share.part((count + K - 1) / K);
     float step_of[kLanes];
     for (int i = 0; i < kLanes; i++) step_of[i] = steps[i / K];
     for (int j = 0; j < count; j += K) {
-        upcoming.fetch(j, K);
+        each.fetch();
         vi sums[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) sums[i] = vi{};
@@ -117,8 +118,9 @@ INLINE void word_scores(
 template <int R>
 INLINE void word_values(
     const uint32_t* weights, const float* steps, const uint8_t* const* values, int count, int64_t dim, float* out,
-    int64_t out_stride, const Upcoming& upcoming
+    int64_t out_stride, const Share& share
 ) {
+    const Share each = share.part((dim + 63) / 64 * (count / 2));
     for (int64_t d = 0; d < dim; d += 64) {
         bool wide = d + 64 <= dim;
         int64_t second = wide ? d + 32 : d;
@@ -128,7 +130,7 @@ INLINE void word_values(
 #pragma GCC unroll 4
             for (int v = 0; v < 4; v++) sums[r][v] = _mm512_setzero_si512();
         for (int j = 0; j < count; j += 2) {
-            upcoming.fetch(j, 2, d, d + 64);
+            each.fetch();
             __m512i a = words_of(values[j] + d), b = words_of(values[j + 1] + d);
             __m512i c = words_of(values[j] + second), e = words_of(values[j + 1] + second);
             __m512i element[4] = {
@@ -162,14 +164,15 @@ INLINE __m512i two_rows(const uint8_t* a, const uint8_t* b) {
 template <int R>
 INLINE void nibble_scores(
     const int8_t* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, int32_t* scores,
-    const Upcoming& upcoming
+    const Share& share
 ) {
     const __m512i low = _mm512_set1_epi8(15);
     constexpr auto all = std::make_integer_sequence<int, kLanes>{};
     constexpr int P = R == 4 ? 4 : 8;  // pairs of keys at once
+    const Share each = share.part((count + 2 * P - 1) / (2 * P));
     int64_t half = dim / 2;
     for (int j = 0; j < count; j += 2 * P) {
-        upcoming.fetch(j, 2 * P);
+        each.fetch();
         vi sums[R][P];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
@@ -220,17 +223,18 @@ INLINE void add_eights(float* out, __m512i sums, float step) {
 }
 
 // out[r] += step[r] * sum over j of weights[r][j] * value[j], for int4 rows of a multiple of 128 elements, or of 64 as
-// Twins: then a vector holds two rows, four apart. Weights are signed bytes, `weight_sums[r]` the sum of a row of them.
-template <int R, bool Twins>
+// Twins: then a vector holds two rows, four apart. Weights are bytes, Signed or not, `weight_sums[r]` the sum of a row.
+template <int R, bool Twins, bool Signed>
 INLINE void nibble_values(
-    const int8_t* weights, const int32_t* weight_sums, const float* steps, const uint8_t* const* values, int count,
-    int64_t dim, float* out, int64_t out_stride, const Upcoming& upcoming
+    const uint8_t* weights, const int32_t* weight_sums, const float* steps, const uint8_t* const* values, int count,
+    int64_t dim, float* out, int64_t out_stride, const Share& share
 ) {
     constexpr int kKeys = Twins ? 8 : 4;
     const __m512i low = _mm512_set1_epi8(15);
     // of two vectors that hold four neighbouring bytes of each 16, the first and the last 32
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    const Share each = share.part(dim / (Twins ? 32 : 64) * ((count + kKeys - 1) / kKeys));
     for (int64_t d = 0; d < dim / 2; d += Twins ? 32 : 64)
 #pragma GCC unroll 2
         for (int part = 0; part < 2; part++) {  // the first or the last eight of each 16 bytes
@@ -240,7 +244,7 @@ INLINE void nibble_values(
 #pragma GCC unroll 4
                 for (int v = 0; v < 4; v++) sums[r][v] = _mm512_set1_epi32((Twins ? -4 : -8) * weight_sums[r]);
             for (int j = 0; j < count; j += kKeys) {
-                if (d == 0 && part == 0) upcoming.fetch(j, kKeys);
+                each.fetch();
                 __m512i row[4];
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; k++)
@@ -254,12 +258,14 @@ INLINE void nibble_values(
                     _mm512_and_si512(_mm512_srli_epi16(near, 4), low), _mm512_and_si512(_mm512_srli_epi16(far, 4), low)};
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
-                    const int8_t* of_row = weights + r * kChunk + j;
+                    const uint8_t* of_row = weights + r * kChunk + j;
                     __m512i weight = _mm512_set1_epi32(load<int32_t>(of_row));
                     if (Twins)
                         weight = _mm512_inserti64x4(weight, _mm256_set1_epi32(load<int32_t>(of_row + kKeys - 4)), 1);
 #pragma GCC unroll 4
-                    for (int v = 0; v < 4; v++) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], element[v], weight);
+                    for (int v = 0; v < 4; v++)  // the first factor counts as unsigned
+                        sums[r][v] = Signed ? _mm512_dpbusd_epi32(sums[r][v], element[v], weight)
+                                            : _mm512_dpbusd_epi32(sums[r][v], weight, element[v]);
                 }
             }
 #pragma GCC unroll 4

@@ -85,15 +85,15 @@ INLINE void multiply_block(
 template <class Product, int NV, class Finish>
 void multiply_panel(
     const uint32_t* a, const uint32_t* b, int64_t rows, int64_t c, int64_t units, const Strides& stride,
-    PacedFetch& fetch, const Finish& finish
+    const Share& share, const Finish& finish
 ) {
     constexpr int kMost = kLanes == 16 ? 8 : 4;
     int64_t r = 0;
     for (; r + kMost <= rows; r += kMost) {
-        fetch.next();
+        share.fetch();
         multiply_block<Product, kMost, NV>(a, b, r, c, units, stride, finish);
     }
-    fetch.next();
+    share.fetch();
     if (kMost > 4 && r + 4 <= rows) {
         multiply_block<Product, 4, NV>(a, b, r, c, units, stride, finish);
         r += 4;
@@ -105,18 +105,18 @@ void multiply_panel(
     if (r < rows) multiply_block<Product, 1, NV>(a, b, r, c, units, stride, finish);
 }
 
-// `columns` is a multiple of kLanes. While this is computed `upcoming` is fetched.
+// `columns` is a multiple of kLanes. Meanwhile `share` is fetched.
 template <class Product, class Finish>
 void multiply(
     const uint32_t* a, const uint32_t* b, int64_t rows, int64_t units, int64_t columns, const Strides& stride,
-    const Upcoming& upcoming, const Finish& finish
+    const Share& share, const Finish& finish
 ) {
     constexpr int kMost = kLanes == 16 ? 8 : 4;
-    PacedFetch fetch(upcoming, (rows / kMost + 1) * ((columns + kPanel - 1) / kPanel));
+    const Share each = share.part((rows / kMost + 1) * ((columns + kPanel - 1) / kPanel));
     int64_t c = 0;
     for (; c + kPanel <= columns; c += kPanel, b += stride.panel)
-        multiply_panel<Product, 2>(a, b, rows, c, units, stride, fetch, finish);
-    if (c < columns) multiply_panel<Product, 1>(a, b, rows, c, units, stride, fetch, finish);
+        multiply_panel<Product, 2>(a, b, rows, c, units, stride, each, finish);
+    if (c < columns) multiply_panel<Product, 1>(a, b, rows, c, units, stride, each, finish);
 }
 
 // What becomes of the sums.

@@ -39,32 +39,32 @@ public:
     }
 
     // w.scores[r][j] = query[r] . key[j]
-    void scores(const ChunkRows& chunk, const Upcoming& upcoming) {
+    void scores(const ChunkRows& chunk, const Share& share) {
         int columns = static_cast<int>(round_up(chunk.count, 16));
         int64_t dim = call_.keys.dim;
         switch (key_way_) {
-            case Way::kDirect: return direct(chunk, columns, upcoming);
+            case Way::kDirect: return direct(chunk, columns, share);
             case Way::kPackFloats: {
                 expand(call_.keys.format, chunk.keys, chunk.key_units, columns, dim, w_.width);
                 float* packed = reinterpret_cast<float*>(w_.packed_keys);
                 transpose_floats(w_.expanded, w_.width, columns, dim, packed);
                 multiply<FloatProduct>(
                     reinterpret_cast<uint32_t*>(w_.query), w_.packed_keys, rows_, dim, columns,
-                    {w_.width, kPanel, w_.width * kPanel}, upcoming, Set{w_.scores, kChunk}
+                    {w_.width, kPanel, w_.width * kPanel}, share, Set{w_.scores, kChunk}
                 );
                 return;
             }
 #if KVPASS_DOT
-            case Way::kDirectPairs: return direct_pairs(chunk, columns, upcoming);
+            case Way::kDirectPairs: return direct_pairs(chunk, columns, share);
             case Way::kDirectWords:
                 with_rows(rows_, [&](int r, auto R) {
                     word_scores<R>(
                         w_.query_pairs + r * w_.width, w_.width, w_.query_unit + r, chunk.keys, columns, dim,
-                        w_.scores + r * kChunk, r == 0 ? upcoming : Upcoming{}
+                        w_.scores + r * kChunk, share.part(fours())
                     );
                 });
                 return;
-            case Way::kDirectNibbles: return direct_nibbles(chunk, columns, upcoming);
+            case Way::kDirectNibbles: return direct_nibbles(chunk, columns, share);
             case Way::kPackPairs: {
                 int64_t padded = round_up(dim, 32);
                 const uint8_t* rows[kChunk];
@@ -72,18 +72,18 @@ public:
                 transpose_units(rows, columns, 2 * padded, w_.packed_keys);
                 multiply<PairProduct>(
                     reinterpret_cast<uint32_t*>(w_.query_pairs), w_.packed_keys, rows_, padded / 2, columns,
-                    {w_.width / 2, kPanel, padded / 2 * kPanel}, upcoming, Set{w_.scores, kChunk}
+                    {w_.width / 2, kPanel, padded / 2 * kPanel}, share, Set{w_.scores, kChunk}
                 );
                 return;
             }
-            case Way::kPackBytes: return byte_scores(chunk, columns, upcoming);
+            case Way::kPackBytes: return byte_scores(chunk, columns, share);
 #endif
             default: return;
         }
     }
 
     // w.out[r] += weights[r] . values, where the weights stand in w.scores
-    void values(const ChunkRows& chunk, const Upcoming& upcoming) {
+    void values(const ChunkRows& chunk, const Share& share) {
         int count = static_cast<int>(round_up(chunk.count, 16));
         int64_t dim = call_.values.dim;
         switch (value_way_) {
@@ -96,7 +96,7 @@ public:
                         with_rows(rows_, [&](int r, auto R) {
                             direct_values<f, R>(
                                 w_.scores + r * kChunk, rows, chunk.count, dim, w_.out + r * w_.out_width,
-                                w_.out_width, r == 0 ? upcoming : Upcoming{}
+                                w_.out_width, share.part(fours())
                             );
                         });
                 });
@@ -109,15 +109,15 @@ public:
                     expand(call_.values.format, chunk.values, chunk.value_units, count, value_row_, width);
                 multiply<FloatProduct>(
                     reinterpret_cast<uint32_t*>(w_.scores), reinterpret_cast<uint32_t*>(w_.expanded), rows_, count,
-                    round_up(dim, kLanes), {kChunk, width, kPanel}, upcoming, Add{w_.out, w_.out_width}
+                    round_up(dim, kLanes), {kChunk, width, kPanel}, share, Add{w_.out, w_.out_width}
                 );
                 return;
             }
 #if KVPASS_DOT
             case Way::kDirectPairs: {
                 split_weights_to_pairs(pair_parts_);
-                if (pair_parts_ == 1) return direct_pair_values<1>(chunk, upcoming);
-                return direct_pair_values<2>(chunk, upcoming);
+                if (pair_parts_ == 1) return direct_pair_values<1>(chunk, share);
+                return direct_pair_values<2>(chunk, share);
             }
             case Way::kDirectWords:
                 for (int r = 0; r < rows_; r++)
@@ -126,11 +126,11 @@ public:
                     word_values<R>(
                         reinterpret_cast<uint32_t*>(w_.weight_pairs + r * kChunk), w_.weight_unit + r, chunk.values,
                         static_cast<int>(round_up(chunk.count, 2)), dim, w_.out + r * w_.out_width, w_.out_width,
-                        r == 0 ? upcoming : Upcoming{}
+                        share.part(fours())
                     );
                 });
                 return;
-            case Way::kDirectNibbles: return direct_nibble_values(chunk, count, upcoming);
+            case Way::kDirectNibbles: return direct_nibble_values(chunk, count, share);
             case Way::kPackPairs: {
                 split_weights_to_pairs(1);
                 int64_t padded = round_up(dim, 32);
@@ -142,17 +142,19 @@ public:
                 interleave_pairs(rows, count, padded, w_.packed_values);
                 multiply<PairProduct>(
                     reinterpret_cast<uint32_t*>(w_.weight_pairs), w_.packed_values, rows_, count / 2, padded,
-                    {kChunk / 2, kPanel, count / 2 * kPanel}, upcoming, Add{w_.out, w_.out_width}
+                    {kChunk / 2, kPanel, count / 2 * kPanel}, share, Add{w_.out, w_.out_width}
                 );
                 return;
             }
-            case Way::kPackBytes: return byte_values(chunk, count, upcoming);
+            case Way::kPackBytes: return byte_values(chunk, count, share);
 #endif
             default: return;
         }
     }
 
 private:
+    int fours() const { return (rows_ + 3) / 4; }  // that rows are served in
+
     static Way choose_value_way(const AttentionCall& call, int64_t row_dim, int rows) {
         Way way = choose_way(call.values.format, call.query_format, row_dim | call.values.dim, rows);
         bool part = row_dim != call.values.dim;  // of the row, whose halves lie apart
@@ -173,7 +175,7 @@ private:
         return kFloat32;
     }
 
-    void direct(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+    void direct(const ChunkRows& chunk, int columns, const Share& share) {
         const uint8_t* rows[kChunk];
         int64_t dim = call_.keys.dim;
         int64_t format = readable(call_.keys.format, chunk.keys, chunk.key_units, chunk.count, dim, rows);
@@ -182,7 +184,7 @@ private:
                 with_rows(rows_, [&](int r, auto R) {
                     direct_scores<f, R>(
                         w_.query + r * w_.width, w_.width, rows, columns, dim, w_.scores + r * kChunk,
-                        r == 0 ? upcoming : Upcoming{}
+                        share.part(fours())
                     );
                 });
         });
@@ -228,12 +230,12 @@ private:
         });
     }
 
-    void direct_pairs(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+    void direct_pairs(const ChunkRows& chunk, int columns, const Share& share) {
         with_pairs_format(call_.keys.format, [&](auto f) {
             with_rows(rows_, [&](int r, auto R) {
                 const uint16_t* query = w_.query_pairs + r * pair_parts_ * w_.width;
                 float* scores = w_.scores + r * kChunk;
-                const Upcoming next = r == 0 ? upcoming : Upcoming{};
+                const Share next = share.part(fours());
                 if (pair_parts_ == 1)
                     dot_scores<f, R, 1>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
                 else
@@ -256,45 +258,44 @@ private:
         return reinterpret_cast<int8_t*>(w_.query_bytes) + (part * w_.rows + row) * 2 * w_.width;
     }
 
-    void direct_nibbles(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+    void direct_nibbles(const ChunkRows& chunk, int columns, const Share& share) {
         for (int p = 0; p < key_parts_; p++)
             with_rows(rows_, [&](int r, auto R) {
                 nibble_scores<R>(
                     nibble_query(p, r), 2 * w_.width, chunk.keys, columns, call_.keys.dim,
-                    w_.sums + (p * w_.rows + r) * kChunk, p == 0 && r == 0 ? upcoming : Upcoming{}
+                    w_.sums + (p * w_.rows + r) * kChunk, share.part(fours() * key_parts_)
                 );
             });
         nibble_sums_to_scores(columns);
     }
 
-    void direct_nibble_values(const ChunkRows& chunk, int count, const Upcoming& upcoming) {
+    void direct_nibble_values(const ChunkRows& chunk, int count, const Share& share) {
         bool enough = true;
-        int8_t *high = reinterpret_cast<int8_t*>(w_.weight_bytes), *low = high + w_.rows * kChunk;
+        uint8_t *high = w_.weight_bytes, *low = high + w_.rows * kChunk;
         for (int r = 0; r < rows_; r++)
             enough &= weights_to_bytes(w_.scores + r * kChunk, high + r * kChunk, w_.weight_unit[r], w_.sums[r]);
-        add_nibble_values(high, chunk, count, upcoming);
+        add_nibble_values<false>(high, chunk, count, share);
         if (enough) return;
         for (int r = 0; r < rows_; r++)
             rest_to_bytes(
                 w_.scores + r * kChunk, high + r * kChunk, low + r * kChunk, w_.weight_unit[r], w_.sums[r]
             );
-        add_nibble_values(low, chunk, count, Upcoming{});
+        add_nibble_values<true>(low, chunk, count, {share.fetcher, 0});
     }
 
-    void add_nibble_values(
-        const int8_t* weights, const ChunkRows& chunk, int count, const Upcoming& upcoming
-    ) {
+    template <bool Signed>
+    void add_nibble_values(const uint8_t* weights, const ChunkRows& chunk, int count, const Share& share) {
         int64_t dim = call_.values.dim;
         with_rows(rows_, [&](int r, auto R) {
-            const int8_t* of_rows = weights + r * kChunk;
+            const uint8_t* of_rows = weights + r * kChunk;
             float* out = w_.out + r * w_.out_width;
-            const Upcoming next = r == 0 ? upcoming : Upcoming{};
+            const Share next = share.part(fours());
             if (dim % 128 == 0)
-                nibble_values<R, false>(
+                nibble_values<R, false, Signed>(
                     of_rows, w_.sums + r, w_.weight_unit + r, chunk.values, count, dim, out, w_.out_width, next
                 );
             else
-                nibble_values<R, true>(
+                nibble_values<R, true, Signed>(
                     of_rows, w_.sums + r, w_.weight_unit + r, chunk.values, count, dim, out, w_.out_width, next
                 );
         });
@@ -308,19 +309,19 @@ private:
     }
 
     template <int Parts>
-    void direct_pair_values(const ChunkRows& chunk, const Upcoming& upcoming) {
+    void direct_pair_values(const ChunkRows& chunk, const Share& share) {
         with_pairs_format(call_.values.format, [&](auto f) {
             with_rows(rows_, [&](int r, auto R) {
                 dot_values<f, R, Parts>(
                     reinterpret_cast<uint32_t*>(w_.weight_pairs + r * Parts * kChunk), chunk.values,
                     static_cast<int>(round_up(chunk.count, 2)), call_.values.dim, w_.out + r * w_.out_width,
-                    w_.out_width, r == 0 ? upcoming : Upcoming{}
+                    w_.out_width, share.part(fours())
                 );
             });
         });
     }
 
-    void byte_scores(const ChunkRows& chunk, int columns, const Upcoming& upcoming) {
+    void byte_scores(const ChunkRows& chunk, int columns, const Share& share) {
         int64_t dim = call_.keys.dim;
         bool four = call_.keys.format == kInt4;
         if (four)
@@ -330,7 +331,7 @@ private:
         auto product = [&](const auto& finish) {
             multiply<SignedRowProduct>(
                 reinterpret_cast<uint32_t*>(w_.query_bytes), w_.packed_keys, rows_ * key_parts_, dim / 4, columns,
-                {w_.width / 4, kPanel, dim / 4 * kPanel}, upcoming, finish
+                {w_.width / 4, kPanel, dim / 4 * kPanel}, share, finish
             );
         };
         int32_t offset = four ? 8 : 128;
@@ -353,7 +354,7 @@ private:
         }
     }
 
-    void byte_values(const ChunkRows& chunk, int count, const Upcoming& upcoming) {
+    void byte_values(const ChunkRows& chunk, int count, const Share& share) {
         int64_t dim = call_.values.dim;
         bool four = call_.values.format == kInt4;
         if (four)
@@ -372,9 +373,9 @@ private:
         const Strides strides{kChunk / 4, kPanel, count / 4 * kPanel};
         const AddValues finish{w_.out, w_.out_width, w_.weight_unit, w_.weight_sums, 8};
         if (four)  // codes are unsigned bytes, and so weights signed ones
-            multiply<SignedRowProduct>(bytes, w_.packed_values, 2 * rows_, count / 4, dim, strides, upcoming, finish);
+            multiply<SignedRowProduct>(bytes, w_.packed_values, 2 * rows_, count / 4, dim, strides, share, finish);
         else
-            multiply<UnsignedRowProduct>(bytes, w_.packed_values, 2 * rows_, count / 4, dim, strides, upcoming, finish);
+            multiply<UnsignedRowProduct>(bytes, w_.packed_values, 2 * rows_, count / 4, dim, strides, share, finish);
     }
 #endif
 
