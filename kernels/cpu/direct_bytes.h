@@ -20,13 +20,16 @@ INLINE float find_step(const float* row, float levels) {
 
 INLINE float invert_step(float step) { return step > 1e-30f ? 1.0f / step : 0.0f; }  // 0 for NaN
 
-// A row of weights as 15-bit fractions of the largest; returns what one fraction stands for.
-INLINE float weights_to_words(const float* row, uint16_t* words) {
-    float step = find_step(row, 32767.0f);
+// A row of weights, none negative, as 16-bit fractions of the largest, in two bytes each; returns what one stands for.
+INLINE float weights_to_two_bytes(const float* row, uint8_t* high, uint8_t* low) {
+    float step = find_step(row, 65535.0f);
     vf inverse = splat(invert_step(step));
 #pragma GCC unroll 8
-    for (int i = 0; i < kChunk; i += kLanes)
-        store(words + i, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)(load<vf>(row + i) * inverse))));
+    for (int i = 0; i < kChunk; i += kLanes) {
+        __m512i fraction = _mm512_cvtps_epi32((__m512)(load<vf>(row + i) * inverse));
+        store(high + i, _mm512_cvtepi32_epi8(_mm512_srli_epi32(fraction, 8)));
+        store(low + i, _mm512_cvtepi32_epi8(fraction));
+    }
     return step;
 }
 
@@ -114,46 +117,6 @@ INLINE void word_scores(
     }
 }
 
-// out[r] += step[r] * sum over j of weights[r][j] * value[j], for int8; weights are 16-bit pairs of neighbouring keys.
-template <int R>
-INLINE void word_values(
-    const uint32_t* weights, const float* steps, const uint8_t* const* values, int count, int64_t dim, float* out,
-    int64_t out_stride, const Share& share
-) {
-    const Share each = share.part((dim + 63) / 64 * (count / 2));
-    for (int64_t d = 0; d < dim; d += 64) {
-        bool wide = d + 64 <= dim;
-        int64_t second = wide ? d + 32 : d;
-        __m512i sums[R][4];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) sums[r][v] = _mm512_setzero_si512();
-        for (int j = 0; j < count; j += 2) {
-            each.fetch();
-            __m512i a = words_of(values[j] + d), b = words_of(values[j + 1] + d);
-            __m512i c = words_of(values[j] + second), e = words_of(values[j + 1] + second);
-            __m512i element[4] = {
-                interleave_words(a, b, false), interleave_words(a, b, true), interleave_words(c, e, false),
-                interleave_words(c, e, true)};
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                __m512i weight = _mm512_set1_epi32(weights[r * (kChunk / 2) + j / 2]);
-#pragma GCC unroll 4
-                for (int v = 0; v < 4; v++) sums[r][v] = _mm512_dpwssd_epi32(sums[r][v], weight, element[v]);
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++)
-                if (v < 2 || wide) {
-                    float* to = out + r * out_stride + d + 16 * v;
-                    store(to, load<vf>(to) + __builtin_convertvector((vi)sums[r][v], vf) * steps[r]);
-                }
-    }
-}
-
 // Two rows of 32 bytes side by side.
 INLINE __m512i two_rows(const uint8_t* a, const uint8_t* b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(load<__m256i>(a)), load<__m256i>(b), 1);
@@ -222,27 +185,38 @@ INLINE void add_eights(float* out, __m512i sums, float step) {
     _mm256_storeu_ps(out + 16, _mm256_add_ps(_mm256_loadu_ps(out + 16), _mm512_extractf32x8_ps(added, 1)));
 }
 
-// out[r] += step[r] * sum over j of weights[r][j] * value[j], for int4 rows of a multiple of 128 elements, or of 64 as
-// Twins: then a vector holds two rows, four apart. Weights are bytes, Signed or not, `weight_sums[r]` the sum of a row.
-template <int R, bool Twins, bool Signed>
-INLINE void nibble_values(
-    const uint8_t* weights, const int32_t* weight_sums, const float* steps, const uint8_t* const* values, int count,
-    int64_t dim, float* out, int64_t out_stride, const Share& share
+// Bytes of weights, [R][kChunk].
+struct WeightBytes {
+    const uint8_t* bytes;
+    int64_t low;          // of int8: how far behind them the low bytes lie
+    const int32_t* sums;  // of int4: of each row
+    const float* steps;
+};
+
+// out[r] += step[r] * sum over j of weights[r][j] * value[j], for rows of a multiple of 64 bytes, or of 32 as Twins: then
+// a vector holds two rows, four apart. Weights of int8 have two bytes, those of int4 one, which may be Signed.
+template <int F, int R, bool Twins, bool Signed>
+INLINE void direct_byte_values(
+    const WeightBytes& weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
+    const Share& share
 ) {
-    constexpr int kKeys = Twins ? 8 : 4;
+    constexpr int kKeys = Twins ? 8 : 4, kWidth = Twins ? 32 : 64, kPasses = F == kInt4 ? 2 : 1;
     const __m512i low = _mm512_set1_epi8(15);
     // of two vectors that hold four neighbouring bytes of each 16, the first and the last 32
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    const Share each = share.part(dim / (Twins ? 32 : 64) * ((count + kKeys - 1) / kKeys));
-    for (int64_t d = 0; d < dim / 2; d += Twins ? 32 : 64)
+    int64_t width = dim / kPasses;
+    const Share each = share.part(2 * width / kWidth * ((count + kKeys - 1) / kKeys));
+    for (int64_t d = 0; d < width; d += kWidth)
 #pragma GCC unroll 2
         for (int part = 0; part < 2; part++) {  // the first or the last eight of each 16 bytes
-            __m512i sums[R][4];                 // bytes 0..3 and 4..7 of them: low nibbles, high nibbles
+            // bytes 0..3 and 4..7 of them: by high and low bytes of weights, or of low and high nibbles
+            __m512i sums[R][4];
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                for (int v = 0; v < 4; v++) sums[r][v] = _mm512_set1_epi32((Twins ? -4 : -8) * weight_sums[r]);
+                for (int v = 0; v < 4; v++)
+                    sums[r][v] = _mm512_set1_epi32(F == kInt4 ? (Twins ? -4 : -8) * weights.sums[r] : 0);
             for (int j = 0; j < count; j += kKeys) {
                 each.fetch();
                 __m512i row[4];
@@ -253,33 +227,47 @@ INLINE void nibble_values(
                 __m512i ab = part ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
                 __m512i cd = part ? _mm512_unpackhi_epi8(row[2], row[3]) : _mm512_unpacklo_epi8(row[2], row[3]);
                 __m512i near = _mm512_unpacklo_epi16(ab, cd), far = _mm512_unpackhi_epi16(ab, cd);
-                __m512i element[4] = {
-                    _mm512_and_si512(near, low), _mm512_and_si512(far, low),
-                    _mm512_and_si512(_mm512_srli_epi16(near, 4), low), _mm512_and_si512(_mm512_srli_epi16(far, 4), low)};
+                __m512i element[4] = {near, far, near, far};
+                if constexpr (F == kInt4) {
+                    element[0] = _mm512_and_si512(near, low);
+                    element[1] = _mm512_and_si512(far, low);
+                    element[2] = _mm512_and_si512(_mm512_srli_epi16(near, 4), low);
+                    element[3] = _mm512_and_si512(_mm512_srli_epi16(far, 4), low);
+                }
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
-                    const uint8_t* of_row = weights + r * kChunk + j;
-                    __m512i weight = _mm512_set1_epi32(load<int32_t>(of_row));
-                    if (Twins)
-                        weight = _mm512_inserti64x4(weight, _mm256_set1_epi32(load<int32_t>(of_row + kKeys - 4)), 1);
+                    __m512i weight[2];
+#pragma GCC unroll 2
+                    for (int p = 0; p < 2; p++) {
+                        const uint8_t* from = weights.bytes + (F == kInt4 ? 0 : p * weights.low) + r * kChunk + j;
+                        weight[p] = _mm512_set1_epi32(load<int32_t>(from));
+                        if (Twins)
+                            weight[p] = _mm512_inserti64x4(
+                                weight[p], _mm256_set1_epi32(load<int32_t>(from + kKeys - 4)), 1
+                            );
+                    }
 #pragma GCC unroll 4
                     for (int v = 0; v < 4; v++)  // the first factor counts as unsigned
-                        sums[r][v] = Signed ? _mm512_dpbusd_epi32(sums[r][v], element[v], weight)
-                                            : _mm512_dpbusd_epi32(sums[r][v], weight, element[v]);
+                        sums[r][v] = Signed ? _mm512_dpbusd_epi32(sums[r][v], element[v], weight[v / 2])
+                                            : _mm512_dpbusd_epi32(sums[r][v], weight[v / 2], element[v]);
                 }
             }
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-                for (int nibble = 0; nibble < 2; nibble++) {
-                    __m512i near = sums[r][2 * nibble], far = sums[r][2 * nibble + 1];
-                    float* to = out + r * out_stride + nibble * (dim / 2) + d + 8 * part;
+                for (int pass = 0; pass < kPasses; pass++) {
+                    __m512i near = sums[r][2 * pass], far = sums[r][2 * pass + 1];
+                    if constexpr (F == kInt8) {
+                        near = _mm512_add_epi32(_mm512_slli_epi32(near, 8), sums[r][2]);
+                        far = _mm512_add_epi32(_mm512_slli_epi32(far, 8), sums[r][3]);
+                    }
+                    float* to = out + r * out_stride + pass * width + d + 8 * part;
                     if (Twins) {
                         near = _mm512_add_epi32(near, _mm512_shuffle_i32x4(near, near, 0x4e));
                         far = _mm512_add_epi32(far, _mm512_shuffle_i32x4(far, far, 0x4e));
                     }
-                    add_eights(to, _mm512_permutex2var_epi32(near, front, far), steps[r]);
-                    if (!Twins) add_eights(to + 32, _mm512_permutex2var_epi32(near, back, far), steps[r]);
+                    add_eights(to, _mm512_permutex2var_epi32(near, front, far), weights.steps[r]);
+                    if (!Twins) add_eights(to + 32, _mm512_permutex2var_epi32(near, back, far), weights.steps[r]);
                 }
         }
 }

@@ -120,16 +120,11 @@ public:
                 return direct_pair_values<2>(chunk, share);
             }
             case Way::kDirectWords:
-                for (int r = 0; r < rows_; r++)
-                    w_.weight_unit[r] = weights_to_words(w_.scores + r * kChunk, w_.weight_pairs + r * kChunk);
-                with_rows(rows_, [&](int r, auto R) {
-                    word_values<R>(
-                        reinterpret_cast<uint32_t*>(w_.weight_pairs + r * kChunk), w_.weight_unit + r, chunk.values,
-                        static_cast<int>(round_up(chunk.count, 2)), dim, w_.out + r * w_.out_width, w_.out_width,
-                        share.part(fours())
-                    );
-                });
-                return;
+                for (int r = 0; r < rows_; r++) {
+                    uint8_t* high = w_.weight_bytes + r * kChunk;
+                    w_.weight_unit[r] = weights_to_two_bytes(w_.scores + r * kChunk, high, high + w_.rows * kChunk);
+                }
+                return add_byte_values<kInt8, false>(w_.weight_bytes, chunk, count, share);
             case Way::kDirectNibbles: return direct_nibble_values(chunk, count, share);
             case Way::kPackPairs: {
                 split_weights_to_pairs(1);
@@ -274,30 +269,26 @@ private:
         uint8_t *high = w_.weight_bytes, *low = high + w_.rows * kChunk;
         for (int r = 0; r < rows_; r++)
             enough &= weights_to_bytes(w_.scores + r * kChunk, high + r * kChunk, w_.weight_unit[r], w_.sums[r]);
-        add_nibble_values<false>(high, chunk, count, share);
+        add_byte_values<kInt4, false>(high, chunk, count, share);
         if (enough) return;
         for (int r = 0; r < rows_; r++)
             rest_to_bytes(
                 w_.scores + r * kChunk, high + r * kChunk, low + r * kChunk, w_.weight_unit[r], w_.sums[r]
             );
-        add_nibble_values<true>(low, chunk, count, {share.fetcher, 0});
+        add_byte_values<kInt4, true>(low, chunk, count, {share.fetcher, 0});
     }
 
-    template <bool Signed>
-    void add_nibble_values(const uint8_t* weights, const ChunkRows& chunk, int count, const Share& share) {
+    template <int F, bool Signed>
+    void add_byte_values(const uint8_t* weights, const ChunkRows& chunk, int count, const Share& share) {
         int64_t dim = call_.values.dim;
         with_rows(rows_, [&](int r, auto R) {
-            const uint8_t* of_rows = weights + r * kChunk;
+            const WeightBytes bytes{weights + r * kChunk, w_.rows * kChunk, w_.sums + r, w_.weight_unit + r};
             float* out = w_.out + r * w_.out_width;
             const Share next = share.part(fours());
-            if (dim % 128 == 0)
-                nibble_values<R, false, Signed>(
-                    of_rows, w_.sums + r, w_.weight_unit + r, chunk.values, count, dim, out, w_.out_width, next
-                );
+            if (dim % (F == kInt4 ? 128 : 64) == 0)
+                direct_byte_values<F, R, false, Signed>(bytes, chunk.values, count, dim, out, w_.out_width, next);
             else
-                nibble_values<R, true, Signed>(
-                    of_rows, w_.sums + r, w_.weight_unit + r, chunk.values, count, dim, out, w_.out_width, next
-                );
+                direct_byte_values<F, R, true, Signed>(bytes, chunk.values, count, dim, out, w_.out_width, next);
         });
     }
 
