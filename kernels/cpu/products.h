@@ -8,7 +8,7 @@ class Products {
 public:
     Products(const AttentionCall& call, const Workspace& space, int rows)
         : call_(call), w_(space), rows_(rows),
-          key_way_(choose_way(call.keys.format, call.query_format, call.keys.dim, rows)),
+          key_way_(choose_key_way(call, rows)),
           value_row_(call.latent && call.values.format == kInt4 ? call.keys.dim : call.values.dim),
           value_way_(choose_value_way(call, value_row_, rows)),
           pair_parts_(call.query_format == kBFloat16 ? 1 : 2),
@@ -149,6 +149,13 @@ public:
 
 private:
     int fours() const { return (rows_ + 3) / 4; }  // that rows are served in
+
+    // Up to 16 rows it takes longer to transpose keys than to sum up each product across its vector, where these can be
+    // multiplied as they stand.
+    static Way choose_key_way(const AttentionCall& call, int rows) {
+        bool some = call.keys.format == kBFloat16 && rows <= 2 * kMostDirectRows;
+        return choose_way(call.keys.format, call.query_format, call.keys.dim, some ? std::min(rows, kMostDirectRows) : rows);
+    }
 
     static Way choose_value_way(const AttentionCall& call, int64_t row_dim, int rows) {
         Way way = choose_way(call.values.format, call.query_format, row_dim | call.values.dim, rows);
