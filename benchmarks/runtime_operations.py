@@ -3,7 +3,8 @@
 Games of 400 operations on machines of random sizes: submit (also several samples, or beams), step, propose, fork,
 finish, cancel (also during a step), pin, evict, swap out and in (and lose what was swapped), deadlines, steps that
 fail, logits that break. The imaginary model reads every slot back through the block tables, so a block of two owners
-that one writes, or a wrong copy, gives wrong tokens at once. Any failure ends the run with the seed of its game.
+that one writes, or a wrong copy, gives wrong tokens at once. In three games of ten sequences have recurrent states,
+from which their tokens follow. Any failure ends the run with the seed of its game.
 
 With ``--tiers`` freed blocks are wiped, evicted ones go to host memory and disk and back, prefixes are saved, and the
 process ends now and then: another one finds its files as they were at that moment.
@@ -50,7 +51,8 @@ def main() -> None:
             raise
         counts = machine.scheduler.counts
         tiers = vars(machine.tiers.counts).items() if isinstance(machine, TieredMachine) else ()
-        for key, count in (*vars(counts).items(), *tiers, ("copied_blocks", machine.num_copied)):
+        copied = (("copied_blocks", machine.num_copied), ("copied_states", machine.num_states_copied))
+        for key, count in (*vars(counts).items(), *tiers, *copied):
             totals[key] = totals.get(key, 0) + count
         if game % 250 == 249:
             done = (game + 1) * GAME

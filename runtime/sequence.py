@@ -209,7 +209,8 @@ class Sequence:
         """Propose ``tokens`` to follow the newest one, in place of what was proposed before.
 
         They are computed together with it, as far as tokens and blocks are to spare, and logits come for each. No more
-        are taken than may still be generated, less the one that the last logits give.
+        are taken than may still be generated, less the one that the last logits give. None are computed where there are
+        recurrent states, which cannot take back a token that turns out to be wrong.
 
         Args:
             tokens: the proposed ones.

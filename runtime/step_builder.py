@@ -100,7 +100,9 @@ class StepBuilder:
             if in_prefill:
                 spare -= end - sequence.num_computed
             # Who is forked after this step must not have written what comes after the prompt.
-            if sequence.num_draft and end == sequence.num_tokens and sequence not in self._queues.followers:
+            takes_draft = end == sequence.num_tokens and sequence not in self._queues.followers
+            # Nor can a recurrent state forget what turns out to be wrong.
+            if sequence.num_draft and takes_draft and sequence.state_slot is None:
                 drafted = holdings.longest(sequence, end + min(sequence.num_draft, max(0, spare))) - end
                 spare -= drafted
                 end += drafted

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.draft_tree import merge_paths
@@ -11,6 +12,7 @@ from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.row_moves import rows_to_move
 from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.sequence import Sequence, SequenceState
+from kvpass.runtime.state_slots import StateSlots, move_states
 from kvpass.types import Sampling
 
 VOCABULARY = 5
@@ -90,7 +92,10 @@ class Search:
 
 
 class Machine:
-    """Scheduler, pool and the slots of imaginary caches, one for each group."""
+    """Scheduler, pool and the slots of imaginary caches, one for each group.
+
+    With ``recurrent`` each sequence also has a state, which takes in token after token, and tokens follow from it.
+    """
 
     def __init__(
         self,
@@ -102,20 +107,31 @@ class Machine:
         window=None,
         windows=None,
         host_blocks=0,
+        recurrent=False,
     ):
         self.windows = windows or (window,)
         self.pool = BlockPool(num_blocks, block_size)
         self.prefix = PrefixCache(self.pool, self.windows) if sharing else None
         self.host = HostMemory(self, host_blocks) if host_blocks else None
         self.now = 0.0
+        most = min(max_sequences, max_batch_tokens)
+        self.states = np.full(most, -1, dtype=np.int64) if recurrent else None
         self.scheduler = Scheduler(
-            self.pool, self.prefix, max_batch_tokens, max_sequences, self.windows, self.host, lambda: self.now
+            self.pool,
+            self.prefix,
+            max_batch_tokens,
+            max_sequences,
+            self.windows,
+            self.host,
+            lambda: self.now,
+            slots=StateSlots(most) if recurrent else None,
         )
         self.max_batch_tokens = max_batch_tokens
         self.slots = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.sequences: list[tuple[Sequence, list[int]]] = []
         self.num_copied = 0
         self.num_moved = 0
+        self.num_states_copied = 0
         self.searches: list[Search] = []
 
     def block_view(self):
@@ -221,6 +237,22 @@ class Machine:
         assert sum(end - start for _, start, end in step.ranges) <= self.max_batch_tokens
         for group, window in enumerate(self.windows):
             self.compute_group(step, group, window)
+        if self.states is not None:
+            self.compute_states(step)
+
+    def compute_states(self, step):
+        """Move the states, have each take in its new tokens, and check that it knows all of its own and no other."""
+        move_states((torch.from_numpy(self.states),), step.state_moves)
+        self.num_states_copied += sum(move.source is not None for move in step.state_moves)
+        owned = [sequence.state_slot for sequence in self.scheduler._queues.running]
+        self.states[np.setdiff1d(np.arange(len(self.states)), owned)] = -1  # worth nothing from here on
+        assert len({sequence.state_slot for sequence, _, _ in step.ranges}) == len(step.ranges)
+        for sequence, start, end in step.ranges:
+            state = int(self.states[sequence.state_slot])
+            for token in sequence.tokens_to_compute(start, end).tolist():
+                state = extend(state, token)
+            assert state == histories(sequence.tokens[:end].tolist())[-1], "a state is not that of its tokens"
+            self.states[sequence.state_slot] = state
 
     def compute_group(self, step, group, window):
         size = self.pool.block_size
@@ -271,6 +303,8 @@ class Machine:
     def token_after(self, sequence, position):
         block, offset = divmod(position, self.pool.block_size)
         owner = sequence.leader or sequence
+        if self.states is not None:
+            return int(self.states[owner.state_slot] % VOCABULARY)
         return int(self.slots[owner.tables[0][block] * self.pool.block_size + offset] % VOCABULARY)
 
     def run(self, limit=10_000):

@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from kvpass.errors import CapacityError
-from kvpass.runtime.sequence import SequenceState
+from kvpass.runtime.sequence import Sequence, SequenceState
 from tests.runtime.machine import Machine
 
 # Name of each operation, and how often it is drawn.
@@ -36,18 +36,20 @@ MOST_NEW = 12
 
 
 def draw_machine(numbers: random.Random) -> Machine:
-    """A machine of any sizes: with and without sharing, groups with windows, memory to swap to."""
+    """A machine of any sizes: with and without sharing, groups with windows, memory to swap to, recurrent states."""
     windows = (None,)
     if numbers.random() < 0.6:
         windows = tuple(numbers.choices((None, 1, 2, 3, 6, 11), k=numbers.randint(1, 3)))
+    recurrent = numbers.random() < 0.3  # states are neither shared nor swapped
     return Machine(
         num_blocks=numbers.choice((3, 6, 9, 20, 40)),
         block_size=numbers.choice((1, 2, 4)),
-        sharing=numbers.random() < 0.75,
+        sharing=numbers.random() < 0.75 and not recurrent,
         max_batch_tokens=numbers.choice((1, 3, 8, 40)),
         max_sequences=numbers.choice((1, 3, 8)),
         windows=windows,
-        host_blocks=numbers.choice((0, 4, 40)),
+        host_blocks=0 if recurrent else numbers.choice((0, 4, 40)),
+        recurrent=recurrent,
     )
 
 
@@ -85,6 +87,15 @@ def add_beams(machine: Machine, numbers: random.Random) -> None:
         assert machine.pool.num_blocks < len(machine.windows) * machine.pool.blocks_for(LONGEST_PROMPT + MOST_NEW)
 
 
+def fork(machine: Machine, numbers: random.Random, sequence: Sequence) -> None:
+    """Fork a sequence; and now and then, before anything is copied, one of the twins as well, or end the first one."""
+    twins = machine.fork(sequence, numbers.randint(1, 3))
+    if numbers.random() < 0.3:
+        machine.fork(twins[0], 1)
+    if numbers.random() < 0.3:
+        machine.scheduler.cancel([sequence])
+
+
 def operate(machine: Machine, numbers: random.Random, name: str) -> None:
     """Do ``name`` to the machine, and check every invariant."""
     live = [s for s, _ in machine.sequences if s.state in (SequenceState.WAITING, SequenceState.RUNNING)]
@@ -98,7 +109,7 @@ def operate(machine: Machine, numbers: random.Random, name: str) -> None:
         case "beams" if len(live) < MOST_LIVE:
             add_beams(machine, numbers)
         case "fork" if plain and len(live) < MOST_LIVE:
-            machine.fork(numbers.choice(plain), numbers.randint(1, 3))
+            fork(machine, numbers, numbers.choice(plain))
         case "propose":
             for sequence in plain:
                 machine.propose(sequence, numbers.randrange(5), numbers.randrange(3), numbers.choice((0, 0, 1, 2)))
@@ -130,6 +141,8 @@ def operate(machine: Machine, numbers: random.Random, name: str) -> None:
         case "fail":
             step = machine.scheduler.schedule()
             machine.scheduler.check_integrity()
+            if step.ranges and numbers.random() < 0.5:
+                machine.compute(step)
             assert machine.scheduler.recover() == bool(step.ranges)
         case "break":
             step = machine.scheduler.schedule()
