@@ -7,7 +7,8 @@ that one writes, or a wrong copy, gives wrong tokens at once. In three games of 
 from which their tokens follow. Any failure ends the run with the seed of its game.
 
 With ``--tiers`` freed blocks are wiped, evicted ones go to host memory and disk and back, prefixes are saved, and the
-process ends now and then: another one finds its files as they were at that moment.
+process ends now and then: another one finds its files as they were at that moment. Every fifth game is played over
+caches in k4v2.
 
     python -m benchmarks.runtime_operations --operations 1000000
     python -m benchmarks.runtime_operations --operations 100000 --tiers
@@ -24,6 +25,7 @@ from kvpass.measure import write_result
 from kvpass.terminal import output
 from tests.runtime.machine import Machine
 from tests.runtime.operations import play
+from tests.runtime.settling_machine import play_settling
 from tests.runtime.tiered_machine import TieredMachine, play_tiers
 
 GAME = 400
@@ -43,7 +45,8 @@ def main() -> None:
         try:
             if options.tiers:
                 with tempfile.TemporaryDirectory() as folder:
-                    machine: Machine = play_tiers(options.seed + game, GAME, Path(folder))
+                    play_game = play_settling if game % 5 == 4 else play_tiers
+                    machine: Machine = play_game(options.seed + game, GAME, Path(folder))
             else:
                 machine = play(options.seed + game, GAME)
         except BaseException:

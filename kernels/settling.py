@@ -235,3 +235,25 @@ def settling_caches(
             if FORMATS[name].settles is not None:
                 found.setdefault(tensor.data_ptr(), (tensor, name))
     return [tensor for tensor, _ in found.values()], [name for _, name in found.values()]
+
+
+def move_blocks(
+    specs: Sequence[CacheSpec], caches: Sequence[tuple[Tensor, Tensor]], moves: Sequence[tuple[int | None, int]]
+) -> None:
+    """Copy blocks (source, target) at once in those of ``caches`` that settle; or, with sources of None, zero targets.
+
+    Args:
+        specs: all caches of the plan.
+        caches: their tensors.
+        moves: numbers of blocks in the caches, negative where they are wide. No target is a source, and a move that is
+            made twice does no harm. Either all sources are None, of wide targets, or none is.
+    """
+    tensors, names = settling_caches(specs, caches)
+    sources, targets = zip(*moves, strict=True)
+    target = torch.tensor(targets, device=tensors[0].device)
+    with torch.inference_mode():
+        if None not in sources:
+            torch.ops.kvpass.settle_blocks(tensors, names, torch.tensor(sources, device=target.device), target)
+            return
+        for tensor, name in zip(tensors, names, strict=True):
+            wide_view(tensor, FORMATS[name])[target] = 0

@@ -20,6 +20,7 @@ from kvpass.runtime.pins import Pin
 from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.requests import token_array
 from kvpass.runtime.tiers import Tiers
+from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.types import CachePlan
 
 
@@ -132,16 +133,17 @@ def make_moves(
     caches: Ordered[tuple[Tensor, Tensor]],
     pool: BlockPool,
     prefix_cache: PrefixCache | None,
+    wide: WideBlocks | None,
 ) -> BlockMoves:
     """What moves blocks between ``caches`` and the tiers that ``config`` asks for, if any; then the tree's shelf."""
     if not config.host_bytes or prefix_cache is None:
-        return BlockMoves(plan, caches, pool)
+        return BlockMoves(plan, caches, pool, wide=wide)
     disk = None
     if config.disk is not None:
         # Each model has a folder of its own, so that none ever looks at what another one stored.
         folder = Path(config.disk) / fingerprint(module, plan)
         disk = DiskStore(folder, parse_bytes(config.disk_memory), wipe=config.scrub)
     tiers = Tiers(config.host_bytes // 2, disk, plan.block_size, plan.group_windows)
-    moves = BlockMoves(plan, caches, pool, tiers, swap_bytes=config.host_bytes // 2)
+    moves = BlockMoves(plan, caches, pool, tiers, config.host_bytes // 2, wide)
     prefix_cache.shelf = moves
     return moves

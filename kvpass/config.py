@@ -142,8 +142,6 @@ class CacheConfig:
             raise ConfigError(f"disk={self.disk!r} is no path of a folder")
         if (self.host_memory is not None or self.disk is not None) and not self.prefix_sharing:
             raise ConfigError("host_memory and disk keep registered prefixes: leave them out, or prefix_sharing on")
-        if "k4v2" in _named(self.dtype) and (self.host_memory is not None or self.disk is not None or self.scrub):
-            raise ConfigError("dtype k4v2 keeps its blocks on the device: leave out host_memory, disk and scrub")
         if self.host_memory is not None:
             parse_bytes(self.host_memory, "host_memory")
         parse_bytes(self.disk_memory, "disk_memory")

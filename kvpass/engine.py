@@ -37,7 +37,7 @@ from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.speculation import Drafter, Speculator
 from kvpass.runtime.state_slots import StateSlots, allocate_states
 from kvpass.runtime.stats import EngineStats, gather_stats
-from kvpass.settling_module import make_settling
+from kvpass.settling_module import SettlingModule, make_wide_blocks
 from kvpass.step_loop import StepLoop
 from kvpass.step_module import StepModule, weighing_module
 from kvpass.types import CachePlan, Sampling
@@ -81,7 +81,8 @@ class Engine:
         windows = plan.group_windows
         policy = POLICIES[config.eviction]()
         prefix_cache = PrefixCache(self._pool, windows, policy) if shares_prefixes(plan, config) else None
-        self._moves = moves = make_moves(module, plan, config, caches, self._pool, prefix_cache)
+        self._wide = make_wide_blocks(plan, room, self._pool, config.scrub)
+        self._moves = moves = make_moves(module, plan, config, caches, self._pool, prefix_cache, self._wide)
         swap = moves if config.host_bytes else None
         self._scheduler = Scheduler(
             self._pool,
@@ -95,7 +96,7 @@ class Engine:
             slots=StateSlots(room.state_slots) if plan.states else None,
         )
         states = allocate_states(plan, room.state_slots, module.device)
-        module, self._wide = make_settling(module, plan, room, self._pool)
+        module = module if self._wide is None else SettlingModule(module, plan, self._wide)
         weighing = weighing_module(self.module, config)
         self._loop = StepLoop(module, plan, caches, self._scheduler, moves, weighing, states)
         self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive)

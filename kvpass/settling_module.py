@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpass.kernels.settling import settling_caches
+from kvpass.runtime.block_bytes import make_moves
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.capacity import Room
 from kvpass.runtime.wide_blocks import WideBlocks
@@ -17,14 +18,11 @@ from kvpass.step_module import StepModule
 from kvpass.types import CachePlan, StepInputs
 
 
-def make_settling(
-    module: StepModule, plan: CachePlan, room: Room, pool: BlockPool
-) -> tuple[StepModule, WideBlocks | None]:
-    """The module, made one that settles blocks if its plan has caches that do; and which of the pool's are wide."""
+def make_wide_blocks(plan: CachePlan, room: Room, pool: BlockPool, scrub: bool) -> WideBlocks | None:
+    """Which of the pool's blocks are wide, if the plan has caches that settle."""
     if not plan.settles:
-        return module, None
-    wide = WideBlocks(room.num_blocks, room.wide_blocks, plan.block_size, plan.group_windows, pool.is_used)
-    return SettlingModule(module, plan, wide), wide
+        return None
+    return WideBlocks(room.num_blocks, room.wide_blocks, plan.block_size, plan.group_windows, pool.is_used, scrub)
 
 
 class SettlingModule:
@@ -72,8 +70,4 @@ class SettlingModule:
         torch.ops.kvpass.copy_blocks(list(others.values()), source, target)
 
     def _move(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        while self.blocks.moves:
-            source, target = torch.tensor(self.blocks.moves, device=self.device).t().contiguous()
-            with torch.inference_mode():
-                torch.ops.kvpass.settle_blocks(*settling_caches(self._plan.caches, caches), source, target)
-            self.blocks.done()
+        make_moves(self.blocks, self._plan, caches)

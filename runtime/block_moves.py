@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from kvpass.errors import ConfigError
+from kvpass.runtime.block_bytes import BlockBytes
 from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.host_memory import BlockKey, StoredBlock
+from kvpass.runtime.host_memory import BlockKey, Payload, StoredBlock
+from kvpass.runtime.prefix_nodes import TOKEN_BYTES
 from kvpass.runtime.tiers import Prefetch, TierCounts, Tiers
+from kvpass.runtime.wide_blocks import WideBlocks, may_settle
 from kvpass.types import CachePlan
 
 # Blocks that are read at once to be written to disk.
@@ -27,9 +28,11 @@ _SAVED_AT_ONCE = 64
 
 @dataclass(eq=False)
 class _Swapped:
-    """The content of the blocks of a preempted sequence, uint8 ``[blocks, bytes]``."""
+    """The content of the blocks of a preempted sequence, how many tokens of each are written, and the bytes of all."""
 
-    content: Tensor
+    content: list[Payload]
+    filled: list[int]
+    size: int
 
 
 class BlockMoves:
@@ -46,25 +49,18 @@ class BlockMoves:
         pool: BlockPool,
         tiers: Tiers | None = None,
         swap_bytes: int = 0,
+        wide: WideBlocks | None = None,
     ) -> None:
         """Move blocks between ``caches``, in the order of the plan, and host memory.
 
         Args:
             tiers: where evicted blocks go; None to lose them.
             swap_bytes: most bytes of host memory for what is swapped out.
-
-        Raises:
-            ConfigError: if a cache is in k4v2, where a block's content is not always in its own place, and there is
-                host memory.
+            wide: which blocks are, if caches settle.
         """
-        if plan.settles and (tiers is not None or swap_bytes):
-            raise ConfigError("dtype k4v2 keeps its blocks on the device: leave out host_memory, disk and scrub")
-        groups: list[list[Tensor]] = [[] for _ in plan.group_windows]
-        for spec, pair in zip(plan.caches, caches, strict=True):
-            groups[spec.group] += [_as_bytes(tensor) for tensor in pair if tensor.numel()]
-        self._groups = groups
-        # Groups may share tensors: layer i of each of them has its blocks in the same one.
-        self._tensors = list({tensor.data_ptr(): tensor for group in groups for tensor in group}.values())
+        self._bytes = BlockBytes(plan, caches, wide)
+        self._wide = wide
+        self._groups = len(plan.group_windows)
         self._pool = pool
         self._tiers = tiers
         self._swap_bytes = swap_bytes
@@ -74,7 +70,7 @@ class BlockMoves:
 
     def shelve(self, namespace: str, group: int, tokens: bytes, block: int) -> None:
         """Note that ``block``, the cache of ``tokens`` in ``group``, is being evicted."""
-        if self._tiers is not None and self._groups[group]:
+        if self._tiers is not None and self._bytes.is_stored(group):
             key = BlockKey.of(namespace, group, tokens)
             if not self._tiers.holds(key):
                 self._leaving.append((key, block))
@@ -105,17 +101,16 @@ class BlockMoves:
                 self._tiers.put(stored)
         wiped = self._pool.take_scrubs()
         if wiped:
-            for tensor in self._tensors:
-                tensor[torch.tensor(wiped, device=tensor.device)] = 0
+            self._bytes.wipe(wiped)
 
     def fill(self, stored: Mapping[int, StoredBlock]) -> None:
         """Write stored content to the blocks that are its keys, at once."""
         self.flush()
-        for group, tensors in enumerate(self._groups):
-            entries = [(block, content.payload) for block, content in stored.items() if content.key.group == group]
+        for group in range(self._groups):
+            entries = {block: content.payload for block, content in stored.items() if content.key.group == group}
             if entries:
-                content = torch.from_numpy(np.stack([payload for _, payload in entries]))
-                _write(tensors, [block for block, _ in entries], content)
+                full = [self._pool.block_size] * len(entries)
+                self._bytes.write(list(entries), list(entries.values()), full, group)
         if self._tiers is not None:
             self._tiers.count_promoted(len(stored))
 
@@ -139,35 +134,42 @@ class BlockMoves:
             self._tiers.write(self._read_out(batch))
         self._tiers.save()
 
-    def swap_out(self, blocks: Ordered[int]) -> object | None:
+    def swap_out(self, blocks: Ordered[int], places: Ordered[int], computed: int) -> object | None:
         """As :meth:`kvpass.runtime.swap_space.SwapSpace.swap_out`."""
-        size = len(blocks) * sum(tensor[0].numel() for tensor in self._tensors)
+        due = may_settle(np.array(places, dtype=np.int64), computed, self._pool.block_size)
+        settled = set(np.array(blocks, dtype=np.int64)[due].tolist())
+        size = self._bytes.size(blocks, settled)
         if self.swapped_bytes + size > self._swap_bytes:
             return None
+        filled = [0] * len(blocks)
+        if self._wide is not None:
+            filled = self._wide.count_filled(np.array(blocks, dtype=np.int64)).tolist()
+        content = self._bytes.read(blocks, settled)
         self.swapped_bytes += size
-        return _Swapped(_read(self._tensors, list(blocks)))
+        return _Swapped(content, filled, size)
 
     def swap_in(self, handle: object, targets: Ordered[tuple[int, int]]) -> bool:
         """As :meth:`kvpass.runtime.swap_space.SwapSpace.swap_in`."""
         assert isinstance(handle, _Swapped)
         self.flush()
         if targets:
-            places, blocks = zip(*targets, strict=True)
-            _write(self._tensors, list(blocks), handle.content[list(places)])
+            chosen, blocks = zip(*targets, strict=True)
+            content, filled = ([part[place] for place in chosen] for part in (handle.content, handle.filled))
+            self._bytes.write(blocks, content, filled)
         return True
 
     def discard(self, handle: object) -> None:
         """As :meth:`kvpass.runtime.swap_space.SwapSpace.discard`."""
         assert isinstance(handle, _Swapped)
-        self.swapped_bytes -= handle.content.numel()
-        handle.content = handle.content[:0]
+        self.swapped_bytes -= handle.size
+        handle.content, handle.size = [], 0
 
     def close(self) -> None:
         """Let what is on its way to disk arrive, and let go of the caches."""
         if self._tiers is not None:
             self.flush()
             self._tiers.close()
-        self._groups, self._tensors = [[] for _ in self._groups], []
+        self._bytes.close()
 
     def clear(self) -> None:
         """As :meth:`kvpass.runtime.swap_space.SwapSpace.clear`; nor is anything moved out any more."""
@@ -175,26 +177,14 @@ class BlockMoves:
         self._leaving = []
 
     def _read_out(self, entries: list[tuple[BlockKey, int]]) -> list[StoredBlock]:
+        """The content of blocks that are kept: the first of each prefix as it is, others as they are to settle."""
         found = []
-        for group, tensors in enumerate(self._groups):
+        step = self._pool.block_size * TOKEN_BYTES
+        for group in range(self._groups):
             chosen = [(key, block) for key, block in entries if key.group == group]
-            if chosen and tensors:
-                content = _read(tensors, [block for _, block in chosen]).numpy()
+            if chosen and self._bytes.is_stored(group):
+                settled = {block for key, block in chosen if len(key.tokens) > step}
+                content = self._bytes.read([block for _, block in chosen], settled, group)
                 # Copies, or one entry would hold the memory of all.
                 found += [StoredBlock(key, row.copy()) for (key, _), row in zip(chosen, content, strict=True)]
         return found
-
-
-def _as_bytes(cache: Tensor) -> Tensor:
-    """``[B, bytes of a block]``, the same memory."""
-    return cache.view(torch.uint8).flatten(1)
-
-
-def _read(tensors: list[Tensor], blocks: list[int]) -> Tensor:
-    """The content of blocks in all of ``tensors``, uint8 ``[blocks, bytes]`` on the CPU."""
-    return torch.cat([tensor[torch.tensor(blocks, device=tensor.device)].cpu() for tensor in tensors], dim=1)
-
-
-def _write(tensors: list[Tensor], blocks: list[int], content: Tensor) -> None:
-    for tensor, part in zip(tensors, content.split([tensor.shape[1] for tensor in tensors], dim=1), strict=True):
-        tensor[torch.tensor(blocks, device=tensor.device)] = part.to(tensor.device)

@@ -251,7 +251,8 @@ class Holdings:
         computed, swap = sequence.num_computed, None if self._forgetting is not None else self._swap
         used = self._pool.blocks_for(computed)
         content = [block for table in sequence.tables for block in table.entries[table.num_passed : used].tolist()]
-        handle = swap.swap_out(content) if swap is not None and content else None
+        places = [place for table in sequence.tables for place in range(table.num_passed, used)]
+        handle = swap.swap_out(content, places, computed) if swap is not None and content else None
         self._pool.release(sequence.take_blocks())
         self._forget_swapped(sequence)
         self._release_slot(sequence)

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from kvpass.errors import IntegrityError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.eviction import EvictionPolicy, EvictionQueue, LeastRecentlyUsed
 from kvpass.runtime.head_index import HeadIndex
 from kvpass.runtime.pins import Pin, Pins
-from kvpass.runtime.prefix_nodes import Branch, Match, PrefixNode, Root, TokenArray
+from kvpass.runtime.prefix_nodes import TOKEN_BYTES, Branch, Match, PrefixNode, Root, TokenArray
 from kvpass.runtime.shelf import Shelf
 from kvpass.runtime.tiers import Prefetch
 
@@ -52,7 +50,7 @@ class PrefixCache:
         self._reach = {g: pool.blocks_for(window - 1) for g, window in enumerate(windows) if window is not None}
         self._full = tuple(g for g, window in enumerate(windows) if window is None)
         self._queue = EvictionQueue(policy or LeastRecentlyUsed())
-        self._heads = HeadIndex(np.dtype(np.int32).itemsize)
+        self._heads = HeadIndex(TOKEN_BYTES)
         self.pins = Pins(pool)
         self.shelf: Shelf | None = None
         self._clock = 0

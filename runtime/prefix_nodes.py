@@ -11,6 +11,7 @@ from kvpass.runtime.host_memory import StoredBlock
 
 # Token ids as the runtime keeps them. The tree compares their bytes, so there must be one dtype.
 TokenArray = NDArray[np.int32]
+TOKEN_BYTES = np.dtype(np.int32).itemsize
 
 
 class Branch:

@@ -252,7 +252,8 @@ class Scheduler:
         """
         with self._changing():
             step = self._in_flight
-            computed = {*(sequence for sequence, _, _ in step.ranges), *step.sampled} if step else set()
+            # Who runs and is not computed may have begun with a copy, which is made in this step.
+            computed = {*self._queues.running, *step.sampled} if step else set()
             unfinished = {sequence for sequence in sequences if sequence.state is not SequenceState.FINISHED}
             self._dropped |= unfinished & computed
             self._drop(unfinished - computed, None)

@@ -9,8 +9,14 @@ from typing import Protocol
 class SwapSpace(Protocol):
     """Memory beside the pool. All calls take place between two steps, and in the order of the device's work."""
 
-    def swap_out(self, blocks: Ordered[int]) -> object | None:
-        """Copy the content of ``blocks`` out; a handle for it, or None where there is no room."""
+    def swap_out(self, blocks: Ordered[int], places: Ordered[int], computed: int) -> object | None:
+        """Copy the content of blocks of a sequence out; a handle for it, or None where there is no room.
+
+        Args:
+            blocks: in any groups.
+            places: of each, how many blocks of its group hold the tokens before it.
+            computed: tokens of the sequence that are written.
+        """
 
     def swap_in(self, handle: object, targets: Ordered[tuple[int, int]]) -> bool:
         """Copy content back: for each ``(place, block)`` what the block at that place of ``swap_out`` held.

@@ -12,6 +12,7 @@ more, of sequences that have ended, keep their wide places until others need the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from kvpass.errors import CapacityError, IntegrityError
 
 Integers = NDArray[np.int64]
-Moves = tuple[tuple[int, int], ...]
+Moves = tuple[tuple[int | None, int], ...]
 SETTLED = -1
 
 
@@ -31,7 +32,8 @@ class _State(NamedTuple):
         place: wide place of each block, or :data:`SETTLED`.
         free: wide places that no block has.
         moves: copies (source, target), in the numbers of the caches, that have to be made before anything is computed:
-            batches of some that may be made at once, in order. No target of a batch is one of its sources.
+            batches of some that may be made at once, in order. No target of a batch is one of its sources. Where the
+            sources of a batch are None, its targets are wiped.
     """
 
     place: Integers
@@ -49,6 +51,7 @@ class WideBlocks:
         block_size: int,
         windows: Sequence[int | None],
         is_used: Callable[[int], bool],
+        scrub: bool = False,
     ) -> None:
         """Begin with free places.
 
@@ -58,7 +61,9 @@ class WideBlocks:
             block_size: tokens per block, P.
             windows: of each group of caches the newest tokens that are looked at; None for all.
             is_used: whether a block has an owner.
+            scrub: whether places are wiped when they become free.
         """
+        self._scrub = scrub
         self.num_wide = num_wide
         self._size = block_size
         self._windows = tuple(windows)
@@ -133,6 +138,35 @@ class WideBlocks:
         self._filled[targets] = self._size
         self._state = after
 
+    def widen(self, blocks: Integers, filled: Integers) -> None:
+        """Plan the moves so that ``blocks``, which are about to be written whole, have wide places.
+
+        Args:
+            blocks: in the pool's numbers.
+            filled: tokens that will be written of each.
+
+        Raises:
+            CapacityError: if there are too few wide places. Nothing is changed then.
+        """
+        self._clock += 1
+        self._needed[blocks] = self._clock
+        missing = [block for block in blocks.tolist() if self._state.place[block] == SETTLED]
+        self._state = self._exchange([], missing, set(), set(blocks.tolist()))
+        self._filled[blocks] = filled
+
+    def forget(self, blocks: Integers) -> None:
+        """Take the wide places from ``blocks``: nothing that is there is of use any more."""
+        place = self._state.place.copy()
+        freed = place[blocks][place[blocks] != SETTLED].tolist()
+        place[blocks] = SETTLED
+        moves = (*self._state.moves, *self._wipe(freed))
+        self._state = _State(place, (*self._state.free, *freed), moves)
+        self._filled[blocks] = 0
+
+    def count_filled(self, blocks: Integers) -> Integers:
+        """How many tokens are written of each of ``blocks``, as far as it is wide."""
+        return self._filled[blocks]
+
     def check_integrity(self) -> None:
         """Assert that every wide place is free or has one block.
 
@@ -149,7 +183,7 @@ class WideBlocks:
         """Blocks that may settle, and those that stay as they are: the first and the newest of each sequence."""
         index = np.arange(tables.shape[2])
         begun = index * self._size < lengths[:, None]
-        passed = (index > 0) & ((index + 2) * self._size <= lengths[:, None])
+        passed = may_settle(index, lengths[:, None], self._size)
         due, kept = [], []
         for table, window in zip(tables, self._windows, strict=True):
             seen = begun
@@ -165,26 +199,33 @@ class WideBlocks:
         What ``begun`` ones hold is kept; those of ``taken`` do not lose their places.
         """
         place, free, moves = self._state.place.copy(), list(self._state.free), []
+        freed: list[int] = []
 
         def give_up(block: int) -> None:
             # The content of a block that has no owner and is not full is worth nothing.
             if self._filled[block] == self._size:
                 moves.append((int(-1 - place[block]), block))
-            free.append(int(place[block]))
+            freed.append(int(place[block]))
             place[block] = SETTLED
 
         for block in settling:
             give_up(block)
-        if len(missing) > len(free):
-            for block in self._others(place, len(missing) - len(free), taken):
+        lacking = len(missing) - len(free) - len(freed)
+        if lacking > 0:
+            for block in self._others(place, lacking, taken):
                 give_up(block)
+        free += freed
         widened = []
         for block in missing:
             place[block] = free.pop()
             if block in begun:
                 widened.append((block, int(-1 - place[block])))
-        batches = (tuple(batch) for batch in (moves, widened) if batch)
-        return _State(place, tuple(free), (*self._state.moves, *batches))
+        batches = ((tuple(moves),) if moves else (), self._wipe(freed), (tuple(widened),) if widened else ())
+        return _State(place, tuple(free), (*self._state.moves, *chain(*batches)))
+
+    def _wipe(self, places: list[int]) -> tuple[Moves, ...]:
+        """What is planned for wide places that become free: no batch, or one."""
+        return (tuple((None, -1 - place) for place in places),) if self._scrub and places else ()
 
     def _others(self, place: Integers, count: int, taken: set[int]) -> list[int]:
         """``count`` wide blocks that may lose their places, those that were not needed for longest first."""
@@ -198,6 +239,14 @@ class WideBlocks:
                 "cache more memory, or lower max_batch_tokens or max_sequences"
             )
         return chosen
+
+
+def may_settle(index: Integers, length: Integers | int, size: int) -> NDArray[np.bool_]:
+    """Whether the blocks at ``index`` of sequences settle once so many tokens are written, of ``size`` in a block.
+
+    All but the first settle, before the first step that finds another full one behind them.
+    """
+    return (index > 0) & ((index + 2) * size <= length)
 
 
 def _offsets_by_block(slots: Integers, size: int) -> tuple[Integers, Integers, Integers]:

@@ -12,7 +12,6 @@ from kvpass.kernels.settling import read_blocks
 from kvpass.loading import load_model
 from kvpass.models import recall
 from kvpass.replay import Replay
-from kvpass.runtime.block_moves import BlockMoves
 from kvpass.runtime.capacity import divide_memory
 from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.settling_module import SettlingModule
@@ -78,6 +77,37 @@ def test_batches_prefixes_and_preemption_leave_everything_in_order(recompiler, p
         assert 0 <= sum(tensors.values()) - stats.bytes_reserved < slabs
 
 
+@pytest.mark.parametrize("dtype", ["k4v2", MIXED], ids=["all layers", "mixed"])
+def test_swapped_out_and_in_the_tokens_are_those_of_one_left_alone(recompiler, prompts, dtype):
+    config = kvpass.CacheConfig(dtype=dtype, num_blocks=11, host_memory="64MB", scrub=True)
+    engine = recompiler.compile(config, verify=False)
+    assert engine.generate(prompts[:2], 70, TO_THE_END) == [by_hand(engine, prompt, 70) for prompt in prompts[:2]]
+    engine.check_integrity()
+    counts = engine._scheduler.counts
+    assert counts.preemptions > 0 and counts.restored_tokens > 20
+
+
+def test_what_was_evicted_gives_the_tokens_that_it_gave_where_it_was(recompiler, prompts, tmp_path):
+    """A prompt whose blocks have settled, asked again: found on the device, in host memory, and by a later engine."""
+    options, found, asked = {"dtype": "k4v2", "num_blocks": 14}, [], prompts[3][:225]
+    for more, others in (({}, []), ({"host_memory": "64MB"}, prompts[:3]), ({"disk": tmp_path}, prompts[:3])):
+        engine = recompiler.compile(kvpass.CacheConfig(**options, **more), verify=False)
+        engine.generate([prompts[3]], 40, TO_THE_END)
+        for other in others:
+            engine.generate([other], 2, TO_THE_END)
+        if "disk" in more:
+            engine.cache.save()
+            engine.close()
+            engine = recompiler.compile(kvpass.CacheConfig(**options, **more), verify=False)
+        before = engine.stats()
+        found.append(engine.generate([asked], 12, TO_THE_END))
+        after = engine.stats()
+        assert after.prefix_hit_tokens - before.prefix_hit_tokens == 224
+        assert after.tiers.promoted - before.tiers.promoted == (7 if more else 0)
+        engine.check_integrity()
+    assert found[0] == found[1] == found[2]
+
+
 def test_what_is_recalled_is_right(recompiler):
     """The answers that the recall model was trained for, each read back from the cache."""
     engine = recompiler.compile(kvpass.CacheConfig(dtype="k4v2", num_blocks=1), verify=False)
@@ -117,11 +147,6 @@ def test_what_k4v2_cannot_do_is_said(recompiler):
     engine = recompiler.compile(kvpass.CacheConfig(dtype="k4v2", num_blocks=1), verify=False)
     with pytest.raises(ConfigError, match="takes no trees of drafts: a cache in k4v2 stores blocks as a whole"):
         engine.speculate(kvpass.PromptLookup(branches=2))
-    for option in ({"host_memory": "1MB"}, {"disk": "somewhere"}, {"scrub": True}):
-        with pytest.raises(ConfigError, match="keeps its blocks on the device"):
-            kvpass.CacheConfig(dtype="k4v2", **option)
-    with pytest.raises(ConfigError, match="keeps its blocks on the device"):
-        BlockMoves(engine.plan, engine.caches, engine._pool, swap_bytes=1)
 
 
 def test_blocks_are_copied_whichever_kind_they_are():

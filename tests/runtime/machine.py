@@ -49,12 +49,13 @@ class HostMemory:
         self.kept = {}
         self.lost = False
 
-    def swap_out(self, blocks):
+    def swap_out(self, blocks, places, computed):
+        assert len(blocks) == len(places) and max(places) * self.machine.pool.block_size < computed
         if len(blocks) > self.room:
             return None
         self.room -= len(blocks)
         handle = object()
-        self.kept[handle] = self.machine.block_view()[blocks].copy()
+        self.kept[handle] = self.machine.block_view()[list(blocks)].copy()
         return handle
 
     def swap_in(self, handle, targets):
@@ -95,7 +96,12 @@ class Machine:
     """Scheduler, pool and the slots of imaginary caches, one for each group.
 
     With ``recurrent`` each sequence also has a state, which takes in token after token, and tokens follow from it.
+
+    Attributes:
+        stretch: what the lengths of random requests are multiplied with.
     """
+
+    stretch = 1
 
     def __init__(
         self,
@@ -230,13 +236,14 @@ class Machine:
         With a window each reads what its oldest new token sees, and what comes after.
         """
         if step.copies:
-            sources, targets = map(list, zip(*step.copies, strict=True))
-            assert len(set(targets)) == len(targets)
-            self.block_view()[targets] = self.block_view()[sources]
-            self.num_copied += len(sources)
+            self.copy(*map(list, zip(*step.copies, strict=True)))
         assert sum(end - start for _, start, end in step.ranges) <= self.max_batch_tokens
+        for group in range(len(self.windows)):
+            self.check_writes(step, group)
+        self.write(step)
         for group, window in enumerate(self.windows):
-            self.compute_group(step, group, window)
+            for sequence, start, end in step.ranges:
+                self.check_reads(sequence, group, 0 if window is None else max(0, start - window + 1), end)
         if self.states is not None:
             self.compute_states(step)
 
@@ -254,27 +261,38 @@ class Machine:
             assert state == histories(sequence.tokens[:end].tolist())[-1], "a state is not that of its tokens"
             self.states[sequence.state_slot] = state
 
-    def compute_group(self, step, group, window):
+    def copy(self, sources, targets):
+        assert len(set(targets)) == len(targets)
+        self.block_view()[targets] = self.block_view()[sources]
+        self.num_copied += len(sources)
+
+    def check_writes(self, step, group):
+        """Nobody writes to what others own, or what is registered."""
         size = self.pool.block_size
         pending = self.scheduler._registry.pending_blocks
         untouchable = self.pool.kept_blocks() - pending
         writers: dict[int, Sequence] = {}
         for sequence, start, end in step.ranges:
             assert start < end <= sequence.num_tokens + sequence.num_draft
-            values = self.values_of(sequence, end)
-            for position in range(start, end):
-                block = sequence.tables[group][position // size]
+            for block in sequence.tables[group].entries[start // size : (end - 1) // size + 1].tolist():
                 assert block not in untouchable, "a registered block is written again"
                 assert writers.setdefault(block, sequence) is sequence, "two sequences write one block"
                 held = sum(source == block for source, _ in step.copies)
                 assert block in pending or self.pool.count_owners(block) - held == 1, "a block of two owners is written"
-                self.slots[block * size + position % size] = values[position] + self.mark(sequence, group)
+
+    def write(self, step):
+        size = self.pool.block_size
         for sequence, start, end in step.ranges:
-            first = 0 if window is None else max(0, start - window + 1)
-            positions = np.arange(first, end)
-            read = self.slots[sequence.tables[group].entries[positions // size] * size + positions % size]
-            read = read - self.mark(sequence, group)
-            assert read.tolist() == self.values_of(sequence, end)[first:]
+            positions, values = np.arange(start, end), np.array(self.values_of(sequence, end)[start:])
+            for group, table in enumerate(sequence.tables):
+                slots = table.entries[positions // size] * size + positions % size
+                self.slots[slots] = values + self.mark(sequence, group)
+
+    def check_reads(self, sequence, group, first, end):
+        """A sequence reads its own tokens from ``first`` to ``end``."""
+        size, positions = self.pool.block_size, np.arange(first, end)
+        read = self.slots[sequence.tables[group].entries[positions // size] * size + positions % size]
+        assert (read - self.mark(sequence, group)).tolist() == self.values_of(sequence, end)[first:]
 
     def mark(self, sequence, group):
         """What tells the slots of a group, and of a namespace, from those of others; a multiple of 5 for group 0."""
@@ -305,7 +323,10 @@ class Machine:
         owner = sequence.leader or sequence
         if self.states is not None:
             return int(self.states[owner.state_slot] % VOCABULARY)
-        return int(self.slots[owner.tables[0][block] * self.pool.block_size + offset] % VOCABULARY)
+        return self.read(owner.tables[0][block], offset) % VOCABULARY
+
+    def read(self, block, offset):
+        return int(self.slots[block * self.pool.block_size + offset])
 
     def run(self, limit=10_000):
         steps = 0

@@ -53,9 +53,16 @@ def draw_machine(numbers: random.Random) -> Machine:
     )
 
 
-def random_prompt(numbers: random.Random) -> list[int]:
+def random_prompt(machine: Machine, numbers: random.Random) -> list[int]:
     """Prompts that share prefixes often: a tree with few branches."""
-    return [numbers.choice((0, 0, 1)) for _ in range(numbers.randint(1, LONGEST_PROMPT))]
+    tokens = [numbers.choice((0, 0, 1)) for _ in range(numbers.randint(1, LONGEST_PROMPT))]
+    return [token for token in tokens for _ in range(machine.stretch)]
+
+
+def is_small(machine: Machine) -> bool:
+    """Whether a request may be too long for the whole pool."""
+    longest = (LONGEST_PROMPT + MOST_NEW) * machine.stretch
+    return machine.pool.num_blocks < len(machine.windows) * machine.pool.blocks_for(longest)
 
 
 def draw_operation(numbers: random.Random) -> str:
@@ -72,19 +79,20 @@ def add(machine: Machine, numbers: random.Random, samples: int = 1) -> None:
     }
     try:
         stop_ids = numbers.choice(((), (0,)))
-        machine.add_samples(samples, random_prompt(numbers), numbers.randint(1, MOST_NEW), stop_ids, **options)
+        new = numbers.randint(1, MOST_NEW) * machine.stretch
+        machine.add_samples(samples, random_prompt(machine, numbers), new, stop_ids, **options)
     except CapacityError:
-        most = len(machine.windows) * machine.pool.blocks_for(LONGEST_PROMPT + MOST_NEW)
-        assert machine.pool.num_blocks < most
+        assert is_small(machine)
 
 
 def add_beams(machine: Machine, numbers: random.Random) -> None:
     namespace = numbers.choice(("", "", "other"))
     own = random.Random(numbers.random())
     try:
-        machine.add_beams(numbers.randint(1, 4), numbers.randrange(9), own, random_prompt(numbers), namespace=namespace)
+        prompt = random_prompt(machine, numbers)
+        machine.add_beams(numbers.randint(1, 4), numbers.randrange(9), own, prompt, namespace=namespace)
     except CapacityError:
-        assert machine.pool.num_blocks < len(machine.windows) * machine.pool.blocks_for(LONGEST_PROMPT + MOST_NEW)
+        assert is_small(machine)
 
 
 def fork(machine: Machine, numbers: random.Random, sequence: Sequence) -> None:
@@ -117,7 +125,7 @@ def operate(machine: Machine, numbers: random.Random, name: str) -> None:
             for _ in range(20):
                 machine.step()
         case "pin" if machine.prefix is not None:
-            machine.prefix.pin(np.array(random_prompt(numbers), dtype=np.int32), numbers.choice((None, 3.0)))
+            machine.prefix.pin(np.array(random_prompt(machine, numbers), dtype=np.int32), numbers.choice((None, 3.0)))
         case "unpin" if machine.prefix is not None:
             machine.prefix.pins.release_oldest()
         case "evict":

@@ -2,24 +2,31 @@ import numpy as np
 import pytest
 import torch
 
-from kvpass.kernels.formats import allocate_cache
+from kvpass.kernels.formats import FORMATS, allocate_cache, allocate_caches
+from kvpass.kernels.settling import read_blocks, read_slabs, settle_slabs, wide_view
+from kvpass.runtime.block_bytes import make_moves
 from kvpass.runtime.block_moves import BlockMoves
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.disk_store import DiskStore
+from kvpass.runtime.host_memory import BlockKey
 from kvpass.runtime.prefix_cache import PrefixCache
 from kvpass.runtime.tiers import Tiers
+from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.types import CachePlan, CacheSpec
 from tests.runtime.trie import ids
 
 SIZE = 4
-FORMATS = ("float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4")
+STORED = ("float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4")
+
+
+KEYS, VALUES = FORMATS["k4"], FORMATS["v2"]
 
 
 class Device:
     """Caches of two groups in every format, the pool and the tree over them; every byte of a block follows from it."""
 
     def __init__(self, num_blocks=8, scrub=False, swap_bytes=0, host=1 << 20, disk=None):
-        specs = [CacheSpec(f"full {f}", 2, 32, 16, f, f) for f in FORMATS]
+        specs = [CacheSpec(f"full {f}", 2, 32, 16, f, f) for f in STORED]
         specs += [CacheSpec("window", 1, 32, 0, "float32", "float32", window=6, group=1)]
         self.plan = CachePlan(tuple(specs), SIZE, 10)
         self.pool = BlockPool(num_blocks, SIZE, scrub)
@@ -138,7 +145,7 @@ def test_swapped_blocks_come_back_into_any_blocks():
     blocks = device.pool.allocate(3)
     for block in blocks:
         device.write(block, 50 + block)
-    handle = device.moves.swap_out(blocks)
+    handle = device.moves.swap_out(blocks, range(3), 3 * SIZE)
     assert device.moves.swapped_bytes == 3 * sum(tensor.shape[1] for tensor in device.tensors)
     device.pool.release(blocks)
     targets = device.pool.allocate(3)
@@ -153,11 +160,11 @@ def test_what_is_swapped_out_is_bounded():
     one = sum(tensor.shape[1] for tensor in Device().tensors)
     device = Device(swap_bytes=2 * one)
     blocks = device.pool.allocate(3)
-    assert device.moves.swap_out(blocks) is None
-    handle = device.moves.swap_out(blocks[:2])
-    assert handle is not None and device.moves.swap_out(blocks[:1]) is None
+    assert device.moves.swap_out(blocks, range(3), 3 * SIZE) is None
+    handle = device.moves.swap_out(blocks[:2], range(2), 2 * SIZE)
+    assert handle is not None and device.moves.swap_out(blocks[:1], [0], SIZE) is None
     device.moves.discard(handle)
-    assert device.moves.swap_out(blocks[:1]) is not None
+    assert device.moves.swap_out(blocks[:1], [0], SIZE) is not None
     device.moves.clear()
     assert device.moves.swapped_bytes == 0
 
@@ -197,3 +204,78 @@ def test_what_is_saved_is_found_by_a_later_pool(tmp_path):
     second.moves.fill(dict(zip(blocks, match.stored[2], strict=True)))
     assert second.holds(blocks[0], 18, 0) and second.holds(blocks[1], 19, 1)
     second.tiers.close()
+
+
+class Settling:
+    """A k4v2 cache of one group over 6 blocks, 2 of which may be wide at a time."""
+
+    def __init__(self, scrub=False):
+        spec = CacheSpec("a", 2, 16, 16, "k4", "v2")
+        self.pool, self.formats = BlockPool(6, 16, scrub), (KEYS, VALUES)
+        self.wide = WideBlocks(6, 2, 16, (None,), self.pool.is_used, scrub)
+        (self.caches,) = allocate_caches((spec,), 6, 16, "cpu", 2)
+        self.tiers = Tiers(1 << 20, None, 16)
+        plan = CachePlan((spec,), 16, 10)
+        self.moves = BlockMoves(plan, [self.caches], self.pool, self.tiers, 1 << 20, self.wide)
+
+    def write(self, block, seed):
+        """Rows of 16 bits in a wide place; gives them."""
+        self.wide.widen(np.array([block]), np.array([16]))
+        make_moves(self.wide, self.moves._bytes._plan, [self.caches])
+        number, numbers = self.number(block), torch.Generator().manual_seed(seed)
+        rows = [torch.randn(2, 16, 16, generator=numbers).bfloat16() for _ in range(2)]
+        for cache, form, part in zip(self.caches, self.formats, rows, strict=True):
+            wide_view(cache, form)[number] = part
+        return rows
+
+    def number(self, block):
+        return int(self.wide.number(np.array([block]))[0])
+
+    def holds(self, block, rows, settled):
+        assert (self.number(block) >= 0) == settled
+        for cache, form, part in zip(self.caches, self.formats, rows, strict=True):
+            expected = read_slabs(settle_slabs(part, form), form) if settled else part.float()
+            found = read_blocks(cache, form, torch.tensor([self.number(block)]))[0]
+            if not torch.equal(found, expected):
+                return False
+        return True
+
+
+def test_of_blocks_that_settle_the_first_comes_back_in_16_bits_and_others_settled():
+    device = Settling()
+    first, second = device.pool.allocate(2)
+    rows = [device.write(first, 1), device.write(second, 2)]
+    keys = [BlockKey.of("", 0, ids(*range(end)).tobytes()) for end in (16, 32)]
+    for key, block in zip(keys, (first, second), strict=True):
+        device.moves.shelve("", 0, key.tokens, block)
+    device.moves.flush()
+    assert device.number(first) < 0 and device.number(second) < 0  # whoever evicts them has the places
+    (found,), (other,) = device.tiers.find("", keys[1].tokens, 16 * 4, 0, {})
+    assert (len(found.payload), len(other.payload)) == (2 * 16 * 2 * (16 + 16), 2 * 16 * (9 + 2 + 4 + 2))
+    busy = device.write(3, 3)
+    device.moves.fill({4: found, 5: other, second: other})
+    assert device.holds(4, rows[0], settled=False)
+    assert device.holds(5, rows[1], settled=True)
+    assert device.holds(second, rows[1], settled=True)  # its wide place was given up
+    assert device.holds(3, busy, settled=False)
+
+
+def test_a_preempted_sequence_finds_its_blocks_as_they_were():
+    device = Settling(scrub=True)
+    blocks = device.pool.allocate(3)
+    rows = [device.write(block, block) for block in blocks]  # the first one to be written has settled
+    assert [device.number(block) >= 0 for block in blocks] == [True, False, False]
+    handle = device.moves.swap_out(blocks, [0, 1, 2], 3 * 16)
+    size = device.moves.swapped_bytes
+    assert size == 2 * 2 * 16 * (9 + 2 + 4 + 2) + 2 * 16 * 2 * (16 + 16)  # the second one was about to settle
+    device.pool.release(blocks)
+    device.moves.flush()
+    assert device.wide.num_used == 0
+    assert not any(wide_view(cache, form)[-2:].any() for cache, form in zip(device.caches, device.formats, strict=True))
+    targets = device.pool.allocate(3)
+    device.moves.flush()
+    device.moves.swap_in(handle, list(enumerate(reversed(targets))))
+    for block, part, settled in zip(reversed(targets), rows, (True, True, False), strict=True):
+        assert device.holds(block, part, settled)
+    device.moves.discard(handle)
+    assert device.moves.swapped_bytes == 0

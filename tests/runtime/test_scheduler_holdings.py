@@ -230,3 +230,23 @@ def test_what_is_held_makes_room_where_nobody_else_can_run(make_machine):
     assert len(held.output) == 5
     machine.check_outputs()
     machine.check_empty()
+
+
+def test_what_a_step_copies_for_who_is_not_computed_in_it_stays_theirs_until_it_ends(make_machine):
+    machine = make_machine(block_size=8, num_blocks=20, max_batch_tokens=16)
+    known = [0, 1, 2, 3, 4] * 3
+    machine.add(known, 2)
+    machine.run()
+    machine.add([1] * 15, 4)
+    beside = machine.add([*known[:13], 3, 3, 3, 3, 3, 3], 4)
+    step = machine.scheduler.schedule()
+    ((_, target),) = step.copies
+    assert beside not in [sequence for sequence, _, _ in step.ranges]  # what is left of the step ends no block
+    machine.scheduler.cancel([beside])
+    assert machine.pool.count_owners(target) == 1
+    machine.scheduler.check_integrity()
+    machine.compute(step)
+    machine.scheduler.commit(step, machine.next_tokens(step))
+    assert machine.pool.count_owners(target) == 0
+    machine.run()
+    machine.check_empty()

@@ -3,16 +3,22 @@
 import numpy as np
 import pytest
 
+from tests.runtime.settling_machine import play_settling
 from tests.runtime.tiered_machine import TieredMachine, play_tiers
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(14))
 def test_tiers_and_wiping_change_no_token(tmp_path, seed):
     play_tiers(seed, 250, tmp_path)
 
 
+@pytest.mark.parametrize("seed", (5, 7, 11, 17, 23))
+def test_blocks_that_settle_come_back_as_they_left(tmp_path, seed):
+    play_settling(seed, 150, tmp_path)
+
+
 def test_a_prefix_that_was_evicted_is_not_computed_again(tmp_path):
-    machine = TieredMachine(tmp_path, 12, 4, (None, 6), 60, 0, "lru", 0)
+    machine = TieredMachine(tmp_path, 12, 4, (None, 6), host_blocks=60, disk_blocks=0, policy="lru", swap_blocks=0)
     prompt = np.random.default_rng(0).integers(0, 5, 17).tolist()
     machine.add(prompt, 1)
     machine.run()

@@ -24,7 +24,7 @@ class Memory:
         """Make all moves; each batch twice, as after an exception."""
         while self.blocks.moves:
             for _ in range(2):
-                read = [(target, source, self.cells.get(source, ({}, ""))) for source, target in self.blocks.moves]
+                read = [(t, -1 if s is None else s, self.cells.get(s, ({}, ""))) for s, t in self.blocks.moves]
                 for target, source, (tokens, mark) in read:
                     self.cells[target] = (dict(tokens), SETTLED if source < 0 <= target else mark)
             self.blocks.done()
@@ -41,9 +41,9 @@ class Memory:
 class Sequences:
     """A pool, sequences that grow and share their first blocks, and the steps that they would take."""
 
-    def __init__(self, numbers, num_blocks, num_wide, window=None):
-        self.numbers, self.pool = numbers, BlockPool(num_blocks, SIZE)
-        self.blocks = WideBlocks(num_blocks, num_wide, SIZE, (window,), self.pool.is_used)
+    def __init__(self, numbers, num_blocks, num_wide, window=None, scrub=False):
+        self.numbers, self.pool, self.scrub = numbers, BlockPool(num_blocks, SIZE), scrub
+        self.blocks = WideBlocks(num_blocks, num_wide, SIZE, (window,), self.pool.is_used, scrub)
         self.memory, self.window = Memory(self.blocks), window
         self.live = []  # [tokens, table]
 
@@ -69,9 +69,12 @@ class Sequences:
             tables.append(table)
         width = max(map(len, tables))
         grid = np.array([[table + [0] * (width - len(table)) for table in tables]], dtype=np.int64)
+        settled = {block for block, _, _ in new if self.number(block) >= 0}
         self.blocks.prepare(grid, np.array([slots], dtype=np.int64), np.array(old))
         self.memory.move()
         self.blocks.check_integrity()
+        for block in {block for block, offset, _ in new if offset == 0 and block in settled and self.scrub}:
+            assert not self.memory.cells.get(self.number(block), ({}, ""))[0], "a place was not wiped"
         for block, offset, token in new:
             self.memory.write(self.number(block), offset, token)
         for tokens, table in self.live:
@@ -102,7 +105,7 @@ class Sequences:
 def test_every_sequence_reads_its_own_tokens(seed):
     numbers = random.Random(seed)
     # A step writes to at most 8 blocks, and 2 more sequences have one that is not full: 10 places will do.
-    machine = Sequences(numbers, 60, numbers.choice((10, 10, 11, 40)), numbers.choice((None, None, 9)))
+    machine = Sequences(numbers, 60, numbers.choice((10, 10, 11, 40)), numbers.choice((None, None, 9)), seed % 2 == 1)
     for _ in range(80):
         if len(machine.live) < 6 and numbers.random() < 0.4:
             machine.start(numbers.choice(machine.live) if machine.live and numbers.random() < 0.5 else None)
@@ -150,6 +153,28 @@ def test_a_block_that_is_taken_over_in_the_middle_is_wide_again():
     machine.live[1] = [machine.live[0][0][SIZE : SIZE + 2], [target]]
     machine.step([1, 1])
     assert machine.number(target) < 0
+
+
+def test_whole_blocks_that_are_written_get_wide_places_and_give_them_up():
+    machine = Sequences(random.Random(0), 20, 3, scrub=True)
+    machine.start()
+    machine.step([2 * SIZE])
+    first, second = machine.live[0][1]
+    taken = np.array([7, 8])
+    machine.blocks.widen(taken, np.array([SIZE, 2]))  # one place is free; of the full ones the lowest goes first
+    assert [machine.number(block) < 0 for block in (first, second, 7, 8)] == [False, True, True, True]
+    assert [target for _, target in machine.blocks.moves] == [first]  # before its place is wiped
+    machine.memory.move()
+    assert machine.blocks.count_filled(taken).tolist() == [SIZE, 2]
+    with pytest.raises(CapacityError, match="3 blocks of the cache may be in 16 bits at a time"):
+        machine.pool.allocate(7)  # 8 among them, which is not full: its place cannot be had
+        machine.blocks.widen(np.array([9, 10, 11]), np.array([SIZE] * 3))
+    place = machine.number(7)
+    machine.blocks.forget(np.array([7, 19]))
+    assert machine.blocks.moves == ((None, place),) and machine.number(7) == 7
+    machine.memory.move()
+    assert machine.blocks.num_used == 2
+    machine.blocks.check_integrity()
 
 
 def test_too_few_wide_places_are_said_and_change_nothing():
