@@ -66,116 +66,75 @@ INLINE void rest_to_bytes(const float* row, const uint8_t* high, uint8_t* low, f
     step *= 1.0f / 254.0f;
 }
 
-// A query row in 16-bit integers, as fine as the sums of products with int8 allow; returns the step.
-INLINE float query_to_words(const float* row, int64_t dim, int64_t width, uint16_t* words) {
-    float most = 0, total = 0;
-    for (int64_t i = 0; i < dim; i++) {
-        float magnitude = std::fabs(row[i]);
-        most = magnitude > most ? magnitude : most;
-        total += magnitude;
-    }
-    float levels = std::fmin(32767.0f, 2147483647.0f / (128.0f * static_cast<float>(dim)) - 1.0f);
-    float step = total <= 3e38f ? most / levels : NAN, inverse = invert_step(step);
-    for (int64_t i = 0; i < width; i++)
-        words[i] = i < dim ? static_cast<uint16_t>(static_cast<int32_t>(std::nearbyint(row[i] * inverse))) : 0;
-    return step;
-}
-
-INLINE __m512i words_of(const uint8_t* bytes) { return _mm512_cvtepi8_epi16(load<__m256i>(bytes)); }
-
-// scores[r][j] = query[r] . key[j], times the query's step, for int8 rows of a multiple of 32 elements.
-template <int R>
-INLINE void word_scores(
-    const uint16_t* query, int64_t query_stride, const float* steps, const uint8_t* const* keys, int count, int64_t dim,
-    float* scores, const Share& share
+// Products of R byte rows with 16 NV keys, whose lanes they become: finish(row, column, sums) takes those of a row's parts.
+template <int F, int R, int NV, class Finish>
+INLINE void multiply_byte_keys(
+    const int8_t* query, int64_t query_stride, const uint8_t* const* keys, int64_t dim, int64_t r, int64_t c,
+    const Share& each, const Finish& finish
 ) {
-    constexpr int K = kLanes / R;
-    const Share each = share.part((count + K - 1) / K);
-    float step_of[kLanes];
-    for (int i = 0; i < kLanes; i++) step_of[i] = steps[i / K];
-    for (int j = 0; j < count; j += K) {
+    const __m512i low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    constexpr int kParts = Finish::kRows;
+    __m512i sums[R][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) sums[i][v] = _mm512_setzero_si512();
+    int64_t bytes = F == kInt4 ? dim / 2 : dim;
+    for (int64_t at = 0; at < bytes; at += 16) {
         each.fetch();
-        vi sums[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) sums[i] = vi{};
-        for (int64_t d = 0; d < dim; d += 32) {
-            __m512i q[R];
+        __m512i unit[NV][4];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) gather_units(keys + c + 16 * v, at, unit[v]);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) q[r] = _mm512_loadu_si512(query + r * query_stride + d);
-#pragma GCC unroll 16
-            for (int k = 0; k < K; k++) {
-                __m512i element = words_of(keys[j + k] + d);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++)
-                    sums[r * K + k] = (vi)_mm512_dpwssd_epi32((__m512i)sums[r * K + k], q[r], element);
+        for (int u = 0; u < 4; u++) {
+            __m512i first[NV], second[NV];  // of int4: the nibbles
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) {
+                first[v] = F == kInt4 ? _mm512_and_si512(unit[v][u], low) : _mm512_xor_si512(unit[v][u], sign);
+                second[v] = _mm512_and_si512(_mm512_srli_epi16(unit[v][u], 4), low);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < R; i++) {
+                const int8_t* from = query + i * query_stride + at + 4 * u;
+                __m512i q = _mm512_set1_epi32(load<int32_t>(from));
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; v++) sums[i][v] = _mm512_dpbusd_epi32(sums[i][v], first[v], q);
+                if constexpr (F == kInt4) {
+                    q = _mm512_set1_epi32(load<int32_t>(from + bytes));
+#pragma GCC unroll 2
+                    for (int v = 0; v < NV; v++) sums[i][v] = _mm512_dpbusd_epi32(sums[i][v], second[v], q);
+                }
             }
         }
-        float flat[kLanes];
-        store(flat, __builtin_convertvector(sum_each(sums), vf) * load<vf>(step_of));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) std::memcpy(scores + r * kChunk + j, flat + r * K, 4 * K);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i += kParts)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) {
+            if constexpr (kParts == 2)
+                finish(r + i / 2, c + 16 * v, (vi)sums[i][v], (vi)sums[i + 1][v]);
+            else
+                finish(r + i, c + 16 * v, (vi)sums[i][v]);
+        }
+}
+
+// Scores of some rows from r on, in R rows of bytes, with `count` keys, a multiple of 16, whose rows have a multiple of 16
+// bytes: int8 with 128 added, int4 with 8 added.
+template <int F, int R, class Finish>
+INLINE void byte_scores(
+    const int8_t* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, int64_t r,
+    const Share& share, const Finish& finish
+) {
+    const Share each = share.part((count + 31) / 32 * (dim / (F == kInt4 ? 32 : 16)));
+    int c = 0;
+    for (; c + 32 <= count; c += 32)
+        multiply_byte_keys<F, R, 2>(query, query_stride, keys, dim, r, c, each, finish);
+    if (c < count) multiply_byte_keys<F, R, 1>(query, query_stride, keys, dim, r, c, each, finish);
 }
 
 // Two rows of 32 bytes side by side.
 INLINE __m512i two_rows(const uint8_t* a, const uint8_t* b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(load<__m256i>(a)), load<__m256i>(b), 1);
-}
-
-// sums[r][j] = query[r] . (key[j] + 8), for int4 rows of a multiple of 64 elements. Eight keys are taken at once, two in
-// a vector, so that only eight lanes have to be summed up for each; `query` holds each 32 bytes twice.
-template <int R>
-INLINE void nibble_scores(
-    const int8_t* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, int32_t* scores,
-    const Share& share
-) {
-    const __m512i low = _mm512_set1_epi8(15);
-    constexpr auto all = std::make_integer_sequence<int, kLanes>{};
-    constexpr int P = R == 4 ? 4 : 8;  // pairs of keys at once
-    const Share each = share.part((count + 2 * P - 1) / (2 * P));
-    int64_t half = dim / 2;
-    for (int j = 0; j < count; j += 2 * P) {
-        each.fetch();
-        vi sums[R][P];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int p = 0; p < P; p++) sums[r][p] = vi{};
-        for (int64_t d = 0; d < half; d += 32) {
-            __m512i q[R][2];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                q[r][0] = _mm512_loadu_si512(query + r * query_stride + 2 * d);
-                q[r][1] = _mm512_loadu_si512(query + r * query_stride + 2 * (half + d));
-            }
-#pragma GCC unroll 8
-            for (int p = 0; p < P; p++) {
-                __m512i both = two_rows(keys[j + 2 * p] + d, keys[j + 2 * p + 1] + d);
-                __m512i first = _mm512_and_si512(both, low);
-                __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) {
-                    __m512i sum = _mm512_dpbusd_epi32((__m512i)sums[r][p], first, q[r][0]);
-                    sums[r][p] = (vi)_mm512_dpbusd_epi32(sum, second, q[r][1]);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-            for (int p = 0; p < P; p += 4) {
-                vi* s = sums[r] + p;
-                vi ab = interleave<1, false>(s[0], s[1], all) + interleave<1, true>(s[0], s[1], all);
-                vi cd = interleave<1, false>(s[2], s[3], all) + interleave<1, true>(s[2], s[3], all);
-                vi abcd = interleave<2, false>(ab, cd, all) + interleave<2, true>(ab, cd, all);
-                // fours: the two halves of the first keys of the pairs, then of the second keys
-                __m512i swapped = _mm512_shuffle_i32x4((__m512i)abcd, (__m512i)abcd, 0xb1);
-                __m512i keys_of_pairs = _mm512_add_epi32((__m512i)abcd, swapped);
-                const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 8, 1, 9, 2, 10, 3, 11);
-                __m256i sorted = _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, keys_of_pairs));
-                store(scores + r * kChunk + j + 2 * p, sorted);
-            }
-    }
 }
 
 // out[0 .. 7] and out[16 .. 23] += step * sums

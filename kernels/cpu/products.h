@@ -24,12 +24,7 @@ public:
             if (key_way_ == Way::kDirectPairs || key_way_ == Way::kPackPairs) {
                 uint16_t* pairs = w_.query_pairs + r * pair_parts_ * w_.width;
                 split_row(row, w_.width, pair_parts_, pairs, pairs + w_.width);
-            } else if (key_way_ == Way::kDirectWords) {
-                uint16_t* words = w_.query_pairs + r * w_.width;
-                w_.query_unit[r] = query_to_words(row, call_.keys.dim, w_.width, words);
-            } else if (key_way_ == Way::kDirectNibbles) {
-                prepare_nibbles(row, r);
-            } else if (key_way_ == Way::kPackBytes) {
+            } else if (key_way_ == Way::kDirectBytes || key_way_ == Way::kPackBytes) {
                 int8_t* bytes = reinterpret_cast<int8_t*>(w_.query_bytes) + r * key_parts_ * w_.width;
                 w_.query_unit[r] =
                     quantise_query(row, call_.keys.dim, key_parts_, bytes, bytes + w_.width, w_.query_sums + 2 * r);
@@ -56,15 +51,10 @@ public:
             }
 #if KVPASS_DOT
             case Way::kDirectPairs: return direct_pairs(chunk, columns, share);
-            case Way::kDirectWords:
-                with_rows(rows_, [&](int r, auto R) {
-                    word_scores<R>(
-                        w_.query_pairs + r * w_.width, w_.width, w_.query_unit + r, chunk.keys, columns, dim,
-                        w_.scores + r * kChunk, share.part(fours())
-                    );
-                });
-                return;
-            case Way::kDirectNibbles: return direct_nibbles(chunk, columns, share);
+            case Way::kDirectBytes:
+                if (call_.keys.format == kInt8) return direct_bytes<kInt8, 2>(chunk, columns, share);
+                if (key_parts_ == 1) return direct_bytes<kInt4, 1>(chunk, columns, share);
+                return direct_bytes<kInt4, 2>(chunk, columns, share);
             case Way::kPackPairs: {
                 int64_t padded = round_up(dim, 32);
                 const uint8_t* rows[kChunk];
@@ -76,7 +66,7 @@ public:
                 );
                 return;
             }
-            case Way::kPackBytes: return byte_scores(chunk, columns, share);
+            case Way::kPackBytes: return packed_byte_scores(chunk, columns, share);
 #endif
             default: return;
         }
@@ -119,13 +109,13 @@ public:
                 if (pair_parts_ == 1) return direct_pair_values<1>(chunk, share);
                 return direct_pair_values<2>(chunk, share);
             }
-            case Way::kDirectWords:
+            case Way::kDirectBytes:
+                if (call_.values.format == kInt4) return direct_nibble_values(chunk, count, share);
                 for (int r = 0; r < rows_; r++) {
                     uint8_t* high = w_.weight_bytes + r * kChunk;
                     w_.weight_unit[r] = weights_to_two_bytes(w_.scores + r * kChunk, high, high + w_.rows * kChunk);
                 }
                 return add_byte_values<kInt8, false>(w_.weight_bytes, chunk, count, share);
-            case Way::kDirectNibbles: return direct_nibble_values(chunk, count, share);
             case Way::kPackPairs: {
                 split_weights_to_pairs(1);
                 int64_t padded = round_up(dim, 32);
@@ -141,7 +131,7 @@ public:
                 );
                 return;
             }
-            case Way::kPackBytes: return byte_values(chunk, count, share);
+            case Way::kPackBytes: return packed_byte_values(chunk, count, share);
 #endif
             default: return;
         }
@@ -160,7 +150,7 @@ private:
     static Way choose_value_way(const AttentionCall& call, int64_t row_dim, int rows) {
         Way way = choose_way(call.values.format, call.query_format, row_dim | call.values.dim, rows);
         bool part = row_dim != call.values.dim;  // of the row, whose halves lie apart
-        return part && way == Way::kDirectNibbles ? Way::kPackBytes : way;
+        return part && way == Way::kDirectBytes ? Way::kPackBytes : way;
     }
 
     // The rows as a format that can be loaded in order: what is narrower than a byte is expanded, all else is as it stands.
@@ -246,41 +236,27 @@ private:
         });
     }
 
-    // Each 32 steps of the query twice, [parts][rows][2 * width].
-    void prepare_nibbles(const float* row, int r) {
-        int64_t dim = call_.keys.dim;
-        int8_t* parts = reinterpret_cast<int8_t*>(w_.expanded);
-        w_.query_unit[r] = quantise_query(row, dim, key_parts_, parts, parts + dim, w_.query_sums + 2 * r);
-        for (int p = 0; p < key_parts_; p++)
-            for (int64_t d = 0; d < dim; d += 32)
-                store(nibble_query(p, r) + 2 * d, _mm512_broadcast_i64x4(load<__m256i>(parts + p * dim + d)));
-    }
-
-    int8_t* nibble_query(int part, int row) const {
-        return reinterpret_cast<int8_t*>(w_.query_bytes) + (part * w_.rows + row) * 2 * w_.width;
-    }
-
-    void direct_nibbles(const ChunkRows& chunk, int columns, const Share& share) {
-        for (int p = 0; p < key_parts_; p++)
-            with_rows(rows_, [&](int r, auto R) {
-                nibble_scores<R>(
-                    nibble_query(p, r), 2 * w_.width, chunk.keys, columns, call_.keys.dim,
-                    w_.sums + (p * w_.rows + r) * kChunk, share.part(fours() * key_parts_)
-                );
-            });
-        nibble_sums_to_scores(columns);
+    template <int F, int Parts>
+    void direct_bytes(const ChunkRows& chunk, int columns, const Share& share) {
+        const SetScores<Parts> finish{w_.scores, kChunk, w_.query_unit, w_.query_sums, F == kInt4 ? 8 : 128};
+        with_rows(rows_, [&](int r, auto R) {
+            const int8_t* query = reinterpret_cast<int8_t*>(w_.query_bytes) + r * Parts * w_.width;
+            byte_scores<F, R * Parts>(
+                query, w_.width, chunk.keys, columns, call_.keys.dim, r, share.part(fours()), finish
+            );
+        });
     }
 
     void direct_nibble_values(const ChunkRows& chunk, int count, const Share& share) {
         bool enough = true;
         uint8_t *high = w_.weight_bytes, *low = high + w_.rows * kChunk;
         for (int r = 0; r < rows_; r++)
-            enough &= weights_to_bytes(w_.scores + r * kChunk, high + r * kChunk, w_.weight_unit[r], w_.sums[r]);
+            enough &= weights_to_bytes(w_.scores + r * kChunk, high + r * kChunk, w_.weight_unit[r], w_.weight_sums[r]);
         add_byte_values<kInt4, false>(high, chunk, count, share);
         if (enough) return;
         for (int r = 0; r < rows_; r++)
             rest_to_bytes(
-                w_.scores + r * kChunk, high + r * kChunk, low + r * kChunk, w_.weight_unit[r], w_.sums[r]
+                w_.scores + r * kChunk, high + r * kChunk, low + r * kChunk, w_.weight_unit[r], w_.weight_sums[r]
             );
         add_byte_values<kInt4, true>(low, chunk, count, {share.fetcher, 0});
     }
@@ -289,7 +265,7 @@ private:
     void add_byte_values(const uint8_t* weights, const ChunkRows& chunk, int count, const Share& share) {
         int64_t dim = call_.values.dim;
         with_rows(rows_, [&](int r, auto R) {
-            const WeightBytes bytes{weights + r * kChunk, w_.rows * kChunk, w_.sums + r, w_.weight_unit + r};
+            const WeightBytes bytes{weights + r * kChunk, w_.rows * kChunk, w_.weight_sums + r, w_.weight_unit + r};
             float* out = w_.out + r * w_.out_width;
             const Share next = share.part(fours());
             if (dim % (F == kInt4 ? 128 : 64) == 0)
@@ -319,7 +295,7 @@ private:
         });
     }
 
-    void byte_scores(const ChunkRows& chunk, int columns, const Share& share) {
+    void packed_byte_scores(const ChunkRows& chunk, int columns, const Share& share) {
         int64_t dim = call_.keys.dim;
         bool four = call_.keys.format == kInt4;
         if (four)
@@ -339,20 +315,7 @@ private:
             product(SetScores<1>{w_.scores, kChunk, w_.query_unit, w_.query_sums, offset});
     }
 
-    // Sums of products with unsigned bytes, 8 too large, as scores.
-    void nibble_sums_to_scores(int columns) {
-        const SetScores<2> finish{w_.scores, kChunk, w_.query_unit, w_.query_sums, 8};
-        for (int r = 0; r < rows_; r++) {
-            const int32_t *high = w_.sums + r * kChunk, *low = high + w_.rows * kChunk;
-            for (int i = 0; i < columns; i += kLanes)
-                if (key_parts_ == 2)
-                    finish(r, i, load<vi>(high + i), load<vi>(low + i));
-                else
-                    finish(r, i, load<vi>(high + i));
-        }
-    }
-
-    void byte_values(const ChunkRows& chunk, int count, const Share& share) {
+    void packed_byte_values(const ChunkRows& chunk, int count, const Share& share) {
         int64_t dim = call_.values.dim;
         bool four = call_.values.format == kInt4;
         if (four)

@@ -39,9 +39,8 @@ private:
     int64_t size_ = 0, used_ = 0;
 };
 
-// How a product is computed: from the cache itself, in floats, bfloat16 pairs, 16-bit integers or nibbles; or packed, in
-// floats, bfloat16 pairs or bytes.
-enum class Way { kDirect, kDirectPairs, kDirectWords, kDirectNibbles, kPackFloats, kPackPairs, kPackBytes };
+// How a product is computed: from the cache itself, or packed, in floats, bfloat16 pairs or bytes.
+enum class Way { kDirect, kDirectPairs, kDirectBytes, kPackFloats, kPackPairs, kPackBytes };
 
 constexpr int kMostDirectRows = 8;
 constexpr int kManyRows = 64;  // from which int8 is sooner made bfloat16 than that weights are split into bytes
@@ -50,8 +49,7 @@ inline Way choose_way(int64_t format, int64_t query_format, int64_t dim, int64_t
     bool few = rows <= kMostDirectRows;
     if (settles(format)) return few ? Way::kDirect : Way::kPackFloats;
 #if KVPASS_DOT
-    if (format == kInt8 && few && dim % 32 == 0) return Way::kDirectWords;
-    if (format == kInt4 && few && dim % 64 == 0) return Way::kDirectNibbles;
+    if (few && (format == kInt8 && dim % 32 == 0 || format == kInt4 && dim % 64 == 0)) return Way::kDirectBytes;
     bool pairs = query_format == kBFloat16 && rows >= kManyRows;
     if (format == kInt8 && dim % 16 == 0 && !pairs) return Way::kPackBytes;
     if (format == kInt4 && dim % 32 == 0) return Way::kPackBytes;
@@ -79,7 +77,7 @@ struct Workspace {
     uint32_t *packed_keys, *packed_values;
     uint16_t *weight_pairs, *narrow;
     uint8_t* weight_bytes;
-    int32_t *sums, *weight_sums;
+    int32_t* weight_sums;
 
     // The part of another head.
     Workspace of_head(int64_t head) const {
@@ -123,7 +121,6 @@ struct Workspace {
             narrow = arena.take<uint16_t>(kChunk * both);
             weight_bytes = arena.take<uint8_t>(2 * rows * kChunk);
             weight_sums = arena.take<int32_t>(rows);
-            sums = arena.take<int32_t>(2 * rows * kChunk);
             if (pass == 0) arena.reserve(arena.used());
         }
     }
