@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores, sum_query
+from kvpass.kernels.triton_kernels.schedule import find_step_rows, find_stretch, load_keys_range, load_tile
+from kvpass.kernels.triton_kernels.scores import LOG2E, add_scores, close_rows, finish_scores, sum_query
 from kvpass.kernels.triton_kernels.tiles import (
-    find_last,
     find_slabs,
     load_rows,
     load_scales,
@@ -211,39 +211,19 @@ def attention_kernel(
     plain: tl.constexpr = softcap is None and slopes is None and bias is None
     if plain:
         scale = scale * LOG2E
-    per_program = tl.load(schedule)
-    units = tl.load(schedule + 1)
+    unit, end, units, head, tile = find_stretch(schedule, heads)
     unit_start = schedule + 4
     program = tl.program_id(0)
-    unit = program * per_program
-    end = tl.minimum(unit + per_program, units * heads)
-    head = unit // tl.maximum(units, 1)
-    tile = find_last(unit_start, unit - head * units, tl.maximum(tl.load(schedule + 2), 1))
 
     while unit < end:
         tile_start = tl.load(unit_start + tile)
         tile_stop = tl.load(unit_start + tile + 1)
         from_unit = unit - head * units
         to_unit = tl.minimum(tile_stop, end - head * units)
-        n = tl.load(unit_start + tiles + 1 + tile)
-        row = tl.load(unit_start + 2 * tiles + 1 + tile) + tl.arange(0, BLOCK_M)
-        first_key = tl.load(unit_start + 3 * tiles + 1 + tile)
-        stop_key = tl.load(unit_start + 4 * tiles + 1 + tile)
-        if PART == "prefix":
-            member = tl.load(shared_start + n)
-            start = tl.load(query_start + member).to(tl.int32)
-            stop = tl.load(query_start + tl.load(shared_start + n + 1)).to(tl.int32)
-            past = 0
-        else:
-            member = n.to(tl.int64)
-            start = tl.load(query_start + n).to(tl.int32)
-            stop = tl.load(query_start + n + 1).to(tl.int32)
-            past = tl.load(seq_lens + n).to(tl.int32) - (stop - start)
-        token = row // GROUP
-        row_head = head * GROUP + row - token * GROUP
-        valid = token < stop - start
-        position = past + token if positions is None else tl.load(positions + start + token, mask=valid, other=0)
-        token += start
+        member, start, past, token, row_head, valid, position = load_tile(
+            schedule, tiles, tile, head, query_start, seq_lens, shared_start, positions, GROUP, PART, BLOCK_M
+        )
+        first_key, stop_key = load_keys_range(schedule, tiles, tile)
 
         q0, q1, q2, q3, peak = load_query_sets(
             query, token, row_head, valid, stride_token, stride_head, KEY_FORMAT, KEY_A, KEY_B, KEY_ROW, D, DOT, NORMED
@@ -286,12 +266,7 @@ def attention_kernel(
                 key_offset, row_total, softcap, window, chunk, slopes, bias, bias_rows, bias_length, tree_mask,
                 tree_width, positions, PAIRS, PART != "prefix", plain,
             )  # fmt: skip
-            higher = tl.maximum(largest, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(largest - base)
-            total = total * shrink + tl.sum(weights, 1)
-            largest = higher
+            weights, shrink, largest, total = add_scores(scores, largest, total)
 
             if not LATENT:
                 raw = load_rows(value_cache, slabs, offsets, there, tl.arange(0, VALUE_A), VALUE_ROW, VALUE_SLAB)
@@ -363,12 +338,7 @@ def merge_kernel(
     last = (head * units + end - 1) // per_program
     if (begin < end) & (first < last):
         n = tl.load(unit_start + tiles + 1 + tile)
-        if PART == "prefix":
-            start = tl.load(query_start + tl.load(shared_start + n)).to(tl.int32)
-            stop = tl.load(query_start + tl.load(shared_start + n + 1)).to(tl.int32)
-        else:
-            start = tl.load(query_start + n).to(tl.int32)
-            stop = tl.load(query_start + n + 1).to(tl.int32)
+        _, start, stop = find_step_rows(n, query_start, shared_start, PART)
         inner = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         row = tl.load(unit_start + 2 * tiles + 1 + tile) + inner
         token = row // GROUP

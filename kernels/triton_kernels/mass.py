@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from kvpass.kernels.triton_kernels.attention import load_query_sets, multiply_keys
-from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores, sum_query
+from kvpass.kernels.triton_kernels.schedule import find_seen_keys, place_rows
+from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores, sum_query, weigh_keys
 from kvpass.kernels.triton_kernels.tiles import find_slabs, load_rows, load_scales, split_tails
 
 
@@ -23,17 +24,8 @@ def mass_kernel(
     n = tl.program_id(0)
     head = tl.program_id(1)
     keys = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.load(query_start + n).to(tl.int32)
-    count = tl.load(query_start + n + 1).to(tl.int32) - start
-    length = tl.load(seq_lens + n).to(tl.int32)
-    past = length - count
-    # Blocks that no query sees may have been given back: nothing of them is read.
-    oldest = 0
-    if window is not None:
-        oldest = tl.maximum(oldest, past - window + (0 if tree_mask is not None else 1))
-    if chunk is not None:
-        oldest = tl.maximum(oldest, tl.maximum(past - (1 if tree_mask is not None else 0), 0) // chunk * chunk)
-    there = (keys < tl.where(count > 0, length, 0)) & (keys >= oldest)
+    start, count, past, oldest, stop = find_seen_keys(n, query_start, seq_lens, window, chunk, tree_mask)
+    there = (keys < stop) & (keys >= oldest)
     slabs = find_slabs(block_tables + n.to(tl.int64) * table_width, keys, there, head, heads, P, 2 * P)
     offsets = keys % P
     raw = load_rows(key_cache, slabs, offsets, there, tl.arange(0, KEY_A), KEY_ROW, KEY_SLAB)
@@ -49,11 +41,7 @@ def mass_kernel(
     received = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, count * GROUP, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
-        token = row // GROUP
-        row_head = head * GROUP + row - token * GROUP
-        valid = token < count
-        position = past + token if positions is None else tl.load(positions + start + token, mask=valid, other=0)
-        token += start
+        token, row_head, valid, position = place_rows(row, head, start, count, past, positions, GROUP)
         q0, q1, q2, q3, peak = load_query_sets(
             query, token, row_head, valid, stride_token, stride_head, KEY_FORMAT, KEY_A, KEY_B, KEY_ROW, D, DOT, NORMED
         )
@@ -69,9 +57,7 @@ def mass_kernel(
             row_total, softcap, window, chunk, slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions,
             PAIRS, True, False,
         )  # fmt: skip
-        row_lse = tl.load(lse + token * (heads * GROUP) + row_head, mask=valid, other=0.0)
-        row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse) * LOG2E
-        received += tl.sum(tl.exp2(scores - row_lse[:, None]), 0)
+        received += weigh_keys(scores, lse, token * (heads * GROUP) + row_head, valid)
     place = (n * heads + head).to(tl.int64) * (table_width * P) + keys
     tl.store(mass + place, received, mask=keys < table_width * P)
 

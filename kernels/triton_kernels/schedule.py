@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvpass.kernels.triton_kernels.tiles import find_last
+
 HEADER = 4
 
 
@@ -50,6 +52,82 @@ def find_last_each(starts, wanted, count):
         high = tl.where(search & (below == 0), middle, high)
         left = left // 2
     return low
+
+
+@triton.jit
+def find_stretch(schedule, heads):
+    """This program's stretch of the line: its first unit, the end, and the head and tile of the first."""
+    per_program = tl.load(schedule)
+    units = tl.load(schedule + 1)
+    unit = tl.program_id(0) * per_program
+    end = tl.minimum(unit + per_program, units * heads)
+    head = unit // tl.maximum(units, 1)
+    tile = find_last(schedule + 4, unit - head * units, tl.maximum(tl.load(schedule + 2), 1))
+    return unit, end, units, head, tile
+
+
+@triton.jit
+def find_step_rows(n, query_start, shared_start, PART: tl.constexpr):
+    """A tile's sequence, or the first of its group; and its rows, or the group's, in this step: the first, the end."""
+    if PART == "prefix":
+        member = tl.load(shared_start + n)
+        stop = tl.load(query_start + tl.load(shared_start + n + 1)).to(tl.int32)
+    else:
+        member = n.to(tl.int64)
+        stop = tl.load(query_start + n + 1).to(tl.int32)
+    return member, tl.load(query_start + member).to(tl.int32), stop
+
+
+@triton.jit
+def place_rows(row, head, start, count, past, positions, GROUP: tl.constexpr):
+    """Token, query head and position of rows ``row`` of a sequence's step, and which of them there are."""
+    token = row // GROUP
+    row_head = head * GROUP + row - token * GROUP
+    valid = token < count
+    position = past + token if positions is None else tl.load(positions + start + token, mask=valid, other=0)
+    return token + start, row_head, valid, position
+
+
+@triton.jit
+def load_tile(
+    schedule, tiles, tile, head, query_start, seq_lens, shared_start, positions, GROUP: tl.constexpr,
+    PART: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A tile: its sequence, that sequence's first row and earlier tokens; of its rows what :func:`place_rows` gives."""
+    unit_start = schedule + 4
+    n = tl.load(unit_start + tiles + 1 + tile)
+    row = tl.load(unit_start + 2 * tiles + 1 + tile) + tl.arange(0, BLOCK_M)
+    member, start, stop = find_step_rows(n, query_start, shared_start, PART)
+    past = 0
+    if PART != "prefix":
+        past = tl.load(seq_lens + n).to(tl.int32) - (stop - start)
+    token, row_head, valid, position = place_rows(row, head, start, stop - start, past, positions, GROUP)
+    return member, start, past, token, row_head, valid, position
+
+
+@triton.jit
+def load_keys_range(schedule, tiles, tile):
+    """The oldest key that a row of a tile sees, and the newest, plus 1."""
+    first_key = schedule + 4 + 3 * tiles + 1 + tile
+    return tl.load(first_key), tl.load(first_key + tiles)
+
+
+@triton.jit
+def find_seen_keys(n, query_start, seq_lens, window, chunk, tree_mask):
+    """First row, rows and earlier tokens of a sequence; the oldest key that one of them sees, and the newest, plus 1.
+
+    Blocks that no query sees may have been given back: nothing of them is to be read.
+    """
+    start = tl.load(query_start + n).to(tl.int32)
+    count = tl.load(query_start + n + 1).to(tl.int32) - start
+    length = tl.load(seq_lens + n).to(tl.int32)
+    past = length - count
+    oldest = 0
+    if window is not None:
+        oldest = tl.maximum(oldest, past - window + (0 if tree_mask is not None else 1))
+    if chunk is not None:
+        oldest = tl.maximum(oldest, tl.maximum(past - (1 if tree_mask is not None else 0), 0) // chunk * chunk)
+    return start, count, past, oldest, tl.where(count > 0, length, 0)
 
 
 @triton.jit

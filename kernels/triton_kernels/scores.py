@@ -90,6 +90,24 @@ def finish_scores(
 
 
 @triton.jit
+def add_scores(scores, largest, total):
+    """One more tile of an online softmax: its weights, what to multiply the sums so far by, largest score and total."""
+    higher = tl.maximum(largest, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(largest - base)
+    return weights, shrink, higher, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def weigh_keys(scores, lse, places, valid):
+    """Weights of keys, summed over the rows, whose log-sum-exp stand at ``places``; 0 for rows that see nothing."""
+    row_lse = tl.load(lse + places, mask=valid, other=0.0)
+    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse) * LOG2E
+    return tl.sum(tl.exp2(scores - row_lse[:, None]), 0)
+
+
+@triton.jit
 def close_rows(largest, total, sinks, row_head, valid):
     """What to multiply a row's sum by, and its log-sum-exp, both with the sink; 0 and ``-inf`` if it saw nothing."""
     blind = total == 0.0

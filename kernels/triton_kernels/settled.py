@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from kvpass.kernels.triton_kernels.attention import store_columns
-from kvpass.kernels.triton_kernels.scores import LOG2E, close_rows, finish_scores
-from kvpass.kernels.triton_kernels.tiles import find_last
+from kvpass.kernels.triton_kernels.schedule import find_seen_keys, find_stretch, load_keys_range, load_tile, place_rows
+from kvpass.kernels.triton_kernels.scores import add_scores, close_rows, finish_scores, weigh_keys
 
 
 @triton.jit
@@ -95,14 +95,9 @@ def settled_attention_kernel(
     PART: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program's stretch of the schedule; BLOCK_N divides P."""
-    per_program = tl.load(schedule)
-    units = tl.load(schedule + 1)
+    unit, end, units, head, tile = find_stretch(schedule, heads)
     unit_start = schedule + 4
     program = tl.program_id(0)
-    unit = program * per_program
-    end = tl.minimum(unit + per_program, units * heads)
-    head = unit // tl.maximum(units, 1)
-    tile = find_last(unit_start, unit - head * units, tl.maximum(tl.load(schedule + 2), 1))
     cols = tl.arange(0, KEY_COLUMNS)
     value_cols = tl.arange(0, VALUE_COLUMNS)
 
@@ -111,25 +106,10 @@ def settled_attention_kernel(
         tile_stop = tl.load(unit_start + tile + 1)
         from_unit = unit - head * units
         to_unit = tl.minimum(tile_stop, end - head * units)
-        n = tl.load(unit_start + tiles + 1 + tile)
-        row = tl.load(unit_start + 2 * tiles + 1 + tile) + tl.arange(0, BLOCK_M)
-        first_key = tl.load(unit_start + 3 * tiles + 1 + tile)
-        stop_key = tl.load(unit_start + 4 * tiles + 1 + tile)
-        if PART == "prefix":
-            member = tl.load(shared_start + n)
-            start = tl.load(query_start + member).to(tl.int32)
-            stop = tl.load(query_start + tl.load(shared_start + n + 1)).to(tl.int32)
-            past = 0
-        else:
-            member = n.to(tl.int64)
-            start = tl.load(query_start + n).to(tl.int32)
-            stop = tl.load(query_start + n + 1).to(tl.int32)
-            past = tl.load(seq_lens + n).to(tl.int32) - (stop - start)
-        token = row // GROUP
-        row_head = head * GROUP + row - token * GROUP
-        valid = token < stop - start
-        position = past + token if positions is None else tl.load(positions + start + token, mask=valid, other=0)
-        token += start
+        member, start, past, token, row_head, valid, position = load_tile(
+            schedule, tiles, tile, head, query_start, seq_lens, shared_start, positions, GROUP, PART, BLOCK_M
+        )
+        first_key, stop_key = load_keys_range(schedule, tiles, tile)
 
         q0 = load_query_part(query, token, row_head, valid, stride_token, stride_head, cols, 0, D)
         q1 = load_query_part(query, token, row_head, valid, stride_token, stride_head, cols, 1, D)
@@ -158,12 +138,8 @@ def settled_attention_kernel(
                 window, chunk, slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions, PAIRS,
                 PART != "prefix", False,
             )  # fmt: skip
-            higher = tl.maximum(largest, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(largest - base)[:, None]
-            total = total * tl.exp2(largest - base) + tl.sum(weights, 1)
-            largest = higher
+            weights, shrink, largest, total = add_scores(scores, largest, total)
+            shrink = shrink[:, None]
             weights *= load_token_scales(value_halves, block, head, heads, offsets, there, P, VALUE_SLAB)[None, :]
             values = load_part(
                 value_codes, value_halves, value_end, block, head, heads, offsets, there, value_cols, 0, 4, DV, P,
@@ -219,16 +195,7 @@ def settled_mass_kernel(
     head = tl.program_id(1)
     first_key = tl.program_id(2) * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
-    start = tl.load(query_start + n).to(tl.int32)
-    count = tl.load(query_start + n + 1).to(tl.int32) - start
-    length = tl.load(seq_lens + n).to(tl.int32)
-    past = length - count
-    oldest = 0
-    if window is not None:
-        oldest = tl.maximum(oldest, past - window + (0 if tree_mask is not None else 1))
-    if chunk is not None:
-        oldest = tl.maximum(oldest, tl.maximum(past - (1 if tree_mask is not None else 0), 0) // chunk * chunk)
-    stop = tl.where(count > 0, length, 0)
+    start, count, past, oldest, stop = find_seen_keys(n, query_start, seq_lens, window, chunk, tree_mask)
     there = (keys < stop) & (keys >= oldest)
     followed = (first_key < stop) & (first_key + BLOCK_N > oldest)
     block = tl.load(block_tables + n.to(tl.int64) * table_width + first_key // P, mask=followed, other=0).to(tl.int64)
@@ -238,11 +205,7 @@ def settled_mass_kernel(
     received = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, count * GROUP, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
-        token = row // GROUP
-        row_head = head * GROUP + row - token * GROUP
-        valid = token < count
-        position = past + token if positions is None else tl.load(positions + start + token, mask=valid, other=0)
-        token += start
+        token, row_head, valid, position = place_rows(row, head, start, count, past, positions, GROUP)
         q0 = load_query_part(query, token, row_head, valid, stride_token, stride_head, cols, 0, D)
         q1 = load_query_part(query, token, row_head, valid, stride_token, stride_head, cols, 1, D)
         products = multiply_settled_keys(
@@ -253,9 +216,7 @@ def settled_mass_kernel(
             products * scale, seen, token, row_head, position, keys, start, past, key_scale, None, None, softcap,
             window, chunk, slopes, bias, bias_rows, bias_length, tree_mask, tree_width, positions, PAIRS, True, False,
         )  # fmt: skip
-        row_lse = tl.load(lse + token * (heads * GROUP) + row_head, mask=valid, other=0.0)
-        row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse) * LOG2E
-        received += tl.sum(tl.exp2(scores - row_lse[:, None]), 0)
+        received += weigh_keys(scores, lse, token * (heads * GROUP) + row_head, valid)
     place = (n * heads + head).to(tl.int64) * (table_width * P) + keys
     tl.store(mass + place, received, mask=keys < table_width * P)
 

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.decoders.positions import rotary_angles, rotate_halves
-from tests.fx_passes.tracing import VOCAB
+from tests.fx_passes.drawn_weights import DrawnWeights, Weight
 
 WIDTH, HEADS, PLAIN, ROTARY, VALUE, LATENT, OTHER = 24, 4, 8, 4, 6, 12, 10
 WIDEST = PLAIN + ROTARY + LATENT + 3
-
-Weight = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -242,35 +240,16 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor, w: Weight) -> Tensor:
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ v
 
 
-class LatentSites(nn.Module):
-    """One attention for each spelling, in float64; `forward` gives the results of all of them side by side."""
+class LatentSites(DrawnWeights):
+    """One attention for each spelling; `forward` gives the results of all of them side by side."""
 
     def __init__(self, spellings: Sequence[Spelling] = tuple(LATENTS), attend: Sequence[Attend] = (causal,)) -> None:
-        super().__init__()
         self.sites = [(spelling, attend[i % len(attend)]) for i, spelling in enumerate(spellings)]
-        self.embed = nn.Parameter(self.draw(VOCAB, WIDTH))
-        self.weights = nn.ParameterList()
-        self.made = False
-        with torch.no_grad():
-            self(torch.zeros(1, 3, dtype=torch.int64))
-        self.made = True
+        super().__init__(WIDTH, spread=0.4)
 
-    @staticmethod
-    def draw(*shape: int, seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        pending = iter(self.weights)
-
-        def weight(*shape: int) -> Tensor:
-            if self.made:
-                return next(pending)
-            self.weights.append(nn.Parameter(self.draw(*shape, seed=len(self.weights) + 1) * 0.4))
-            return self.weights[-1]
-
-        x = F.layer_norm(F.embedding(ids, self.embed), (WIDTH,))
-        cos, sin = rotary_angles(ids.size(1), ROTARY, ids.device)
+    def compute(self, x: Tensor, weight: Weight) -> Tensor:
+        x = F.layer_norm(x, (WIDTH,))
+        cos, sin = rotary_angles(x.size(1), ROTARY, x.device)
         turned = rotate_halves(heads(x @ weight(WIDTH, HEADS * ROTARY)), cos, sin)
         c, other = (F.layer_norm(x @ weight(WIDTH, n), (n,)) for n in (LATENT, 2 * OTHER))
         token = Token(x, c, other, turned, weight)

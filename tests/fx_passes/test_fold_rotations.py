@@ -5,15 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvpass.types import FoldedRotation
+from tests.fx_passes.drawn_weights import DrawnWeights, Weight
 from tests.fx_passes.paged_sites import CONFIG, Rewritten, rewrite
-from tests.fx_passes.tracing import VOCAB
 
 WIDTH, HEADS, KV_HEADS, DIM = 96, 4, 2, 8  # keys and values are narrower than what they come from
 
-Weight = Callable[..., Tensor]
 Spelling = Callable[[Tensor, Weight], Tensor]
 
 
@@ -119,33 +118,13 @@ SPELLINGS: dict[Spelling, tuple[str, str]] = {
 }
 
 
-class RotatedSites(nn.Module):
-    """One attention for each spelling, in float64, one after the other."""
+class RotatedSites(DrawnWeights):
+    """One attention for each spelling, one after the other."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Parameter(self.draw(VOCAB, WIDTH))
-        self.weights = nn.ParameterList()
-        self.made = False
-        with torch.no_grad():
-            self(torch.zeros(1, 3, dtype=torch.int64))
-        self.made = True
+        super().__init__(WIDTH, spread=0.1)
 
-    @staticmethod
-    def draw(*shape: int, seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        pending = iter(self.weights)
-
-        def weight(*shape: int) -> Tensor:
-            if self.made:
-                return next(pending)
-            self.weights.append(nn.Parameter(self.draw(*shape, seed=len(self.weights) + 1) * 0.1))
-            return self.weights[-1]
-
-        x = F.embedding(ids, self.embed)
+    def compute(self, x: Tensor, weight: Weight) -> Tensor:
         for spelling in SPELLINGS:
             x = F.layer_norm(x + spelling(F.layer_norm(x, (WIDTH,)), weight), (WIDTH,))
         return x
