@@ -76,16 +76,28 @@ class BlockMoves:
                 self._leaving.append((key, block))
 
     def find(
-        self, namespace: str, tokens: bytes, step: int, start: int, present: Mapping[int, int]
+        self,
+        namespace: str,
+        tokens: bytes,
+        step: int,
+        start: int,
+        present: Mapping[int, int],
+        held: Ordered[Ordered[bool]] = (),
     ) -> list[list[StoredBlock | None]]:
         """As :meth:`kvpass.runtime.tiers.Tiers.find`."""
-        return [] if self._tiers is None else self._tiers.find(namespace, tokens, step, start, present)
+        return [] if self._tiers is None else self._tiers.find(namespace, tokens, step, start, present, held)
 
     def prefetch(
-        self, namespace: str, tokens: bytes, step: int, start: int, present: Mapping[int, int]
+        self,
+        namespace: str,
+        tokens: bytes,
+        step: int,
+        start: int,
+        present: Mapping[int, int],
+        held: Ordered[Ordered[bool]] = (),
     ) -> Prefetch | None:
         """As :meth:`kvpass.runtime.tiers.Tiers.prefetch`."""
-        return None if self._tiers is None else self._tiers.prefetch(namespace, tokens, step, start, present)
+        return None if self._tiers is None else self._tiers.prefetch(namespace, tokens, step, start, present, held)
 
     def drop(self, namespace: str | None) -> None:
         """Forget the content of one namespace, or all, wherever it is beside the device."""

@@ -13,7 +13,7 @@ from kvpass.errors import IntegrityError
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.block_table import BlockTable
 from kvpass.runtime.host_memory import StoredBlock
-from kvpass.runtime.prefix_nodes import PrefixNode
+from kvpass.runtime.prefix_nodes import Match, PrefixNode
 from kvpass.runtime.sequence import Sequence
 from kvpass.runtime.state_slots import StateMove, StateSlots
 from kvpass.runtime.step import Step
@@ -139,29 +139,27 @@ class Holdings:
         Only if the pool has room for the rest of its tokens beside ``reserve`` blocks; if it is ``alone``, for one
         token after the other is enough.
         """
-        match = self._registry.find_prefix(sequence)
-        path, stored = ((), ()) if match is None else (match.path, match.stored)
-        found = max((len(path) + len(stored)) * self._pool.block_size, sequence.swapped_tokens)
+        match, size = self._registry.find_prefix(sequence), self._pool.block_size
+        if match is not None and match.stored and match.length * size <= sequence.swapped_tokens:
+            match = Match(match.branch, match.path)  # the rest was swapped out
+        found = max(0 if match is None else match.length * size, sequence.swapped_tokens)
         passed = self.count_passed(found)
-        shared = [b for g, count in enumerate(passed) for node in path[count:] if (b := node.blocks[g]) is not None]
+        known = [] if match is None else [b for g, count in enumerate(passed) for b in match.blocks_of(g, count)]
+        shared = [block for block in known if block is not None]
         chunk = 1 if alone else min(self._max_chunk, sequence.num_tokens - found)
         need = self.most_held(found, sequence.num_tokens, chunk) - len(shared)
         if self._pool.num_available - self._pool.count_unreferenced(shared) - need < reserve:
             return False
         if match is not None:
             self._registry.take_over(sequence, match, passed)
-            if stored and found > sequence.swapped_tokens:
-                self._load(sequence, stored, passed)
+            if match.stored:
+                self._load(sequence, match, passed)
         if found > sequence.num_computed and not self._swap_in(sequence, passed):
             # Of what was matched it has no more than a window beyond the rest needs.
             self.give_back_all(sequence)
             return False
         self._forget_swapped(sequence)
-        if (
-            match is not None
-            and match.partial is not None
-            and sequence.num_computed == len(path) * self._pool.block_size
-        ):
+        if match is not None and match.partial is not None and sequence.num_computed == len(match.path) * size:
             self._copy_part(sequence, *match.partial)
         if self._slots is not None:
             sequence.state_slot = self._slots.take()
@@ -268,20 +266,26 @@ class Holdings:
             self._slots.release(sequence.state_slot)
         sequence.state_slot = None
 
-    def _load(self, sequence: Sequence, stored: Ordered[Ordered[StoredBlock | None]], passed: list[int]) -> None:
-        """Allocate blocks for what is stored of the tokens behind the matched ones, and fill them."""
-        hits = sequence.num_registered
-        end = hits + len(stored)
+    def _load(self, sequence: Sequence, match: Match, passed: list[int]) -> None:
+        """Own what the device has behind the path of a match, and fill new blocks with what is stored there."""
+        first = sequence.num_registered
+        for table, count in zip(sequence.tables, passed, strict=True):
+            table.skip(max(0, count - first))
+        known = [match.blocks_of(group, table.num_blocks) for group, table in enumerate(sequence.tables)]
+        # Before anything is allocated, which may evict it.
+        self._pool.acquire(block for blocks in known for block in blocks if block is not None)
+        for node in match.beyond:
+            node.hits += 1
         targets: dict[int, StoredBlock] = {}
-        for group, (table, count) in enumerate(zip(sequence.tables, passed, strict=True)):
-            table.skip(max(0, count - hits))
-            content = [block for row in stored[table.num_blocks - hits :] if (block := row[group]) is not None]
-            blocks = self._pool.allocate(end - table.num_blocks)
-            targets |= zip(blocks, content, strict=True)
-            table.extend(blocks)
-        sequence.num_computed = end * self._pool.block_size
+        for group, (table, blocks) in enumerate(zip(sequence.tables, known, strict=True)):
+            new, rows = self._pool.allocate(blocks.count(None)), match.stored[match.length - first - len(blocks) :]
+            content = [row[group] for row, block in zip(rows, blocks, strict=True) if block is None]
+            targets |= zip(new, (stored for stored in content if stored is not None), strict=True)
+            rest = iter(new)
+            table.extend([next(rest) if block is None else block for block in blocks])
+        sequence.num_computed = match.length * self._pool.block_size
         self._registry.fill(targets)
-        self._registry.register(sequence, sequence.num_computed)
+        self._registry.register(sequence, sequence.num_computed, written=True)
 
     def _swap_in(self, sequence: Sequence, passed: list[int]) -> bool:
         """Allocate blocks for what was swapped out, beyond the matched part, and fill them; False if it was lost."""

@@ -74,14 +74,16 @@ class PrefixCache:
         """
         step = self._pool.block_size * tokens.itemsize
         raw = tokens[:max_tokens].tobytes()
-        path, present = self._walk(raw, step, namespace)
+        nodes, count, present = self._walk(raw, step, namespace)
+        path = tuple(nodes[:count])
         branch = path[-1] if path else self.root(namespace)
         # Where a token looks at nothing but itself, there is nothing to bring back.
         if self.shelf is not None and (self._full or any(self._reach.values())):
-            stored = self.shelf.find(namespace, raw, step, len(path), present)
+            stored = self.shelf.find(namespace, raw, step, count, present, _groups_held(nodes[count:]))
             if stored:
-                return Match(branch, tuple(path), stored=tuple(map(tuple, stored)))
-        return Match(branch, tuple(path), self._heads.find(branch, raw[len(path) * step : (len(path) + 1) * step]))
+                beyond = tuple(nodes[count : count + len(stored)])
+                return Match(branch, path, stored=tuple(map(tuple, stored)), beyond=beyond)
+        return Match(branch, path, self._heads.find(branch, raw[count * step : (count + 1) * step]))
 
     def prefetch(self, tokens: TokenArray, max_tokens: int, namespace: str = "") -> Prefetch | None:
         """Begin to bring nearer what is stored far away of a prefix, so that :meth:`match` finds it when that is done.
@@ -92,8 +94,8 @@ class PrefixCache:
             return None
         step = self._pool.block_size * tokens.itemsize
         raw = tokens[:max_tokens].tobytes()
-        path, present = self._walk(raw, step, namespace)
-        return self.shelf.prefetch(namespace, raw, step, len(path), present)
+        nodes, count, present = self._walk(raw, step, namespace)
+        return self.shelf.prefetch(namespace, raw, step, count, present, _groups_held(nodes[count:]))
 
     def acquire(self, match: Match, passed: Sequence[int] = (0,)) -> list[list[int]]:
         """Take over a match: one reference to each of its blocks, without the first ``passed[g]`` ones of group g.
@@ -253,8 +255,11 @@ class PrefixCache:
         if self._pool.kept_blocks() != seen.keys():
             raise IntegrityError("the registered blocks are not those whose content the pool keeps")
 
-    def _walk(self, raw: bytes, step: int, namespace: str) -> tuple[list[PrefixNode], dict[int, int]]:
-        """The path of a match, and how many blocks each window group has at its end without a gap."""
+    def _walk(self, raw: bytes, step: int, namespace: str) -> tuple[list[PrefixNode], int, dict[int, int]]:
+        """All nodes of a prefix, how many of them every group can be taken over from, and each window group's run.
+
+        The run is how many blocks it has at the end of those without a gap.
+        """
         branch: Branch = self.root(namespace)
         path: list[PrefixNode] = []
         present = dict.fromkeys(self._reach, 0)
@@ -269,7 +274,7 @@ class PrefixCache:
                 present[group] = 0 if node.blocks[group] is None else present[group] + 1
             if all(count >= min(len(path), self._reach[group]) for group, count in present.items()):
                 usable, there = len(path), present.copy()
-        return path[:usable], there
+        return path, usable, there
 
     def _shelve(self, node: PrefixNode, *groups: int) -> None:
         if self.shelf is not None:
@@ -347,3 +352,8 @@ def _key_of(node: PrefixNode) -> tuple[str, bytes]:
         branch = branch.parent
     assert isinstance(branch, Root)
     return branch.namespace, b"".join(reversed(keys))
+
+
+def _groups_held(nodes: list[PrefixNode]) -> list[list[bool]]:
+    """For each node which groups have their blocks."""
+    return [[block is not None for block in node.blocks] for node in nodes]

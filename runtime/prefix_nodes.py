@@ -78,11 +78,23 @@ class Match:
         path: the nodes that lead there, in the order of the tokens.
         partial: a node behind ``branch`` that begins with more of the tokens, and how many; its blocks have to be
             copied to be of use. None if there is no such node.
-        stored: what is stored beside the device of the blocks that follow ``path``, for each of them that of each
-            group; None where no window reaches back to it. There is no ``partial`` then.
+        stored: what has to be loaded of the blocks that follow ``path``, for each of them that of each group; None
+            where ``beyond`` has it, or no window reaches back to it. There is no ``partial`` then.
+        beyond: nodes of the tree for the first of those blocks: some window groups have given up what is needed there.
     """
 
     branch: Branch
     path: tuple[PrefixNode, ...]
     partial: tuple[PrefixNode, int] | None = None
     stored: tuple[tuple[StoredBlock | None, ...], ...] = ()
+    beyond: tuple[PrefixNode, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Blocks that are taken over, those that have to be loaded included."""
+        return len(self.path) + len(self.stored)
+
+    def blocks_of(self, group: int, first: int) -> list[int | None]:
+        """The blocks of a group from ``first`` on that are on the device; None where one is stored or not needed."""
+        held: list[int | None] = [node.blocks[group] for node in (*self.path, *self.beyond)[first:]]
+        return held + [None] * (self.length - max(first, len(self.path) + len(self.beyond)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvpass.runtime.host_memory import StoredBlock
@@ -16,12 +16,24 @@ class Shelf(Protocol):
         """Note that ``block``, which holds the cache of ``tokens`` in ``group``, is being evicted."""
 
     def find(
-        self, namespace: str, tokens: bytes, step: int, start: int, present: Mapping[int, int]
+        self,
+        namespace: str,
+        tokens: bytes,
+        step: int,
+        start: int,
+        present: Mapping[int, int],
+        held: Sequence[Sequence[bool]] = (),
     ) -> list[list[StoredBlock | None]]:
         """As :meth:`kvpass.runtime.tiers.Tiers.find`."""
 
     def prefetch(
-        self, namespace: str, tokens: bytes, step: int, start: int, present: Mapping[int, int]
+        self,
+        namespace: str,
+        tokens: bytes,
+        step: int,
+        start: int,
+        present: Mapping[int, int],
+        held: Sequence[Sequence[bool]] = (),
     ) -> Prefetch | None:
         """As :meth:`kvpass.runtime.tiers.Tiers.prefetch`."""
 

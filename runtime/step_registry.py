@@ -113,8 +113,11 @@ class StepRegistry:
         """Whether the content of a node is written by the step in flight."""
         return node in self._pending
 
-    def register(self, sequence: Sequence, length: int) -> None:
-        """Register the full blocks of the first ``length`` tokens of ``sequence``."""
+    def register(self, sequence: Sequence, length: int, written: bool = False) -> None:
+        """Register the full blocks of the first ``length`` tokens of ``sequence``.
+
+        Unless they are ``written`` already, it depends on the step in flight whether they stay registered.
+        """
         branch = sequence.branch
         size = self._pool.block_size
         full = length // size
@@ -124,7 +127,8 @@ class StepRegistry:
         for index in range(sequence.num_registered, full):
             blocks = [table[index] if index >= table.num_passed else None for table in sequence.tables]
             node = self._prefix_cache.insert(branch, tokens[index * size : (index + 1) * size], blocks)
-            if any(own == registered is not None for own, registered in zip(blocks, node.blocks, strict=True)):
+            own_content = any(own == known is not None for own, known in zip(blocks, node.blocks, strict=True))
+            if own_content and not written:
                 self._pending[node] = None
             for group, (own, registered) in enumerate(zip(blocks, node.blocks, strict=True)):
                 if registered is not None and own is not None and registered != own:

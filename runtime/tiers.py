@@ -140,7 +140,13 @@ class Tiers:
             return self._host.get(key.digest, key.namespace, key.group, key.tokens) is not None
 
     def find(
-        self, namespace: str, tokens: bytes, step: int, start: int, present: Mapping[int, int]
+        self,
+        namespace: str,
+        tokens: bytes,
+        step: int,
+        start: int,
+        present: Mapping[int, int],
+        held: Sequence[Sequence[bool]] = (),
     ) -> list[list[StoredBlock | None]]:
         """What host memory has of a prefix behind its first ``start`` blocks.
 
@@ -148,10 +154,11 @@ class Tiers:
             tokens: bytes of the tokens of the whole prefix.
             step: bytes of the tokens of a block.
             present: for each window group, how many blocks up to ``start`` are there already, without a gap.
+            held: of the first of the further blocks, which groups have theirs on the device.
 
         Returns:
-            for each further block that of each group, None where no window reaches back to it; as long as every group
-            has what the next token looks at.
+            for each further block that of each group, None where the device has it or no window reaches back to it; as
+            long as every group has what the next token looks at.
         """
 
         def look(group: int, end: int, digest: bytes) -> StoredBlock | None:
@@ -160,7 +167,7 @@ class Tiers:
         with self._lock:
             if not len(self._host):
                 return []
-            found = self._search(namespace, tokens, step, start, present, look)
+            found = self._search(namespace, tokens, step, start, present, held, look)
             # Tails are to make room before their heads.
             for blocks in reversed(found):
                 for block in blocks:
@@ -169,7 +176,13 @@ class Tiers:
             return found
 
     def prefetch(
-        self, namespace: str, tokens: bytes, step: int, start: int, present: Mapping[int, int]
+        self,
+        namespace: str,
+        tokens: bytes,
+        step: int,
+        start: int,
+        present: Mapping[int, int],
+        held: Sequence[Sequence[bool]] = (),
     ) -> Prefetch | None:
         """Begin to read what disk has of a prefix, as :meth:`find` would find it; None if it has nothing to add."""
         disk = self._disk
@@ -185,7 +198,7 @@ class Tiers:
         with self._lock:
             if self._closed:
                 return None
-            found = self._search(namespace, tokens, step, start, present, look)
+            found = self._search(namespace, tokens, step, start, present, held, look)
             keys, size = [], 0
             for block in (block for blocks in found for block in blocks):
                 if isinstance(block, BlockKey):
@@ -256,6 +269,7 @@ class Tiers:
         step: int,
         start: int,
         present: Mapping[int, int],
+        held: Sequence[Sequence[bool]],
         look: Callable[[int, int, bytes], Found | None],
     ) -> list[list[Found | None]]:
         """As :meth:`find`, over whatever ``look(group, end of the tokens, digest)`` finds."""
@@ -264,12 +278,14 @@ class Tiers:
         rows: list[list[Found | None]] = []
         usable = 0
         for count, row_digests in enumerate(zip(*digests, strict=True), start + 1):
-            row = [look(group, count * step, digest) for group, digest in enumerate(row_digests)]
-            if any(found is None and group not in self._reach for group, found in enumerate(row)):
+            here = held[len(rows)] if len(rows) < len(held) else (False,) * self._groups
+            row = [None if here[group] else look(group, count * step, d) for group, d in enumerate(row_digests)]
+            there = [known or found is not None for known, found in zip(here, row, strict=True)]
+            if not all(found or group in self._reach for group, found in enumerate(there)):
                 break
             rows.append(row)
             for group in run:
-                run[group] = 0 if row[group] is None else run[group] + 1
+                run[group] = run[group] + 1 if there[group] else 0
             if all(have >= min(count, self._reach[group]) for group, have in run.items()):
                 usable = len(rows)
         rows = rows[:usable]

@@ -29,9 +29,9 @@ def put_prefix(tiers, tokens, groups=(0,), namespace="", levels=None):
         tiers.flush()
 
 
-def found(tiers, tokens, start=0, namespace="", present=None):
+def found(tiers, tokens, start=0, namespace="", present=None, held=()):
     """For each further block of a prefix which groups came back; none may come back changed."""
-    rows = tiers.find(namespace, tokens, STEP, start, present or {})
+    rows = tiers.find(namespace, tokens, STEP, start, present or {}, held)
     for level, row in enumerate(rows, start):
         for group, block in enumerate(row):
             if block is not None:
@@ -119,6 +119,22 @@ def test_window_groups_need_their_newest_blocks_alone(make_tiers):
     assert found(tiers, tokens, start=4, present={1: 3}) == [(0,)] * 0
     put_prefix(tiers, tokens, groups=(1,), levels=[4])
     assert found(tiers, tokens, start=4, present={1: 3}) == [(0, 1)]
+
+
+def test_window_groups_come_back_where_the_device_has_all_else(make_tiers):
+    tokens, here = tokens_of(5), [[True, False]] * 3 + [[True, True]]
+    first = make_tiers(disk=1 << 20, windows=(None, 6))
+    put_prefix(first, tokens, groups=(1,), levels=[0, 2])
+    put_prefix(first, tokens, groups=(0, 1), levels=[4])
+    assert found(first, tokens, present={1: 0}, held=here) == [(), (), (), (), (0, 1)]
+    assert found(first, tokens, present={1: 0}, held=here[:3]) == [(1,)]  # the next token looks at two blocks
+    assert found(first, tokens[: 4 * STEP], present={1: 0}, held=here) == [(), (), (1,), ()]
+    first.save()
+    first.close()
+    second = make_tiers(disk=1 << 20, windows=(None, 6))
+    ahead = second.prefetch("", tokens[: 4 * STEP], STEP, 0, {1: 0}, here)
+    assert [len(key.tokens) // STEP for key in ahead.keys] == [3] and ahead.wait(10)
+    assert found(second, tokens[: 4 * STEP], present={1: 0}, held=here) == [(), (), (1,), ()]
 
 
 def test_what_overflows_goes_to_disk_and_is_read_back_ahead(make_tiers):

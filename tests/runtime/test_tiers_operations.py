@@ -32,3 +32,24 @@ def test_a_prefix_that_was_evicted_is_not_computed_again(tmp_path):
     machine.run()
     machine.check_outputs()
     machine.check_empty()
+
+
+def test_what_a_window_group_alone_has_given_up_is_brought_back(tmp_path):
+    machine = TieredMachine(
+        tmp_path, 14, 4, (None, 6), host_blocks=60, disk_blocks=0, policy="lru", swap_blocks=0, max_batch_tokens=40
+    )
+    prompt = np.random.default_rng(0).integers(0, 5, 17).tolist()
+    machine.add(prompt, 1)
+    machine.run()
+    blocks = [block for _, group, _, block in machine.prefix.held_blocks() if group == 1]
+    while any(block in machine.prefix._nodes for block in blocks):
+        machine.prefix.make_room()
+    machine.moves.flush()
+    found = machine.prefix.match(np.array(prompt, dtype=np.int32), 16)
+    assert (len(found.path), len(found.beyond), len(found.stored)) == (0, 4, 4)
+    machine.add(prompt, 4)
+    assert machine.step().ranges[0][1:] == (16, 17)
+    assert machine.tiers.counts.promoted == 2  # the window looks at two blocks; the others are there
+    machine.run()
+    machine.check_outputs()
+    machine.check_empty()

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kvpass.runtime.block_moves import BlockMoves
@@ -16,11 +17,11 @@ from kvpass.runtime.scheduler import Scheduler
 from kvpass.runtime.tiers import Tiers
 from kvpass.types import CachePlan, CacheSpec
 from tests.runtime.machine import VOCABULARY, Machine
-from tests.runtime.operations import OPERATIONS, finish, operate
+from tests.runtime.operations import OPERATIONS, finish, operate, random_prompt
 
 SLOT = 8  # bytes
 # Beside those of the scheduler.
-TIER_OPERATIONS = {**OPERATIONS, "save": 2, "crash": 2, "wiped": 15}
+TIER_OPERATIONS = {**OPERATIONS, "save": 2, "crash": 2, "wiped": 15, "match": 15}
 
 
 class TieredMachine(Machine):
@@ -42,6 +43,8 @@ class TieredMachine(Machine):
     ):
         super().__init__(num_blocks, block_size, max_batch_tokens=max_batch_tokens, windows=tuple(windows))
         self.scrub = scrub
+        # Matches that hold more than what is on the device behind the first place where that has a gap.
+        self.num_beyond = 0
         self.pool = BlockPool(num_blocks, block_size, scrub)
         self.prefix = PrefixCache(self.pool, self.windows, POLICIES[policy]())
         self.wide = None
@@ -77,6 +80,28 @@ class TieredMachine(Machine):
         for block in range(self.pool.num_blocks):
             assert block in kept or self.pool.is_used(block) or self.block_is_empty(block)
 
+    def check_match(self, prompt, namespace):
+        """No longer prefix could be taken over, by all that is kept on the device and in host memory."""
+        self.moves.flush()
+        self.tiers.flush()
+        size, tokens = self.pool.block_size, np.array(prompt, dtype=np.int32)
+        kept = {(name, group, key) for name, group, key, _ in self.prefix.held_blocks()}
+        stored = {(block.key.namespace, block.key.group, block.key.tokens) for block in self.tiers._host}
+        if set(self.windows) == {1}:
+            return  # a prefix need not be there at all, and is not looked for
+
+        def is_whole(count):
+            return all(
+                (namespace, group, tokens[: (place + 1) * size].tobytes()) in kept | stored
+                for group, window in enumerate(self.windows)
+                for place in range(count)
+                if window is None or (place + 1) * size > count * size - window + 1
+            )
+
+        found = self.prefix.match(tokens, len(tokens), namespace)
+        assert found.length == max(filter(is_whole, range(len(tokens) // size + 1)))
+        self.num_beyond += bool(found.beyond)
+
 
 def draw_sizes(numbers: random.Random, size: int) -> dict[str, object]:
     """Sizes of a machine with blocks of ``size`` tokens, of its tiers, and its policy."""
@@ -109,6 +134,8 @@ def play_with(
             machine.moves.save(machine.prefix.held_blocks())
         elif name == "wiped":
             machine.check_wiped()
+        elif name == "match":
+            machine.check_match(random_prompt(machine, numbers), numbers.choice(("", "", "other")))
         elif name != "crash":
             operate(machine, numbers, name)
         elif machine.tiers.has_disk:
