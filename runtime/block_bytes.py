@@ -92,13 +92,9 @@ class BlockBytes:
             if not len(chosen):
                 continue
             rows = torch.from_numpy(np.stack([content[place] for place in chosen.tolist()]))
-            start = 0
-            for part in parts:
-                tensor, at = _where(part, own[chosen], numbers[chosen])
-                tensor[torch.from_numpy(at).to(tensor.device)] = rows[:, start : start + tensor.shape[1]].to(
-                    tensor.device
-                )
-                start += tensor.shape[1]
+            places = [_where(part, own[chosen], numbers[chosen]) for part in parts]
+            for (tensor, at), piece in zip(places, rows.split([t.shape[1] for t, _ in places], dim=1), strict=True):
+                tensor[torch.from_numpy(at).to(tensor.device)] = piece.to(tensor.device)
 
     def wipe(self, blocks: Ordered[int]) -> None:
         """Overwrite ``blocks``, whose content is worth nothing, with zeros, wherever it is."""
