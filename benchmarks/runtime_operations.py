@@ -7,8 +7,8 @@ that one writes, or a wrong copy, gives wrong tokens at once. In three games of 
 from which their tokens follow. Any failure ends the run with the seed of its game.
 
 With ``--tiers`` freed blocks are wiped, evicted ones go to host memory and disk and back, prefixes are saved, and the
-process ends now and then: another one finds its files as they were at that moment. Every fifth game is played over
-caches in k4v2.
+process ends now and then: another one finds its files as they were at that moment. Prefixes that are found are compared
+with a search by force. Every fifth game is played over caches in k4v2.
 
     python -m benchmarks.runtime_operations --operations 1000000
     python -m benchmarks.runtime_operations --operations 100000 --tiers

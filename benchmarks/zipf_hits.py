@@ -5,10 +5,11 @@ the whole conversation so far, then new tokens of the user and of the answer; so
 another answer. Conversations begin with one of a few system prompts and are over after some turns; which one goes on is
 drawn by Zipf's law from those that are open. Hits are tokens that need not be computed.
 
-No cache knows which conversations are over. Capacity *suffices* if it holds all blocks that were used within the
-longest pause after which a conversation goes on: then nothing that comes back was used before all else that is kept.
-*Open* is less, the most blocks that all open conversations take together: enough for who knows which ones are over, and
-never enough for who does not. An unbounded cache keeps everything.
+What capacity suffices depends on who is asked. For a cache that knows nothing of the future it *suffices* if it holds
+all blocks that were used within the longest pause after which a conversation goes on: nothing that comes back was then
+used before all else that is kept, and least recently used first keeps every hit by definition. For one that knew which
+conversations are over, *open* would do, which is less: the most blocks that all open conversations take together. An
+unbounded cache keeps everything.
 
     python benchmarks/zipf_hits.py
 """

@@ -34,6 +34,7 @@ class SettlingMachine(TieredMachine):
     """With ``never_short`` every block may be wide at a time, so that first blocks are for ever."""
 
     stretch = 5
+    device = torch.device("cpu")
 
     def __init__(self, folder, num_blocks, windows, never_short, scrub, **options):
         self.num_wide = num_blocks if never_short else LEAST_WIDE * len(windows)
@@ -49,8 +50,6 @@ class SettlingMachine(TieredMachine):
         self.caches = allocate_caches(specs, self.pool.num_blocks, SIZE, "cpu", self.num_wide)
         self.module = SettlingModule(self, plan, self.wide)
         return plan, self.caches, WIDE_BYTES
-
-    device = torch.device("cpu")
 
     def propose(self, sequence, accepted, rejected, wrong=0):
         super().propose(sequence, accepted, rejected)  # k4v2 takes no trees
