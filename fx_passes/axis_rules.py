@@ -18,6 +18,7 @@ from kvpass.fx_passes.axes import (
     is_free,
     kinds_in,
     plain,
+    uniform,
 )
 from kvpass.fx_passes.contraction import contract, contraction_of
 from kvpass.fx_passes.graph import aten, expression, is_call, shape_of
@@ -161,6 +162,18 @@ def filled(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     return tuple(plain(s) if s.is_number else (Factor(Kind.ANY, s),) for s in shape_of(node))
 
 
+def log_sigmoid(inference: Inference, node: Node, named: dict[str, Any]) -> Several:
+    """Elementwise; a second result is kept for gradients."""
+    return Several((inference.axes(named["self"]), uniform(tuple(expression(s) for s in node.meta["val"][1].shape))))
+
+
+def pool(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
+    """Neighbours along the last dim are pooled."""
+    axes = inference.axes(named["self"])
+    along(inference, node, axes, -1)
+    return (*axes[:-1], plain(shape_of(node)[-1]))
+
+
 def one_hot(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     return (*inference.axes(named["self"]), plain(shape_of(node)[-1]))
 
@@ -196,6 +209,9 @@ RULES: dict[str, AxisRule] = {
             "aten::true_divide",
             "aten::clamp",
             "aten::softplus",
+            "aten::hardswish",
+            "aten::rsub",
+            "aten::ldexp",
         ),
         pointwise,
     ),
@@ -247,6 +263,10 @@ RULES: dict[str, AxisRule] = {
             "aten::flip",
             "aten::roll",
             "aten::glu",
+            "aten::fft_fft",
+            "aten::fft_ifft",
+            "aten::fft_rfft",
+            "aten::fft_irfft",
         ),
         along_dim,
     ),
@@ -266,6 +286,8 @@ RULES: dict[str, AxisRule] = {
     **dict.fromkeys(("aten::view_as_real", "aten::view_as_real_copy"), as_real),
     **dict.fromkeys(("aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::scalar_tensor"), filled),
     "aten::one_hot": one_hot,
+    "aten::log_sigmoid_forward": log_sigmoid,
+    **dict.fromkeys(("aten::avg_pool1d", "aten::max_pool1d", "aten::adaptive_avg_pool1d"), pool),
     **INDEXING_RULES,
     **ROUTING_RULES,
     "aten::where": where,

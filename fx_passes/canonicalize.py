@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from kvpass.fx_passes.graph import (
     shape_of,
     tensor_value,
 )
+from kvpass.fx_passes.head_moves import pick_group, pick_heads, pick_one_head, split_heads
 from kvpass.fx_passes.softmax_rules import (
     by_division,
     by_exponential,
@@ -128,7 +130,7 @@ def _view(captured: CapturedGraph, node: Node) -> Node | None:
     if _same_tensor(node, source):
         return source
     if is_call(node, aten.reshape):
-        return _reshape_of_reshape(captured, node, source)
+        return _reshape_of_reshape(captured, node, source) or split_heads(captured, node)
     return emit(captured, aten.reshape.default, source, node.args[1], like=node)
 
 
@@ -141,7 +143,7 @@ def _reshape_of_reshape(captured: CapturedGraph, node: Node, source: Node) -> No
 def _slice(captured: CapturedGraph, node: Node) -> Node | None:
     named = arguments(node)
     whole = (named["start"] in (0, None)) and named["end"] in (FULL, None) and named["step"] == 1
-    return named["self"] if whole or _same_tensor(node, named["self"]) else None
+    return named["self"] if whole or _same_tensor(node, named["self"]) else pick_heads(captured, node)
 
 
 def _slice_scatter(captured: CapturedGraph, node: Node) -> Node | None:
@@ -244,6 +246,22 @@ def _repeat_once(captured: CapturedGraph, node: Node) -> Node | None:
     return None
 
 
+def _index_put(captured: CapturedGraph, node: Node) -> Node | None:
+    """``x[:, mask] = number`` is ``masked_fill``: how many entries the mask has does not matter to it."""
+    named = arguments(node)
+    source, value, indices = named["self"], named["values"], list(named["indices"])
+    masks = [i for i, n in enumerate(indices) if isinstance(n, Node)]
+    if len(masks) != 1 or masks[0] != len(indices) - 1 or named["accumulate"] or shape_of(value) != ():
+        return None
+    mask, before = indices[-1], len(indices) - 1
+    covered = before + len(shape_of(mask))
+    if mask.meta["val"].dtype != torch.bool or shape_of(mask) != shape_of(source)[before:covered]:
+        return None
+    for _ in range(len(shape_of(source)) - covered):
+        mask = emit(captured, aten.unsqueeze.default, mask, -1, like=node)
+    return emit(captured, aten.masked_fill.Tensor, source, mask, value, like=node)
+
+
 def _view_as_complex(captured: CapturedGraph, node: Node) -> Node | None:
     """A view as complex numbers demands adjacent pairs, and the copies that made them so are gone: pairs are joined."""
     pairs = node.args[0]
@@ -272,6 +290,9 @@ RULES: dict[object, Rule] = {
     aten._unsafe_view: _view,
     aten.reshape: _view,
     aten.slice: _slice,
+    aten.select: pick_one_head,
+    operator.getitem: pick_group,
+    aten.index_put: _index_put,
     aten.slice_scatter: _slice_scatter,
     aten.copy: _copy,
     aten.type_as: _type_as,

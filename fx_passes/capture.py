@@ -17,7 +17,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
 from kvpass.errors import CaptureError
-from kvpass.fx_passes.graph import CapturedGraph, aten, expression
+from kvpass.fx_passes.graph import CapturedGraph, LogitsRows, aten, expression
+from kvpass.fx_passes.logits_rows import return_every_row, rows_returned
 from kvpass.fx_passes.token_mixers import token_mixers
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
@@ -86,7 +87,8 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str) -> 
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
             f"torch.export could not capture the model: {first}\n"
-            "kvpass needs a forward without data-dependent Python control flow; the original error is chained above."
+            "kvpass needs a forward without data-dependent Python control flow, and without tensors taken by .data; "
+            "the original error is chained above."
         ) from error
     seconds = time.perf_counter() - start
     captured = _to_graph(program, path_prefix)
@@ -135,7 +137,7 @@ def _to_graph(program: ExportedProgram, path_prefix: str) -> CapturedGraph:
         module.add_module(name, child)
     graph_module = GraphModule(module, graph)
     captured = CapturedGraph(graph_module, *_symbols(inputs), *_named(inputs), path_prefix=path_prefix)
-    return _check_shapes(captured)
+    return _with_every_row(captured)
 
 
 def _hold_tensors(program: ExportedProgram) -> tuple[nn.Module, dict[str, str]]:
@@ -220,6 +222,7 @@ def _agree(captured: CapturedGraph, model: nn.Module, length: int) -> bool:
             wanted, got = model(*inputs), captured.module(*inputs)[0]
         except (RuntimeError, IndexError, ValueError):
             return False
+    got = (got[:, -1:] if captured.rows is LogitsRows.LAST else got).reshape(wanted.shape)
     scale = max(float(wanted.abs().max()), 1e-6)
     return bool((wanted - got).abs().max() <= 1e-3 * scale)
 
@@ -240,12 +243,13 @@ def _holds(condition: sympy.Basic, captured: CapturedGraph, length: int, batch: 
     return bool(condition.subs({captured.batch: batch, captured.length: length}) != sympy.false)
 
 
-def _check_shapes(captured: CapturedGraph) -> CapturedGraph:
-    logits = captured.output.meta["val"]
-    shape = tuple(expression(s) for s in logits.shape)
-    if len(shape) != 3 or shape[:2] != (captured.batch, captured.length):
+def _with_every_row(captured: CapturedGraph) -> CapturedGraph:
+    rows = rows_returned(captured)
+    if rows is None or not return_every_row(captured, rows):
         raise CaptureError(
-            f"the model returns a tensor of shape {list(logits.shape)} for token ids of shape [batch, length]; "
-            "kvpass needs logits [batch, length, vocabulary] for every token"
+            f"the model returns a tensor of shape {list(captured.output.meta['val'].shape)} for token ids of shape "
+            "[batch, length]; kvpass needs logits [batch, length, vocabulary] for every token, or those of the last "
+            "token, picked by x[:, -1], x[:, -1:] or x[:, [-1]] behind all attentions"
         )
+    captured.rows = rows
     return captured

@@ -108,7 +108,9 @@ def position_sources(
         inference = Inference(captured, kinds, dict(found), with_scores=True)
         infer_axes(inference, RULES)
         candidates = [n for n in captured.graph.nodes if n not in failed and _may_count(inference, kinds, n)]
-        origins = [n for n in candidates if _blamed(inference, n) is n or _blamed(inference, n) in failed]
+        # what rules cannot follow and has not one row per token (a mask) may still be summed up to one that does
+        opaque = {n for n in inference.results if n in failed or not _has_one_length(captured, n)}
+        origins = [n for n in candidates if _blamed(inference, n) is n or _blamed(inference, n) in opaque]
         if not origins:
             return found
         for node in origins:
@@ -175,10 +177,13 @@ def _blamed(inference: Inference, node: Node) -> Node | None:
 def _may_count(inference: Inference, kinds: dict[Node, Dependence], node: Node) -> bool:
     """Whether a shape-only node that rules cannot follow has one entry, or one row, for each token."""
     result = inference.results.get(node)
-    if kinds[node] is not Dependence.SHAPE or not isinstance(result, Mixed):
-        return False
-    shape = [expression(s) for s in node.meta["val"].shape] if tensor_value(node) is not None else []
-    captured = inference.captured
+    mixed = kinds[node] is Dependence.SHAPE and isinstance(result, Mixed)
+    return mixed and _has_one_length(inference.captured, node)
+
+
+def _has_one_length(captured: CapturedGraph, node: Node) -> bool:
+    """Whether a tensor has one dim of the length, and of the batch size at most one."""
+    shape = shape_of(node) if tensor_value(node) is not None else ()
     symbols = [s for s in shape if not s.is_number]
     return symbols.count(captured.length) == 1 and symbols.count(captured.batch) == len(symbols) - 1 <= 1
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import sympy
@@ -28,6 +29,14 @@ ARRANGING = {
 }  # fmt: skip
 
 
+class LogitsRows(Enum):
+    """What a model returns for token ids ``[B, S]``."""
+
+    EVERY = "[batch, length, vocabulary]"
+    MERGED = "[batch * length, vocabulary]"
+    LAST = "[batch, 1, vocabulary] or [batch, vocabulary], of the last token"
+
+
 @dataclass
 class CapturedGraph:
     """One captured forward.
@@ -42,6 +51,7 @@ class CapturedGraph:
         path_prefix: module path of the adapter around the user's model, left out of reports.
         export_seconds: time that torch.export took.
         forbidden_tokens: ids that no sequence may contain: what was proven holds without them.
+        rows: which rows of logits the model returns; the graph returns all of them.
     """
 
     module: GraphModule
@@ -54,6 +64,7 @@ class CapturedGraph:
     size_nodes: dict[str, Node] = field(default_factory=dict)
     export_seconds: float = 0.0
     forbidden_tokens: frozenset[int] = frozenset()
+    rows: LogitsRows = LogitsRows.EVERY
 
     @property
     def graph(self) -> Graph:

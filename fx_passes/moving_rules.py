@@ -126,6 +126,14 @@ def stack(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     return (*rest[:d], plain(shape[d]), *rest[d:])
 
 
+def _is_heads(dim: Dim) -> bool:
+    return bool(dim) and all(f.kind is Kind.HEAD for f in dim)
+
+
+def _of(dim: Dim, what: str) -> str:
+    return f"{what} the heads of scores" if _is_heads(dim) else f"{what} the sequence"
+
+
 def narrow(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     """``slice``, ``narrow`` and ``unfold`` along dims that hold no tokens; scores may lose key columns."""
     axes = list(inference.axes(named["self"]))
@@ -135,7 +143,7 @@ def narrow(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
         axes[d] = (Factor(axes[d][0].kind, size),)
         return tuple(axes)
     if not is_free(axes[d]):
-        raise MixesTokens("takes a part of the sequence")
+        raise MixesTokens(_of(axes[d], "takes a part of"))
     if not expression(named.get("start") or 0).is_number:
         raise MixesTokens("takes a part that depends on the batch size or the length")
     axes[d] = plain(size)
@@ -146,7 +154,7 @@ def select(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     axes = list(inference.axes(named["self"]))
     d = named["dim"] % len(axes)
     if not is_free(axes[d]):
-        raise MixesTokens("picks out one token or one sequence")
+        raise MixesTokens("picks a head out of scores" if _is_heads(axes[d]) else "picks out one token or one sequence")
     del axes[d]
     return tuple(axes)
 
@@ -157,7 +165,7 @@ def split(inference: Inference, node: Node, named: dict[str, Any]) -> Several:
     if is_picked(axes[d]):
         return Several(tuple((*axes[:d], part, *axes[d + 1 :]) for part in split_rows(inference, node, axes[d])))
     if not is_free(axes[d]):
-        raise MixesTokens("splits the sequence")
+        raise MixesTokens(_of(axes[d], "splits"))
     parts = []
     for value in node.meta["val"]:
         kept = list(axes)
@@ -174,7 +182,7 @@ def slice_scatter(inference: Inference, node: Node, named: dict[str, Any]) -> Ax
     axes, source = inference.axes(named["self"]), inference.axes(named["src"])
     d = named["dim"] % len(axes)
     if not (is_free(axes[d]) and (d >= len(source) or is_free(source[d]))):
-        raise MixesTokens("writes into a part of the sequence")
+        raise MixesTokens(_of(axes[d], "writes into a part of"))
     if not expression(named.get("start") or 0).is_number:
         raise MixesTokens("writes to a part that depends on the batch size or the length")
     if "index" in named:

@@ -303,7 +303,16 @@ def _at_least(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
     return reader.read(inner)
 
 
+def _finite(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
+    """``nan_to_num`` changes no finite score, and a hidden one stays hidden."""
+    scores = reader.read(named["self"])
+    if scores.bias is not None and named["neginf"] is not None and named["neginf"] > HIDDEN:
+        raise NotUnderstood("the mask is taken back: -inf becomes a number that hides no key", node)
+    return scores
+
+
 READERS: dict[object, Reader] = {
+    aten.nan_to_num: _finite,
     aten._to_copy: _pass_through,
     aten.clone: _pass_through,
     aten.reshape: _move,

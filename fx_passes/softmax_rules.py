@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import FULL, CapturedGraph, arguments, aten, emit, is_call, shape_of, tensor_value
 from kvpass.fx_passes.shape_values import Dependence, classify
+
+ROUNDINGS = 16  # what is added to a sum of at least 1, in units of its rounding, and is left out
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def _normalised(captured: CapturedGraph, node: Node, top: object, bottom: object
     dim = _summed_dim(weights.node, bottom)
     if dim is not None and weights.dim in (None, dim % len(shape_of(weights.node))):
         return emit(captured, aten.softmax.int, _logits(captured, weights, node), dim, like=node)
+    if is_call(bottom, aten.clamp, aten.clamp_min) and isinstance(bottom, Node):
+        return _above(captured, node, weights, bottom)
     if is_call(bottom, aten.add) and isinstance(bottom, Node) and arguments(bottom)["alpha"] == 1:
         for total, extra in (bottom.args[:2], bottom.args[1::-1]):
             dim = _summed_dim(weights.node, total)
@@ -173,9 +178,13 @@ def _with_extra(captured: CapturedGraph, node: Node, weights: _Weights, dim: int
     shift = _row_shift(logits, dim)
     sink: object
     if isinstance(extra, (int, float)):
-        if extra != 1 or shift is not None:
+        if shift is not None:
+            largest = _is_largest(shift, logits.args[0], dim)
+            little = 0 <= extra <= ROUNDINGS * torch.finfo(node.meta["val"].dtype).eps
+            return emit(captured, aten.softmax.int, logits, dim, like=node) if largest and little else None
+        if extra <= 0:
             return None
-        sink = 0.0
+        sink = math.log(extra)
     elif is_call(extra, aten.exp) and isinstance(extra, Node):
         sink = extra.args[0]
         if isinstance(shift, Node) and is_call(sink, aten.neg) and isinstance(sink, Node) and sink.args[0] is shift:
@@ -186,6 +195,33 @@ def _with_extra(captured: CapturedGraph, node: Node, weights: _Weights, dim: int
     else:
         return None
     return _softmax_with_sink(captured, node, logits, dim, sink)
+
+
+def _above(captured: CapturedGraph, node: Node, weights: _Weights, bottom: Node) -> Node | None:
+    """Weights over their sum kept above a number of at most 1, which the sum of ``exp(x - largest)`` is anyway."""
+    named = arguments(bottom)
+    dim = _summed_dim(weights.node, named["self"])
+    bound = named["min"]
+    if dim is None or not is_call(weights.node, aten.exp) or named.get("max") is not None:
+        return None
+    shift = _row_shift(weights.logits, dim)
+    if not isinstance(bound, (int, float)) or bound > 1 or shift is None:
+        return None
+    if not _is_largest(shift, weights.logits.args[0], dim):
+        return None
+    return emit(captured, aten.softmax.int, weights.logits, dim, like=node)
+
+
+def _is_largest(shift: Node, of: object, dim: int) -> bool:
+    """Whether a node holds the largest entries along a dim: then ``exp(x - largest)`` sums to 1 or more."""
+    rank = len(shape_of(shift))
+    if getattr(shift.target, "__name__", "") == "getitem" and shift.args[1] == 0:
+        shift = shift.args[0]  # type: ignore[assignment]
+    if not is_call(shift, aten.amax, aten.max) or "dim" not in arguments(shift):
+        return False
+    named = arguments(shift)
+    dims = named["dim"] if isinstance(named["dim"], (list, tuple)) else [named["dim"]]
+    return named["self"] is of and bool(named["keepdim"]) and [d % rank for d in dims] == [dim % rank]
 
 
 def _row_shift(logits: Node, dim: int) -> Node | None:

@@ -22,6 +22,7 @@ from kvpass.fx_passes.clean_up import count_nodes
 from kvpass.fx_passes.exact_formats import with_exact_formats
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.insert_cache import insert_cache
+from kvpass.fx_passes.logits_rows import every_row
 from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.plan_cache import GraphPlan, plan_cache
 from kvpass.fx_passes.token_mixers import convolutions_over_tokens
@@ -222,9 +223,10 @@ def rewrite(
     seconds["insert-cache"] = time.perf_counter() - start
     if check:
         start = time.perf_counter()
-        report = with_verification(report, verify(model, reference, exact, PagedModule(exact)))
+        original = every_row(model, captured.rows)
+        report = with_verification(report, verify(original, reference, exact, PagedModule(exact)))
         if lossy and report.verification is not None and report.verification.passed:
-            found = verify(model, reference, paged, module, format_bound(paged.plan))
+            found = verify(original, reference, paged, module, format_bound(paged.plan))
             report = with_format_errors(report, found)
         if isinstance(config.forgetting, HeavyHitters) and report.verification is not None:
             check_mass(module, report)

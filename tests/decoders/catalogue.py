@@ -14,6 +14,7 @@ from tests.decoders import (
     layouts,
     masks,
     padding,
+    picked,
     positions,
     rotary,
     scores,
@@ -115,6 +116,10 @@ DECODERS: dict[str, Builder] = {
     "log-sum-exp by hand": decoder_around(softmaxes.LogSumExpByHand),
     "products element by element": decoder_around(softmaxes.ElementwiseProducts),
     "zeroed after the softmax": decoder_around(softmaxes.ZeroedAfterTheSoftmax),
+    "heads picked after the softmax": decoder(
+        lambda: Decoder(in_turn(*(partial(picked.PickedHeads, by) for by in picked.WAYS)), num_layers=len(picked.WAYS))
+    ),
+    "little things": decoder_around(picked.LittleThings),
     "head by head": decoder_around(softmaxes.HeadByHead),
     "flex_attention, ALiBi": decoder_around(softmaxes.FlexALiBi),
     "flex_attention, softcap and GQA": decoder_around(softmaxes.FlexSoftcapGQA),
@@ -139,6 +144,7 @@ DECODERS: dict[str, Builder] = {
     "returns an object": decoder(lambda: forms.ReturnsObject(heads.RepeatInterleave)),
     "returns a dict": decoder(lambda: forms.ReturnsDict(heads.RepeatInterleave)),
     "returns a tuple": decoder(lambda: forms.ReturnsTuple(heads.RepeatInterleave)),
+    "the last token's logits": decoder(lambda: forms.TheLastUnlessTraining(heads.RepeatInterleave)),
     "keyword left alone": decoder(lambda: forms.OnlyTheLastWhenAsked(heads.RepeatInterleave)),
     # sizes
     "one layer": decoder(lambda: Decoder(heads.RepeatInterleave, lambda: GeluMLP(DIM, DIM), num_layers=1)),

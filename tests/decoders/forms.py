@@ -71,6 +71,20 @@ class ReturnsTuple(Decoder):
         return logits, loss
 
 
+class TheLastUnlessTraining(Decoder):
+    """Logits of the last token alone, `[B, 1, V]`, unless there are targets; nanoGPT generates with that."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.embed(idx)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        if targets is None:
+            return self.head(x[:, [-1], :]), None
+        logits = self.head(x)
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 class OnlyTheLastWhenAsked(Decoder):
     """A keyword with a default that changes the output's shape, left alone."""
 

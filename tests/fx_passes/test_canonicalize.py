@@ -28,7 +28,7 @@ SPELLINGS = {
 KEPT = {
     "sum over another dim": lambda m, x: x.exp() / x.exp().sum(1, keepdim=True).exp(),
     "sum of something else": lambda m, x: x.exp() / (x + 1).exp().sum(-1, keepdim=True),
-    "plus two": lambda m, x: _over_sum(x.exp(), 2),
+    "less two": lambda m, x: _over_sum(x.exp(), -2),
     "one added twice over": lambda m, x: x.exp() / torch.add(x.exp().sum(-1, keepdim=True), 1, alpha=2),
     "log_softmax to another dtype": lambda m, x: x.float().log_softmax(-1, dtype=torch.float64).exp(),
     "rounded division": lambda m, x: torch.div(x, 1, rounding_mode="floor"),

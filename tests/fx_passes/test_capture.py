@@ -38,7 +38,7 @@ REFUSED = {
     "the length is pinned by linspace": (lambda m, ids, x: x + torch.linspace(0, 1, x.size(1))[:, None], "one length"),
     "a buffer is written": (count_calls, "writes to the buffers seen"),
     "the input is written": (write_ids, "changes its input tensors in place"),
-    "one row for each sequence": (lambda m, ids, x: x[:, -1], "logits .batch, length, vocabulary. for every token"),
+    "one row for each sequence": (lambda m, ids, x: x[:, 0], "logits .batch, length, vocabulary. for every token"),
     "time first": (lambda m, ids, x: x.transpose(0, 1), "logits .batch, length, vocabulary. for every token"),
     "a shifted result": (lambda m, ids, x: x[:, 1:], "logits .batch, length, vocabulary. for every token"),
     "a branch on the tokens": (

@@ -45,6 +45,9 @@ SOFTMAXES = {
     "log of the sum": lambda m, x: log_of_sum(x),
     "sink in the sum": lambda m, x: with_sink(x, m.vector[:1]),
     "sink in a sum that is not shifted": lambda m, x: _over_more(x.exp(), m.vector[0].exp()),
+    "a number in a sum that is not shifted": lambda m, x: _over_more(x.exp(), 0.02),
+    "less the largest, and less than rounding in the sum": lambda m, x: _over_more(shifted(x)[0], 1e-15),
+    "less the largest, the sum kept above a number": lambda m, x: _kept_above(*shifted(x)[:1], 1e-6),
     "softmax of a softmax's own sum": lambda m, x: over_sum(x.softmax(-1)),
     "masked after exp": lambda m, x: over_sum(scores(x).exp() * seen(x)),
     "masked after softmax": lambda m, x: over_sum(scores(x).softmax(-1).masked_fill(~seen(x), 0.0)),
@@ -57,6 +60,11 @@ KEPT = {
     "gate that depends on data": lambda m, x: over_sum(scores(x).exp() * scores(x).relu()),
     "gate that is no score's": lambda m, x: over_sum(x.exp() * m.vector.abs()),
     "shift that is no row": lambda m, x: _over_more((x - m.vector).exp(), (-m.vector).exp().sum(-1, keepdim=True)),
+    "less the largest, and more in the sum": lambda m, x: _over_more(shifted(x)[0], 0.02),
+    "less something, and little in the sum": lambda m, x: _over_more((x - x.mean(-1, keepdim=True)).exp(), 1e-15),
+    "less something, the sum kept above a number": lambda m, x: _kept_above((x - x.mean(-1, keepdim=True)).exp(), 1e-6),
+    "less the largest, the sum kept above two": lambda m, x: _kept_above(shifted(x)[0], 2.0),
+    "masked after the largest was taken off": lambda m, x: _kept_above(shifted(scores(x))[0] * seen(x), 1e-6),
     "log of another sum": lambda m, x: (x - (x * 2).exp().sum(-1, keepdim=True).log()).exp(),
     "sigmoid of another sum": lambda m, x: x.sin() * torch.sigmoid(x.logsumexp(-1, keepdim=True)),
     "values over another sum": lambda m, x: torch.matmul(scores(x).sin(), x) / scores(x).sin().sum(-1, keepdim=True),
@@ -73,8 +81,12 @@ def _inverse(x: Tensor) -> Tensor:
     return e.sum(-1, keepdim=True).reciprocal() * e
 
 
-def _over_more(top: Tensor, extra: Tensor) -> Tensor:
+def _over_more(top: Tensor, extra: Tensor | float) -> Tensor:
     return top / (top.sum(-1, keepdim=True) + extra)
+
+
+def _kept_above(top: Tensor, least: float) -> Tensor:
+    return top / top.sum(-1, keepdim=True).clamp(min=least)
 
 
 def _divided_late(s: Tensor, x: Tensor) -> Tensor:

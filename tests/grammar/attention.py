@@ -218,6 +218,11 @@ def by_hand(m: Part, s: Tensor, f: Frame) -> Tensor:
     return e / e.sum(f.keys, keepdim=True)
 
 
+def by_hand_with_a_little(m: Part, s: Tensor, f: Frame) -> Tensor:
+    weights = torch.exp(s - s.amax(f.keys, keepdim=True))
+    return weights / (weights.sum(f.keys, keepdim=True) + 1e-8)
+
+
 def by_hand_unshifted(m: Part, s: Tensor, f: Frame) -> Tensor:
     e = s.exp()
     return e / torch.sum(e, dim=f.keys, keepdim=True)
@@ -312,6 +317,7 @@ SOFTMAXES: dict[str, Callable[[Part, Tensor, Frame], Tensor]] = {
     "less the maximum": lambda m, s, f: (s - s.max(dim=f.keys, keepdim=True)[0]).softmax(f.keys),
     "by hand": by_hand,
     "by hand, unshifted": by_hand_unshifted,
+    "by hand, a little in the sum": by_hand_with_a_little,
     "by log-sum-exp": by_log_sum_exp,
     "by log of sum": by_log_of_sum,
     "by shifted log of sum": by_shifted_log_of_sum,

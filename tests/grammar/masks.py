@@ -178,6 +178,12 @@ def float_column(scores: Tensor, seen: Tensor) -> Tensor:
     return scores.add_(mask)
 
 
+def assigned(scores: Tensor, seen: Tensor) -> Tensor:
+    scores = scores.clone()
+    scores[~seen.expand_as(scores)] = -torch.inf
+    return scores
+
+
 HIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masked_fill(-inf)": fill_minus_infinity,
     "masked_fill(-1e9) where zero": fill_zero_is_hidden,
@@ -193,4 +199,5 @@ HIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "times mask, less 1e10": multiplied_and_shifted,
     "clamped sum": clamped_sum,
     "added in place": float_column,
+    "assigned by index": assigned,
 }

@@ -45,7 +45,16 @@ def ragged_prompts(vocab_size: int, seed: int = 0, lengths: Sequence[int] = PROM
 
 @torch.no_grad()
 def original_logits(model: nn.Module, token_ids: Tensor) -> Tensor:
-    """Logits `[B, S, V]` of the model as its author calls it, whatever it asks for and returns."""
+    """Logits `[B, S, V]` of the model as its author calls it; prefix by prefix where it returns the last ones alone."""
+    logits = last_logits(model, token_ids)
+    if logits.size(1) == token_ids.size(1):
+        return logits
+    return torch.cat([last_logits(model, token_ids[:, : n + 1]) for n in range(token_ids.size(1))], dim=1)
+
+
+@torch.no_grad()
+def last_logits(model: nn.Module, token_ids: Tensor) -> Tensor:
+    """Logits `[B, S or 1, V]` of the model as its author calls it, whatever it asks for and returns."""
     parameters = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {}
     positions = parameters.get("position_ids")
@@ -83,7 +92,7 @@ def naive_generate(model: nn.Module, prompt: list[int], n: int) -> Continuation:
 def _naive_loop(model: nn.Module, prompt: list[int], n: int) -> Continuation:
     tokens, rows = list(prompt), []
     for _ in range(n):
-        rows.append(original_logits(model, torch.tensor([tokens]))[0, -1].float())
+        rows.append(last_logits(model, torch.tensor([tokens]))[0, -1].float())
         tokens.append(int(rows[-1].argmax()))
     return Continuation(tokens[len(prompt) :], torch.stack(rows))
 
@@ -120,9 +129,9 @@ def _compare(got: list[int], want: Continuation, where: str) -> int:
 def seen_history(model: nn.Module, prompt: list[int]) -> int:
     """How many tokens before the last one move the last logits by more than `MOVED` when they are replaced."""
     spoiled = torch.tensor([prompt] * len(prompt))
-    untouched = original_logits(model, spoiled[-1:])[0, -1]
+    untouched = last_logits(model, spoiled[-1:])[0, -1]
     spoiled.diagonal().add_(7).remainder_(max(prompt))
-    moved = (original_logits(model, spoiled[:-1])[:, -1] - untouched).abs().amax(-1)
+    moved = (last_logits(model, spoiled[:-1])[:, -1] - untouched).abs().amax(-1)
     return int((moved > MOVED).sum())
 
 
