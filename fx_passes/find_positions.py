@@ -190,7 +190,12 @@ def _has_one_length(captured: CapturedGraph, node: Node) -> bool:
 
 def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) -> bool:
     """Establish a source from the values at several sizes, some of them beyond every constant that is involved."""
-    thresholds = sorted(n for n in numbers_in(evaluator.needed(node), captured) if n <= LONGEST_PROBE)
+    needed = evaluator.needed(node)
+    numbers = numbers_in(needed, captured)
+    thresholds = sorted(n for n in numbers if n <= LONGEST_PROBE)
+    # a mask that is summed up may count on until a bound that no probe reaches
+    masked = any(shape_of(n).count(captured.length) > 1 for n in needed if tensor_value(n) is not None)
+    beyond = masked and max(numbers, default=0) > LONGEST_PROBE
     upper = captured.max_length or LONGEST_PROBE + 3
     probes = [(b, min(n, upper)) for b, n in (*PROBES, *((1, n + 3) for n in thresholds[-3:]))]
     dim = next(i for i, s in enumerate(shape_of(node)) if s == captured.length)
@@ -209,7 +214,7 @@ def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) ->
     longest = max(rows, key=lambda r: r.shape[dim])
     if any(not torch.equal(longest.narrow(dim, 0, r.shape[dim]), r) for r in rows):
         return False
-    node.meta[SOURCE] = _counting(longest) or Tabulated(longest, dim)
+    node.meta[SOURCE] = (None if beyond else _counting(longest)) or Tabulated(longest, dim)
     return True
 
 
