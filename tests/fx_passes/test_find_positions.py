@@ -23,6 +23,11 @@ def column(values: Tensor) -> Tensor:
     return values.to(torch.float64)[:, None]
 
 
+def distances(x: Tensor) -> Tensor:
+    i = torch.arange(s(x))
+    return i[:, None] - i
+
+
 # Functions of the position alone, `[S, 1 | 6]`, and the kind of source that they come from.
 POSITIONS = {
     "arange": (lambda m, x: column(torch.arange(s(x))), Counting(0, 1)),
@@ -41,6 +46,11 @@ POSITIONS = {
     ),
     "decay by cumprod": (lambda m, x: column(torch.full((s(x),), 0.9, dtype=torch.float64).cumprod(0)), Tabulated),
     "cumsum that stops at 20": (lambda m, x: column((torch.arange(s(x)) < 20).cumsum(0)), Tabulated),
+    "number of visible keys": (lambda m, x: column(distances(x).ge(0).sum(-1)), Counting(1, 1)),
+    "number of keys in a window that no probe reaches": (
+        lambda m, x: column(((distances(x) >= 0) & (distances(x) < 20000)).sum(-1)),
+        Tabulated,
+    ),
     "clamped at 20": (lambda m, x: column(torch.arange(s(x)).clamp(max=20)), Counting(0, 1)),
     "modulo 7": (lambda m, x: column(torch.arange(s(x)) % 7), Counting(0, 1)),
     "logarithm": (lambda m, x: column((torch.arange(s(x)) + 1.0).log()), Counting(0, 1)),
