@@ -193,9 +193,8 @@ def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) ->
     needed = evaluator.needed(node)
     numbers = numbers_in(needed, captured)
     thresholds = sorted(n for n in numbers if n <= LONGEST_PROBE)
-    # a mask that is summed up may count on until a bound that no probe reaches
-    masked = any(shape_of(n).count(captured.length) > 1 for n in needed if tensor_value(n) is not None)
-    beyond = masked and max(numbers, default=0) > LONGEST_PROBE
+    # it may count on until a bound that no probe reaches
+    beyond = max(numbers, default=0) > LONGEST_PROBE
     upper = captured.max_length or LONGEST_PROBE + 3
     probes = [(b, min(n, upper)) for b, n in (*PROBES, *((1, n + 3) for n in thresholds[-3:]))]
     dim = next(i for i, s in enumerate(shape_of(node)) if s == captured.length)

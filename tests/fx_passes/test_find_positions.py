@@ -46,6 +46,7 @@ POSITIONS = {
     ),
     "decay by cumprod": (lambda m, x: column(torch.full((s(x),), 0.9, dtype=torch.float64).cumprod(0)), Tabulated),
     "cumsum that stops at 20": (lambda m, x: column((torch.arange(s(x)) < 20).cumsum(0)), Tabulated),
+    "cumsum that no probe sees stop": (lambda m, x: column((torch.arange(s(x)) < 20000).cumsum(0)), Tabulated),
     "number of visible keys": (lambda m, x: column(distances(x).ge(0).sum(-1)), Counting(1, 1)),
     "number of keys in a window that no probe reaches": (
         lambda m, x: column(((distances(x) >= 0) & (distances(x) < 20000)).sum(-1)),
