@@ -12,7 +12,7 @@ from torch import nn
 from tests.decoders import padding, prefix, rotary, scores
 from tests.decoders import unsound_attention as attention
 from tests.decoders import unsound_mixing as mixing
-from tests.decoders.skeleton import Builder, Decoder, decoder, decoder_around, in_turn
+from tests.decoders.skeleton import Builder, Decoder, decoder, in_turn, one_layer_around
 
 
 class Expected(NamedTuple):
@@ -36,49 +36,49 @@ VIEW = r"view|reshape|" + TIME
 LAST = r"slice|select|last|" + TIME
 
 REFUSED: dict[str, Expected] = {
-    "encoder without a mask": Expected(decoder_around(attention.NoMask), AHEAD, FIRST),
-    "encoder without a mask, softmax": Expected(decoder_around(attention.NoMaskSoftmax), AHEAD, FIRST),
-    "mask one token ahead": Expected(decoder_around(attention.OneAhead), AHEAD, FIRST),
-    "mask one token ahead after twenty": Expected(decoder_around(attention.OneAheadAfterTwenty), AHEAD, FIRST),
-    "one head of four ahead": Expected(decoder_around(attention.OneHeadAhead), AHEAD, FIRST),
+    "encoder without a mask": Expected(one_layer_around(attention.NoMask), AHEAD, FIRST),
+    "encoder without a mask, softmax": Expected(one_layer_around(attention.NoMaskSoftmax), AHEAD, FIRST),
+    "mask one token ahead": Expected(one_layer_around(attention.OneAhead), AHEAD, FIRST),
+    "mask one token ahead after twenty": Expected(one_layer_around(attention.OneAheadAfterTwenty), AHEAD, FIRST),
+    "one head of four ahead": Expected(one_layer_around(attention.OneHeadAhead), AHEAD, FIRST),
     "prefix seen by all, with ALiBi": Expected(
-        decoder_around(attention.PrefixWithALiBi), r"prefix|see one another", FIRST
+        one_layer_around(attention.PrefixWithALiBi), r"prefix|see one another", FIRST
     ),
-    "prefix of half the length": Expected(decoder_around(partial(prefix.Prefix, "half")), r"see one another", FIRST),
+    "prefix of half the length": Expected(one_layer_around(partial(prefix.Prefix, "half")), r"see one another", FIRST),
     "prefixes of two lengths": Expected(
         decoder(lambda: Decoder(in_turn(prefix.Prefix, partial(prefix.Prefix, "added, of eleven")))),
         r"not the same",
         FIRST,
     ),
-    "each token sees later ones only": Expected(decoder_around(attention.OnlyLater), AHEAD, FIRST),
-    "mask of -1000": Expected(decoder_around(attention.SoftMask), AHEAD + r"|mask|bias", FIRST),
-    "window of half the length": Expected(decoder_around(attention.LengthDependentWindow), LENGTH + r"|mask", FIRST),
+    "each token sees later ones only": Expected(one_layer_around(attention.OnlyLater), AHEAD, FIRST),
+    "mask of -1000": Expected(one_layer_around(attention.SoftMask), AHEAD + r"|mask|bias", FIRST),
+    "window of half the length": Expected(one_layer_around(attention.LengthDependentWindow), LENGTH + r"|mask", FIRST),
     "mask by token value": Expected(decoder(attention.MasksAToken), r"token value|token id|data|input", "attention"),
     "positions by token value": Expected(decoder(padding.RealTokensOnly), r"cumsum|cumulative", ""),
-    "rotary switched by the length": Expected(decoder_around(rotary.SwitchedByLength), LENGTH + r"|" + TIME, FIRST),
-    "rotary stretched by the length": Expected(decoder_around(rotary.StretchedByLength), LENGTH + r"|" + TIME, ""),
+    "rotary switched by the length": Expected(one_layer_around(rotary.SwitchedByLength), LENGTH + r"|" + TIME, FIRST),
+    "rotary stretched by the length": Expected(one_layer_around(rotary.StretchedByLength), LENGTH + r"|" + TIME, ""),
     "mask by hidden state": Expected(
-        decoder_around(attention.MaskFromHiddenState), r"value|data|hidden|mask|attention", FIRST
+        one_layer_around(attention.MaskFromHiddenState), r"value|data|hidden|mask|attention", FIRST
     ),
-    "keys chosen by data": Expected(decoder_around(attention.ChosenKeys), r"top-?k|data|value|mask|attention", FIRST),
-    "softmax over queries": Expected(decoder_around(attention.SoftmaxOverQueries), r"softmax|quer", FIRST),
-    "scale by length": Expected(decoder_around(attention.ScaleByLength), LENGTH + r"|scale", FIRST),
-    "queries scaled by log length": Expected(decoder_around(attention.LogLengthScale), LENGTH + r"|scale", ""),
+    "keys chosen by data": Expected(one_layer_around(attention.ChosenKeys), r"top-?k|data|value|mask|attention", FIRST),
+    "softmax over queries": Expected(one_layer_around(attention.SoftmaxOverQueries), r"softmax|quer", FIRST),
+    "scale by length": Expected(one_layer_around(attention.ScaleByLength), LENGTH + r"|scale", FIRST),
+    "queries scaled by log length": Expected(one_layer_around(attention.LogLengthScale), LENGTH + r"|scale", ""),
     "temperature of data after the mask": Expected(
-        decoder_around(partial(scores.DataTemperature, "query after the mask")), r"after their mask", FIRST
+        one_layer_around(partial(scores.DataTemperature, "query after the mask")), r"after their mask", FIRST
     ),
-    "bias of a key by data": Expected(decoder_around(partial(scores.DataTemperature, "bias")), r"data", FIRST),
+    "bias of a key by data": Expected(one_layer_around(partial(scores.DataTemperature, "bias")), r"data", FIRST),
     "weights times a function of the scores": Expected(
-        decoder_around(partial(scores.DataTemperature, "weights by the scores")), r"another tensor over keys", FIRST
+        one_layer_around(partial(scores.DataTemperature, "weights by the scores")), r"another tensor over keys", FIRST
     ),
-    "talking heads": Expected(decoder_around(attention.TalkingHeads), r"head|score|softmax|attention", FIRST),
-    "keys flipped in time": Expected(decoder_around(attention.FlippedKeys), r"flip|order|" + TIME, FIRST),
-    "keys of the token before": Expected(decoder_around(attention.ShiftedKeys), r"pad|slice|shift|" + TIME, FIRST),
-    "every second key": Expected(decoder_around(attention.EverySecondKey), r"slice|" + TIME, FIRST),
-    "attention across the batch": Expected(decoder_around(attention.AcrossTheBatch), r"batch|tokens", FIRST),
-    "linear attention": Expected(decoder_around(attention.LinearAttention), r"cumsum|cumulative", FIRST),
-    "attention without softmax": Expected(decoder_around(attention.NoSoftmax), TIME + r"|softmax|matmul", FIRST),
-    "dropout left on": Expected(decoder_around(attention.DropoutLeftOn), r"dropout|random", FIRST),
+    "talking heads": Expected(one_layer_around(attention.TalkingHeads), r"head|score|softmax|attention", FIRST),
+    "keys flipped in time": Expected(one_layer_around(attention.FlippedKeys), r"flip|order|" + TIME, FIRST),
+    "keys of the token before": Expected(one_layer_around(attention.ShiftedKeys), r"pad|slice|shift|" + TIME, FIRST),
+    "every second key": Expected(one_layer_around(attention.EverySecondKey), r"slice|" + TIME, FIRST),
+    "attention across the batch": Expected(one_layer_around(attention.AcrossTheBatch), r"batch|tokens", FIRST),
+    "linear attention": Expected(one_layer_around(attention.LinearAttention), r"cumsum|cumulative", FIRST),
+    "attention without softmax": Expected(one_layer_around(attention.NoSoftmax), TIME + r"|softmax|matmul", FIRST),
+    "dropout left on": Expected(one_layer_around(attention.DropoutLeftOn), r"dropout|random", FIRST),
     "causal convolution": Expected(after_attention(mixing.CausalConvolution), r"conv", SECOND),
     "convolution on padded tokens": Expected(after_attention(mixing.PaddedConvolution), r"pad|conv", SECOND),
     "cumulative mean": Expected(after_attention(mixing.CumulativeMean), r"cumsum|cumulative", SECOND),

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -51,12 +52,16 @@ class Compiled:
     vocab_size: int
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join(case))
-def compiled(request: pytest.FixtureRequest) -> Compiled:
-    family, attention = request.param
+@cache
+def compiled_of(family: str, attention: str = "sdpa") -> Compiled:
     model, vocab_size = zoo.tiny(family, attention, seed=SEED, **FAMILIES[family])
     # a copy made before: some models keep masks on the module, or are changed by being exported
     return Compiled(copy.deepcopy(model), kvpass.compile(model, CONFIG), vocab_size)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join(case))
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    return compiled_of(*request.param)
 
 
 def test_same_tokens_as_the_naive_loop_cold_and_with_cached_prefixes(compiled: Compiled) -> None:
@@ -94,17 +99,16 @@ def test_history_matters(family: str) -> None:
 
 
 def test_window_is_shorter_than_the_prompt() -> None:
-    model, vocab_size = zoo.tiny("mistral", seed=SEED)
-    assert model.config.sliding_window == 24 < max(map(len, ragged_prompts(vocab_size)))
-    masks = {site.mask for site in kvpass.compile(model, CONFIG).report.sites}
+    compiled = compiled_of("mistral")
+    assert compiled.original.config.sliding_window == 24 < max(map(len, ragged_prompts(compiled.vocab_size)))
+    masks = {site.mask for site in compiled.engine.report.sites}
     assert masks == {"sliding window 24"}
 
 
 def test_generation_stops_at_the_end_of_sequence_of_the_model() -> None:
     model, vocab_size = zoo.tiny("llama", seed=SEED)
     prompts = ragged_prompts(vocab_size)
-    engine = kvpass.compile(model, CONFIG, verify=False)
-    free = engine.generate(prompts, 16, kvpass.Sampling(ignore_eos=True))
+    free = compiled_of("llama").engine.generate(prompts, 16, kvpass.Sampling(ignore_eos=True))
     end = free[2][5]
     model.generation_config.eos_token_id = end
     for output, whole in zip(kvpass.compile(model, CONFIG, verify=False).generate(prompts, 16), free, strict=True):

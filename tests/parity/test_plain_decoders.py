@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
 import kvpass
+from kvpass.compiler import Recompiler
 from kvpass.fx_passes.verify_mass import verify_mass
 from kvpass.fx_passes.verify_trees import verify_trees
 from tests.decoders.catalogue import DECODERS, UNUSUAL
@@ -98,16 +100,23 @@ def test_unusual_spelling_is_right_or_refused(name: str) -> None:
     assert_tokens_equal(model, engine, ragged_prompts(VOCAB))
 
 
+@cache
+def captured_once() -> tuple[nn.Module, Recompiler]:
+    """A decoder, and one capture of it for all configurations."""
+    model = original_of("GQA by repeat_interleave")
+    return model, Recompiler(copy.deepcopy(model))
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 64])
 def test_same_tokens_at_any_block_size(block_size: int) -> None:
-    model = DECODERS["GQA by repeat_interleave"](SEED)
-    engine = kvpass.compile(copy.deepcopy(model), kvpass.CacheConfig(block_size=block_size, num_blocks=512))
+    model, recompiler = captured_once()
+    engine = recompiler.compile(kvpass.CacheConfig(block_size=block_size, num_blocks=512))
     assert_tokens_equal(model, engine, ragged_prompts(VOCAB))
 
 
 def test_same_tokens_without_prefix_sharing() -> None:
-    model = DECODERS["GQA by repeat_interleave"](SEED)
-    engine = kvpass.compile(copy.deepcopy(model), kvpass.CacheConfig(num_blocks=64, prefix_sharing=False))
+    model, recompiler = captured_once()
+    engine = recompiler.compile(kvpass.CacheConfig(num_blocks=64, prefix_sharing=False))
     assert_tokens_equal(model, engine, ragged_prompts(VOCAB))
     assert engine.stats().prefix_hit_tokens == 0
 

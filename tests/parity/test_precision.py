@@ -15,6 +15,7 @@ from torch import nn
 import kvpass
 from tests.decoders.catalogue import DECODERS
 from tests.decoders.skeleton import VOCAB
+from tests.parity.compiled import engine_of
 from tests.parity.harness import CONFIG, NEW_TOKENS, SEED, Prompts, original_logits, ragged_prompts
 
 AGREEMENT = 0.85  # share of tokens that are the original's best
@@ -79,7 +80,7 @@ def test_half_precision_cache_under_a_float32_model() -> None:
     model = DECODERS["GQA by repeat_interleave"](SEED)
     engine = kvpass.compile(copy.deepcopy(model), kvpass.CacheConfig(dtype="bfloat16", block_size=16, num_blocks=64))
     assert {tensor.dtype for pair in engine.caches for tensor in pair} == {torch.bfloat16}
-    assert 2 * engine.report.bytes_per_token == kvpass.compile(model, CONFIG).report.bytes_per_token
+    assert 2 * engine.report.bytes_per_token == engine_of("GQA by repeat_interleave").report.bytes_per_token
     prompts = ragged_prompts(VOCAB)
     assert_plausible(model, engine.generate(prompts, NEW_TOKENS), prompts, torch.bfloat16)
 
