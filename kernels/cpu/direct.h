@@ -116,14 +116,14 @@ INLINE void direct_stripe(
     const float* weights, const uint8_t* const* values, int count, int64_t d, int64_t tail, float* out,
     int64_t out_stride, const Share& share
 ) {
-    const Share each = share.part(count);
+    const Share each = share.part((count + 1) / 2);
     vf sums[R][NV];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) sums[r][v] = load<vf>(out + r * out_stride + d + v * kLanes);
     for (int j = 0; j < count; j++) {
-        each.fetch();
+        if (j % 2 == 0) each.fetch();
         vf element[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++)
