@@ -181,7 +181,7 @@ MUTANTS: dict[str, Mutant] = {
         "token shift",
     ),
     "slices of the sequence allowed": Mutant(
-        "moving_rules:narrow", 'raise MixesTokens("takes a part of the sequence")', "pass", "every second key"
+        "moving_rules:narrow", 'raise MixesTokens(_of(axes[d], "takes a part of"))', "pass", "every second key"
     ),
     "tokens times tokens allowed": Mutant(
         "contraction:contract",

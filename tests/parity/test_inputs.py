@@ -68,13 +68,13 @@ class ReturnsText(nn.Module):
         return str(self.inner(input_ids).shape)
 
 
-class LastLogitsOnly(nn.Module):
+class LogitsOfAllTokensTogether(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = gpt()
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.inner(input_ids)[:, -1]
+        return self.inner(input_ids).mean(1)
 
 
 class TakesFloats(nn.Module):
@@ -118,7 +118,7 @@ def test_model_that_cannot_be_used(make: Callable[[], Any], words: str) -> None:
     ("make", "words"),
     [
         (BranchesOnData, "data-dependent"),
-        (LastLogitsOnly, r"logits \[batch, length, vocabulary\]"),
+        (LogitsOfAllTokensTogether, r"logits \[batch, length, vocabulary\]"),
         (ReturnsText, "returns str"),
         (TakesFloats, "could not capture the model"),
     ],
