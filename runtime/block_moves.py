@@ -18,7 +18,7 @@ from kvpass.runtime.block_bytes import BlockBytes
 from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.host_memory import BlockKey, Payload, StoredBlock
 from kvpass.runtime.prefix_nodes import TOKEN_BYTES
-from kvpass.runtime.tiers import Prefetch, TierCounts, Tiers
+from kvpass.runtime.tiers import Prefetch, TierCounts, Tiers, Wanted
 from kvpass.runtime.wide_blocks import WideBlocks, may_settle
 from kvpass.types import CachePlan
 
@@ -75,29 +75,13 @@ class BlockMoves:
             if not self._tiers.holds(key):
                 self._leaving.append((key, block))
 
-    def find(
-        self,
-        namespace: str,
-        tokens: bytes,
-        step: int,
-        start: int,
-        present: Mapping[int, int],
-        held: Ordered[Ordered[bool]] = (),
-    ) -> list[list[StoredBlock | None]]:
+    def find(self, wanted: Wanted) -> list[list[StoredBlock | None]]:
         """As :meth:`kvpass.runtime.tiers.Tiers.find`."""
-        return [] if self._tiers is None else self._tiers.find(namespace, tokens, step, start, present, held)
+        return [] if self._tiers is None else self._tiers.find(wanted)
 
-    def prefetch(
-        self,
-        namespace: str,
-        tokens: bytes,
-        step: int,
-        start: int,
-        present: Mapping[int, int],
-        held: Ordered[Ordered[bool]] = (),
-    ) -> Prefetch | None:
+    def prefetch(self, wanted: Wanted) -> Prefetch | None:
         """As :meth:`kvpass.runtime.tiers.Tiers.prefetch`."""
-        return None if self._tiers is None else self._tiers.prefetch(namespace, tokens, step, start, present, held)
+        return None if self._tiers is None else self._tiers.prefetch(wanted)
 
     def drop(self, namespace: str | None) -> None:
         """Forget the content of one namespace, or all, wherever it is beside the device."""

@@ -20,7 +20,7 @@ from kvpass.runtime.head_index import HeadIndex
 from kvpass.runtime.pins import Pin, Pins
 from kvpass.runtime.prefix_nodes import TOKEN_BYTES, Branch, Match, PrefixNode, Root, TokenArray
 from kvpass.runtime.shelf import Shelf
-from kvpass.runtime.tiers import Prefetch
+from kvpass.runtime.tiers import Prefetch, Wanted
 
 
 class PrefixCache:
@@ -79,7 +79,7 @@ class PrefixCache:
         branch = path[-1] if path else self.root(namespace)
         # Where a token looks at nothing but itself, there is nothing to bring back.
         if self.shelf is not None and (self._full or any(self._reach.values())):
-            stored = self.shelf.find(namespace, raw, step, count, present, _groups_held(nodes[count:]))
+            stored = self.shelf.find(Wanted(namespace, raw, step, count, present, _groups_held(nodes[count:])))
             if stored:
                 beyond = tuple(nodes[count : count + len(stored)])
                 return Match(branch, path, stored=tuple(map(tuple, stored)), beyond=beyond)
@@ -95,7 +95,7 @@ class PrefixCache:
         step = self._pool.block_size * tokens.itemsize
         raw = tokens[:max_tokens].tobytes()
         nodes, count, present = self._walk(raw, step, namespace)
-        return self.shelf.prefetch(namespace, raw, step, count, present, _groups_held(nodes[count:]))
+        return self.shelf.prefetch(Wanted(namespace, raw, step, count, present, _groups_held(nodes[count:])))
 
     def acquire(self, match: Match, passed: Sequence[int] = (0,)) -> list[list[int]]:
         """Take over a match: one reference to each of its blocks, without the first ``passed[g]`` ones of group g.

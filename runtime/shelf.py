@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 from kvpass.runtime.host_memory import StoredBlock
-from kvpass.runtime.tiers import Prefetch
+from kvpass.runtime.tiers import Prefetch, Wanted
 
 
 class Shelf(Protocol):
@@ -15,26 +15,10 @@ class Shelf(Protocol):
     def shelve(self, namespace: str, group: int, tokens: bytes, block: int) -> None:
         """Note that ``block``, which holds the cache of ``tokens`` in ``group``, is being evicted."""
 
-    def find(
-        self,
-        namespace: str,
-        tokens: bytes,
-        step: int,
-        start: int,
-        present: Mapping[int, int],
-        held: Sequence[Sequence[bool]] = (),
-    ) -> list[list[StoredBlock | None]]:
+    def find(self, wanted: Wanted) -> list[list[StoredBlock | None]]:
         """As :meth:`kvpass.runtime.tiers.Tiers.find`."""
 
-    def prefetch(
-        self,
-        namespace: str,
-        tokens: bytes,
-        step: int,
-        start: int,
-        present: Mapping[int, int],
-        held: Sequence[Sequence[bool]] = (),
-    ) -> Prefetch | None:
+    def prefetch(self, wanted: Wanted) -> Prefetch | None:
         """As :meth:`kvpass.runtime.tiers.Tiers.prefetch`."""
 
     def fill(self, stored: Mapping[int, StoredBlock]) -> None:

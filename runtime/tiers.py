@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from kvpass.runtime.disk_store import DiskStore
 from kvpass.runtime.host_memory import BlockKey, HostMemory, StoredBlock, prefix_digests
@@ -51,6 +51,26 @@ class TierCounts:
     disk_errors: int = 0
     host_bytes: int = 0
     disk_bytes: int = 0
+
+
+class Wanted(NamedTuple):
+    """What is looked for of a prefix: its blocks behind the first ``start``.
+
+    Attributes:
+        namespace: whose blocks it may have.
+        tokens: bytes of the tokens of the whole prefix.
+        step: bytes of the tokens of a block.
+        start: blocks that the device has of every group that needs them.
+        present: for each window group, how many blocks up to ``start`` are there already, without a gap.
+        held: of the first of the further blocks, which groups have theirs on the device.
+    """
+
+    namespace: str
+    tokens: bytes
+    step: int
+    start: int
+    present: Mapping[int, int]
+    held: Sequence[Sequence[bool]] = ()
 
 
 class Prefetch:
@@ -139,22 +159,8 @@ class Tiers:
             self._host.touch(key.digest)
             return self._host.get(key.digest, key.namespace, key.group, key.tokens) is not None
 
-    def find(
-        self,
-        namespace: str,
-        tokens: bytes,
-        step: int,
-        start: int,
-        present: Mapping[int, int],
-        held: Sequence[Sequence[bool]] = (),
-    ) -> list[list[StoredBlock | None]]:
-        """What host memory has of a prefix behind its first ``start`` blocks.
-
-        Args:
-            tokens: bytes of the tokens of the whole prefix.
-            step: bytes of the tokens of a block.
-            present: for each window group, how many blocks up to ``start`` are there already, without a gap.
-            held: of the first of the further blocks, which groups have theirs on the device.
+    def find(self, wanted: Wanted) -> list[list[StoredBlock | None]]:
+        """What host memory has of a prefix.
 
         Returns:
             for each further block that of each group, None where the device has it or no window reaches back to it; as
@@ -162,12 +168,12 @@ class Tiers:
         """
 
         def look(group: int, end: int, digest: bytes) -> StoredBlock | None:
-            return self._host.get(digest, namespace, group, tokens[:end])
+            return self._host.get(digest, wanted.namespace, group, wanted.tokens[:end])
 
         with self._lock:
             if not len(self._host):
                 return []
-            found = self._search(namespace, tokens, step, start, present, held, look)
+            found = self._search(wanted, look)
             # Tails are to make room before their heads.
             for blocks in reversed(found):
                 for block in blocks:
@@ -175,30 +181,22 @@ class Tiers:
                         self._host.touch(block.key.digest)
             return found
 
-    def prefetch(
-        self,
-        namespace: str,
-        tokens: bytes,
-        step: int,
-        start: int,
-        present: Mapping[int, int],
-        held: Sequence[Sequence[bool]] = (),
-    ) -> Prefetch | None:
+    def prefetch(self, wanted: Wanted) -> Prefetch | None:
         """Begin to read what disk has of a prefix, as :meth:`find` would find it; None if it has nothing to add."""
         disk = self._disk
         if disk is None or not len(disk):
             return None
 
         def look(group: int, end: int, digest: bytes) -> StoredBlock | BlockKey | None:
-            stored = self._host.get(digest, namespace, group, tokens[:end])
+            stored = self._host.get(digest, wanted.namespace, group, wanted.tokens[:end])
             if stored is None and digest in disk:
-                return BlockKey(namespace, group, tokens[:end], digest)
+                return BlockKey(wanted.namespace, group, wanted.tokens[:end], digest)
             return stored
 
         with self._lock:
             if self._closed:
                 return None
-            found = self._search(namespace, tokens, step, start, present, held, look)
+            found = self._search(wanted, look)
             keys, size = [], 0
             for block in (block for blocks in found for block in blocks):
                 if isinstance(block, BlockKey):
@@ -262,17 +260,9 @@ class Tiers:
             if self._disk is not None:
                 self._disk.close()
 
-    def _search(
-        self,
-        namespace: str,
-        tokens: bytes,
-        step: int,
-        start: int,
-        present: Mapping[int, int],
-        held: Sequence[Sequence[bool]],
-        look: Callable[[int, int, bytes], Found | None],
-    ) -> list[list[Found | None]]:
+    def _search(self, wanted: Wanted, look: Callable[[int, int, bytes], Found | None]) -> list[list[Found | None]]:
         """As :meth:`find`, over whatever ``look(group, end of the tokens, digest)`` finds."""
+        namespace, tokens, step, start, present, held = wanted
         digests = [prefix_digests(namespace, group, tokens, step, start) for group in range(self._groups)]
         run = {group: present[group] for group in self._reach}
         rows: list[list[Found | None]] = []

@@ -10,7 +10,7 @@ from kvpass.runtime.block_pool import BlockPool
 from kvpass.runtime.disk_store import DiskStore
 from kvpass.runtime.host_memory import BlockKey
 from kvpass.runtime.prefix_cache import PrefixCache
-from kvpass.runtime.tiers import Tiers
+from kvpass.runtime.tiers import Tiers, Wanted
 from kvpass.runtime.wide_blocks import WideBlocks
 from kvpass.types import CachePlan, CacheSpec
 from tests.runtime.trie import ids
@@ -250,7 +250,7 @@ def test_of_blocks_that_settle_the_first_comes_back_in_16_bits_and_others_settle
         device.moves.shelve("", 0, key.tokens, block)
     device.moves.flush()
     assert device.number(first) < 0 and device.number(second) < 0  # whoever evicts them has the places
-    (found,), (other,) = device.tiers.find("", keys[1].tokens, 16 * 4, 0, {})
+    (found,), (other,) = device.tiers.find(Wanted("", keys[1].tokens, 16 * 4, 0, {}))
     assert (len(found.payload), len(other.payload)) == (2 * 16 * 2 * (16 + 16), 2 * 16 * (9 + 2 + 4 + 2))
     busy = device.write(3, 3)
     device.moves.fill({4: found, 5: other, second: other})

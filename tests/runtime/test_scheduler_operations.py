@@ -1,6 +1,6 @@
 """Random operations on the scheduler: whatever happens in whatever order, the tokens are the same and no block is lost.
 
-``python benchmarks/runtime_operations.py`` does a million of them.
+``python -m benchmarks.runtime_operations`` does a million of them.
 """
 
 import random

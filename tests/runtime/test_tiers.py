@@ -5,7 +5,7 @@ import pytest
 
 from kvpass.runtime.disk_store import DiskStore
 from kvpass.runtime.host_memory import BlockKey, HostMemory, StoredBlock, prefix_digests
-from kvpass.runtime.tiers import Tiers
+from kvpass.runtime.tiers import Tiers, Wanted
 
 SIZE = 4
 STEP = SIZE * 4
@@ -31,7 +31,7 @@ def put_prefix(tiers, tokens, groups=(0,), namespace="", levels=None):
 
 def found(tiers, tokens, start=0, namespace="", present=None, held=()):
     """For each further block of a prefix which groups came back; none may come back changed."""
-    rows = tiers.find(namespace, tokens, STEP, start, present or {}, held)
+    rows = tiers.find(Wanted(namespace, tokens, STEP, start, present or {}, held))
     for level, row in enumerate(rows, start):
         for group, block in enumerate(row):
             if block is not None:
@@ -132,7 +132,7 @@ def test_window_groups_come_back_where_the_device_has_all_else(make_tiers):
     first.save()
     first.close()
     second = make_tiers(disk=1 << 20, windows=(None, 6))
-    ahead = second.prefetch("", tokens[: 4 * STEP], STEP, 0, {1: 0}, here)
+    ahead = second.prefetch(Wanted("", tokens[: 4 * STEP], STEP, 0, {1: 0}, here))
     assert [len(key.tokens) // STEP for key in ahead.keys] == [3] and ahead.wait(10)
     assert found(second, tokens[: 4 * STEP], present={1: 0}, held=here) == [(), (), (1,), ()]
 
@@ -146,12 +146,12 @@ def test_what_overflows_goes_to_disk_and_is_read_back_ahead(make_tiers):
     assert len(found(tiers, tokens)) < 6
     counts = tiers.counts
     assert (counts.demoted, counts.given_up, counts.disk_errors) == (18, 0, 0) and counts.written >= 4
-    ahead = tiers.prefetch("", tokens, STEP, 0, {})
+    ahead = tiers.prefetch(Wanted("", tokens, STEP, 0, {}))
     assert ahead.wait(10) and ahead.is_done
     assert found(tiers, tokens) == [(0,)] * 6
     assert tiers.counts.read == len(ahead.keys)
-    assert tiers.prefetch("", tokens, STEP, 0, {}) is None  # nothing to add
-    assert tiers.prefetch("other", other, STEP, 0, {}) is None
+    assert tiers.prefetch(Wanted("", tokens, STEP, 0, {})) is None  # nothing to add
+    assert tiers.prefetch(Wanted("other", other, STEP, 0, {})) is None
 
 
 def test_a_later_process_finds_what_was_saved(make_tiers):
@@ -163,7 +163,7 @@ def test_a_later_process_finds_what_was_saved(make_tiers):
     first.close()
     second = make_tiers(disk=1 << 20)
     assert found(second, tokens) == []
-    assert second.prefetch("", tokens, STEP, 0, {}).wait(10)
+    assert second.prefetch(Wanted("", tokens, STEP, 0, {})).wait(10)
     assert found(second, tokens) == [(0,)] * 7
 
 
@@ -173,12 +173,12 @@ def test_dropping_reaches_every_tier_and_what_is_under_way(make_tiers):
     for _ in range(20):
         put_prefix(tiers, ours, namespace="ours")
         put_prefix(tiers, theirs, namespace="theirs")
-        tiers.prefetch("ours", ours, STEP, 0, {})
+        tiers.prefetch(Wanted("ours", ours, STEP, 0, {}))
         tiers.drop("ours")
         tiers.flush()
         assert found(tiers, ours, namespace="ours") == []
-        assert tiers.prefetch("ours", ours, STEP, 0, {}) is None
-    ahead = tiers.prefetch("theirs", theirs, STEP, 0, {})
+        assert tiers.prefetch(Wanted("ours", ours, STEP, 0, {})) is None
+    ahead = tiers.prefetch(Wanted("theirs", theirs, STEP, 0, {}))
     assert ahead is None or ahead.wait(10)
     assert len(found(tiers, theirs, namespace="theirs")) == 6
 
@@ -193,7 +193,7 @@ def test_reading_ahead_ends_at_what_is_broken(make_tiers, monkeypatch):
     key = BlockKey.of("", 0, tokens[: 3 * STEP])
     get = DiskStore.get
     monkeypatch.setattr(DiskStore, "get", lambda self, asked: None if asked == key else get(self, asked))
-    assert second.prefetch("", tokens, STEP, 0, {}).wait(10)
+    assert second.prefetch(Wanted("", tokens, STEP, 0, {})).wait(10)
     assert found(second, tokens) == [(0,)] * 2
 
 
