@@ -27,8 +27,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpass.kernels.cache_ops import check_parts, check_sizes, check_whole
-from kvpass.kernels.formats import format_of
+from kvpass.kernels.call_checks import (
+    check_features,
+    check_floats,
+    check_heads,
+    check_rank,
+    check_step,
+    check_tree,
+    check_whole,
+    find_form,
+    find_pair,
+)
 
 
 def fake_dense_attention(
@@ -58,9 +67,13 @@ def fake_dense_attention(
     Returns:
         ``[N, Hq, Sq, Dv]`` in the query's dtype; zeros where nothing is visible.
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_rank("[N, H, S, D]", **{name: tensor})
+        check_floats(**{name: tensor})
     batch, heads, rows, width = query.shape
+    check_features(heads, softcap, None, sinks, None, None)
     torch._check(key.shape[3] == width, lambda: f"query has head dim {width}, key {key.shape[3]}")
-    _check_heads(heads, key.shape[1], value.shape[1])
+    check_heads(heads, key.shape[1], value.shape[1])
     return query.new_empty(batch, heads, rows, value.shape[3])
 
 
@@ -117,11 +130,11 @@ def fake_paged_attention(
         InputError: if lengths, query starts, block tables, bias and tree mask do not fit each other (when run, not when
             traced), or caches and formats do not.
     """
-    tokens, heads, _ = query.shape
     width = _check_paged(query, key_cache, value_cache, key_format, value_format)
-    _check_step(block_tables, seq_lens, query_start)
-    if tree_mask is not None:
-        _check_tree(tree_mask, tokens)
+    tokens, heads, _ = query.shape
+    check_step(block_tables, seq_lens, query_start)
+    check_features(heads, softcap, slopes, sinks, bias, chunk)
+    check_tree(tree_mask, tokens)
     return query.new_empty(tokens, heads, width)
 
 
@@ -157,11 +170,11 @@ def fake_paged_attention_stats(
         over the query heads of the group; ``[0]`` when not asked for. The sum of two partial results is
         ``sum(exp(lse_i - lse) * out_i)`` with ``lse = log(sum(exp(lse_i)))``.
     """
-    tokens, heads, _ = query.shape
     width = _check_paged(query, key_cache, value_cache, key_format, value_format)
-    _check_step(block_tables, seq_lens, query_start)
-    if tree_mask is not None:
-        _check_tree(tree_mask, tokens)
+    tokens, heads, _ = query.shape
+    check_step(block_tables, seq_lens, query_start)
+    check_features(heads, softcap, slopes, sinks, bias, chunk)
+    check_tree(tree_mask, tokens)
     slots = (len(block_tables), key_cache.shape[1], block_tables.shape[1] * key_cache.shape[2])
     return (
         query.new_empty(tokens, heads, width),
@@ -211,14 +224,17 @@ def fake_latent_attention(
     Returns:
         ``[T, Hq, value_dim]`` in the query's dtype.
     """
+    check_rank("[T, Hq, D]", query=query)
+    check_floats(query=query)
     tokens, heads, width = query.shape
-    form = format_of(cache, format)
+    form = find_form("cache", cache, format)
     stored = form.row_width(cache.shape[3])
     torch._check(form.settles is None, lambda: f"a latent cache has one row for both: {form.name} is for one part")
     torch._check(stored == width, lambda: f"query has head dim {width}, latent cache {stored}")
     torch._check(cache.shape[1] == 1, lambda: f"a latent cache has one head, not {cache.shape[1]}")
     torch._check(1 <= value_dim <= width, lambda: f"value_dim={value_dim} must lie in 1 .. {width}")
-    _check_step(block_tables, seq_lens, query_start)
+    check_step(block_tables, seq_lens, query_start)
+    check_features(heads, softcap, slopes, sinks, bias, chunk)
     return query.new_empty(tokens, heads, value_dim)
 
 
@@ -256,9 +272,13 @@ def fake_cascade_attention(
     Returns:
         ``[T, Hq, Dv]`` in the query's dtype.
     """
-    tokens, heads, _ = query.shape
     width = _check_paged(query, key_cache, value_cache, key_format, value_format)
-    _check_step(block_tables, seq_lens, query_start)
+    tokens, heads, _ = query.shape
+    check_step(block_tables, seq_lens, query_start)
+    check_features(heads, softcap, slopes, sinks, bias, chunk)
+    check_rank("[S + 1]", shared_start=shared_start)
+    check_rank("[S]", shared_lens=shared_lens)
+    check_whole(shared_start=shared_start, shared_lens=shared_lens)
     torch._check(
         shared_start.shape[0] == shared_lens.shape[0] + 1,
         lambda: f"shared_start has {shared_start.shape[0]} entries for {shared_lens.shape[0]} groups: one more is due",
@@ -270,29 +290,10 @@ def _check_paged(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, key_format: str | None, value_format: str | None
 ) -> int:
     """The value width Dv of a paged attention whose operands fit each other."""
-    width = query.shape[2]
-    check_parts(key_cache, value_cache, key_format, value_format)
-    stored = format_of(key_cache, key_format).row_width(key_cache.shape[3])
+    check_rank("[T, Hq, D]", query=query)
+    check_floats(query=query)
+    keys, values = find_pair(key_cache, value_cache, key_format, value_format)
+    width, stored = query.shape[2], keys.row_width(key_cache.shape[3])
     torch._check(stored == width, lambda: f"query has head dim {width}, key cache {stored}")
-    _check_heads(query.shape[1], key_cache.shape[1], value_cache.shape[1])
-    return format_of(value_cache, value_format).row_width(value_cache.shape[3])
-
-
-def _check_step(block_tables: Tensor, seq_lens: Tensor, query_start: Tensor) -> None:
-    sequences = block_tables.shape[0]
-    check_sizes("block_tables and seq_lens have a row per sequence", sequences, seq_lens.shape[0])
-    check_sizes("query_start has a row per sequence and one more", sequences, query_start.shape[0] - 1)
-    torch._check(block_tables.dim() == 2, lambda: f"block_tables have {block_tables.dim()} dims: they must be [N, W]")
-    check_whole(block_tables=block_tables, seq_lens=seq_lens, query_start=query_start)
-
-
-def _check_tree(tree_mask: Tensor, tokens: int) -> None:
-    torch._check(tree_mask.dtype is torch.bool, lambda: f"tree_mask is {tree_mask.dtype}: it must be torch.bool")
-    check_sizes("tree_mask and query have one row per token", tree_mask.shape[0], tokens)
-
-
-def _check_heads(heads: int, key_heads: int, value_heads: int) -> None:
-    torch._check(
-        key_heads == value_heads and heads % key_heads == 0,
-        lambda: f"{heads} query heads cannot be grouped over {key_heads} key and {value_heads} value heads",
-    )
+    check_heads(query.shape[1], key_cache.shape[1], value_cache.shape[1])
+    return values.row_width(value_cache.shape[3])

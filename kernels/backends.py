@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import ConfigError, InputError
+from kvpass.kernels.call_checks import check_memory
 from kvpass.kernels.index_checks import check_indices
 
 
@@ -138,6 +139,8 @@ def implementation_of(op: str, names: tuple[str, ...], check: Callable[..., obje
     Neither the check nor the choice looks at what tensors hold, so what they found is kept for calls whose arguments
     have the same shapes, strides, dtypes and devices: it would cost more than a kernel that decodes a short sequence.
 
+    Errors name the op. Dtypes, devices and strides are checked with the shapes.
+
     Args:
         op: name of the op.
         names: its arguments in order.
@@ -160,21 +163,34 @@ def implementation_of(op: str, names: tuple[str, ...], check: Callable[..., obje
         named = tuple(kwargs)
         call = (os.environ.get("KVPASS_BACKEND"), named, *map(_describe, args), *map(_describe, kwargs.values()))
         kernel = None if debug else chosen.get(call)
-        if kernel is None:
-            try:
-                check(*args, **kwargs)
-            except RuntimeError as error:
-                raise InputError(f"kvpass::{op} has arguments that do not fit each other: {error}") from None
-            arguments = dict(zip(names, args, strict=False)) | kwargs
-            if debug:
-                check_indices(op, arguments)
-            kernel = choose(op, device, arguments)
-            if len(chosen) >= CALLS_KEPT:
-                chosen.clear()
-            chosen[call] = kernel
-        return kernel(*args, **kwargs)
+        try:
+            if kernel is None:
+                arguments = dict(zip(names, args, strict=False)) | kwargs
+                _check(op, check, args, kwargs)
+                check_memory(arguments)
+                if debug:
+                    check_indices(op, arguments)
+                kernel = choose(op, device, arguments)
+                if len(chosen) >= CALLS_KEPT:
+                    chosen.clear()
+                chosen[call] = kernel
+            return kernel(*args, **kwargs)
+        except (InputError, ConfigError) as error:
+            raise _naming(op, error) from None
 
     return run
+
+
+def _check(op: str, check: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        check(*args, **kwargs)
+    except RuntimeError as error:
+        raise InputError(f"kvpass::{op} has arguments that do not fit each other: {error}") from None
+
+
+def _naming(op: str, error: InputError | ConfigError) -> InputError | ConfigError:
+    """The error with the name of the op in front, which what all ops share does not know."""
+    return error if str(error).startswith("kvpass::") else type(error)(f"kvpass::{op}: {error}")
 
 
 def _describe(argument: Any) -> Hashable:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpass.kernels.formats import CHANNEL_GROUP, find_format, format_of
+from kvpass.kernels.call_checks import check_floats, check_rank, check_sizes, check_whole, find_form, find_pair
+from kvpass.kernels.formats import find_format
 
 
 def fake_write_cache(
@@ -36,9 +37,12 @@ def fake_write_cache(
 
     In k4v2 all slots are of wide blocks, and so negative.
     """
-    check_parts(key_cache, value_cache, key_format, value_format)
-    for new, cache, name in ((key, key_cache, key_format), (value, value_cache, value_format)):
-        shape = (cache.shape[1], format_of(cache, name).row_width(cache.shape[3]))
+    check_rank("[T, Hkv, D]", key=key, value=value)
+    check_rank("[T]", slot_mapping=slot_mapping)
+    check_floats(key=key, value=value)
+    forms = find_pair(key_cache, value_cache, key_format, value_format)
+    for new, cache, form in ((key, key_cache, forms[0]), (value, value_cache, forms[1])):
+        shape = (cache.shape[1], form.row_width(cache.shape[3]))
         torch._check(
             new.shape[1:] == shape,
             lambda: f"cannot write {tuple(new.shape)} into a cache of heads and dims {shape}",  # noqa: B023
@@ -92,6 +96,9 @@ def fake_norm_rotary_write(
         the query after norm and rotation, ``[T, Hq, D]`` in its dtype, a new tensor.
     """
     fake_write_cache(key, value, key_cache, value_cache, slot_mapping, key_format, value_format)
+    check_rank("[T, Hq, D]", query=query)
+    check_rank("[T, Dr]", cos=cos, sin=sin)
+    check_floats(query=query, query_weight=query_weight, key_weight=key_weight, cos=cos, sin=sin)
     width = query.shape[2]
     torch._check(key.shape[2] == width, lambda: f"query has head dim {width}, key {key.shape[2]}")
     check_sizes("query and key have one row per token", query.shape[0], key.shape[0])
@@ -119,6 +126,7 @@ def fake_copy_blocks(caches: Sequence[Tensor], source: Tensor, target: Tensor) -
         source: int64 ``[M]``.
         target: int64 ``[M]``, all different.
     """
+    check_rank("[M]", source=source, target=target)
     check_whole(source=source, target=target)
     torch._check(
         source.shape == target.shape, lambda: f"{source.shape[0]} source blocks for {target.shape[0]} target blocks"
@@ -137,26 +145,13 @@ def fake_settle_blocks(caches: Sequence[Tensor], formats: Sequence[str], source:
         source: int64 ``[M]``, numbers of wide blocks negative.
         target: int64 ``[M]``, all different.
     """
-    for name in formats:
+    check_sizes("there is a format for each cache", len(formats), len(caches))
+    for number, (cache, name) in enumerate(zip(caches, formats, strict=True)):
         torch._check(find_format(name).settles is not None, lambda: f"{name} does not settle: use copy_blocks")  # noqa: B023
+        find_form(f"caches[{number}]", cache, name)
+    check_rank("[M]", source=source, target=target)
     check_whole(source=source, target=target)
     check_sizes("there is a source for each target", source.shape[0], target.shape[0])
-    check_sizes("there is a format for each cache", len(formats), len(caches))
-
-
-def check_parts(key_cache: Tensor, value_cache: Tensor, key_format: str | None, value_format: str | None) -> None:
-    """Complain unless keys and values are both in settling formats, each in its own, or neither is."""
-    keys, values = format_of(key_cache, key_format).settles, format_of(value_cache, value_format).settles
-    torch._check(
-        (keys, values) in ((None, None), ("key", "value")),
-        lambda: (
-            f"formats {key_format} and {value_format}: k4 is for keys, v2 for values, and neither goes without the "
-            "other"
-        ),
-    )
-    if keys is not None:
-        size = key_cache.shape[2]
-        torch._check(size % CHANNEL_GROUP == 0, lambda: f"k4v2 needs blocks of 16, 32, 48.. tokens, not of {size}")
 
 
 def fake_gather_cache(
@@ -174,24 +169,11 @@ def fake_gather_cache(
     Returns:
         float32 ``[N, W * P, Hkv, D]``, zeros past the end of each sequence.
     """
-    stored = format_of(cache, format).row_width(cache.shape[3])
+    stored = find_form("cache", cache, format).row_width(cache.shape[3])
     torch._check(stored == width, lambda: f"width={width} was asked of a cache with rows of {stored} numbers")
+    check_rank("[N, W]", block_tables=block_tables)
+    check_rank("[N]", seq_lens=seq_lens)
+    check_sizes("block_tables and seq_lens have a row per sequence", block_tables.shape[0], seq_lens.shape[0])
     check_whole(block_tables=block_tables, seq_lens=seq_lens)
     slots = block_tables.shape[1] * cache.shape[2]
     return cache.new_empty(block_tables.shape[0], slots, cache.shape[1], width, dtype=torch.float32)
-
-
-def check_whole(**indices: Tensor) -> None:
-    """Complain unless all of these tensors are int64."""
-    for name, tensor in indices.items():
-        torch._check(
-            tensor.dtype is torch.int64,
-            lambda: f"{name} is {tensor.dtype}: it must be torch.int64",  # noqa: B023
-        )
-
-
-def check_sizes(rule: str, *sizes: int) -> None:
-    """Complain unless sizes that ``rule`` says are equal are so. While tracing, symbols may stand for what only the
-    caller knows to be equal: those pass."""
-    if all(isinstance(size, int) for size in sizes):
-        torch._check(len(set(sizes)) <= 1, lambda: f"{rule}, but there are {', '.join(map(str, sizes))}")

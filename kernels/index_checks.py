@@ -41,6 +41,8 @@ def check_indices(op: str, arguments: dict[str, Any], wide_blocks: int | None = 
         _check_range(
             op, "block_tables", tables[used], -(wide_blocks or count_wide_blocks(arguments) or 0), cache.shape[0] - 1
         )
+    if op == "settle_blocks":
+        _check_settled(op, arguments)
     if "shared_lens" in arguments:
         _check_shared(op, arguments, arguments["key_cache"].shape[2])
     if op == "copy_blocks":
@@ -72,6 +74,16 @@ def _seen(op: str, arguments: dict[str, Any], size: int) -> Tensor:
         first = torch.maximum(first, oldest // arguments["chunk"] * arguments["chunk"])
     end = torch.arange(1, tables.shape[1] + 1, device=tables.device) * size
     return (end > first[:, None]).logical_and((counts > 0)[:, None])
+
+
+def _check_settled(op: str, arguments: dict[str, Any]) -> None:
+    """Numbers of blocks are those of narrow and of wide blocks that every cache has room for."""
+    caches, forms = arguments["caches"], [FORMATS[name] for name in arguments["formats"]]
+    wide = min((len(wide_view(cache, form)) for cache, form in zip(caches, forms, strict=True)), default=0)
+    blocks = min((len(cache) for cache in caches), default=0)
+    for name in ("source", "target"):
+        _check_range(op, name, arguments[name], -wide, blocks - 1)
+    _check_different(op, "target", arguments["target"])
 
 
 def count_wide_blocks(arguments: dict[str, Any]) -> int | None:

@@ -57,6 +57,4 @@ def unsupported(op: str, **arguments: Any) -> str | None:
             continue
         if cache.dtype not in CODES_BY_DTYPE and cache.dtype is not torch.uint8:
             return f"{name} is {cache.dtype}: permitted are the formats {', '.join(FORMATS)}"
-        if not cache.is_contiguous():
-            return f"{name} is not contiguous"
     return None

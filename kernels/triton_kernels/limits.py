@@ -34,8 +34,6 @@ def explain_refusal(op: str, arguments: Mapping[str, Any]) -> str | None:
         size = cache.shape[2]
         if size < 4 or size & (size - 1):
             return "the block size is no power of two from 4 on"
-        if not cache.is_contiguous():
-            return f"{name} is not contiguous"
         form = format_of(cache, arguments.get(FORMAT_OF[name]))
         if form.dtype is torch.float64:
             return f"{name} is float64: the kernels take {', '.join(FORMATS)}"

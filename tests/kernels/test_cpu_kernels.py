@@ -203,9 +203,8 @@ def test_what_the_kernels_cannot_serve_has_a_reason() -> None:
     arguments["query"] = arguments["query"].double()
     why = backend.unsupported("paged_attention", **arguments)
     assert why == "query is torch.float64: permitted are torch.float32, torch.bfloat16 and torch.float16"
-    arguments = long_step("float32")
-    arguments["key_cache"] = arguments["key_cache"].transpose(0, 1)
-    assert backend.unsupported("paged_attention", **arguments) == "key_cache is not contiguous"
+    cache = torch.zeros(2, 3, 4).transpose(0, 1)
+    assert backend.unsupported("copy_blocks", caches=[cache]) == "a cache is not contiguous"
 
 
 def test_a_level_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
