@@ -14,6 +14,8 @@ struct Partials {
     float* total;
 };
 
+constexpr int64_t kAhead = 2;  // how many steps before it is read memory is fetched
+
 class Attention {
 public:
     Attention(const AttentionCall& call, const Plan& plan, const Partials& partials)
@@ -31,21 +33,23 @@ public:
             products.emplace_back(call_, space.of_head(h), rows);
             products.back().prepare_query();
         }
-        ChunkRows chunks[2];
-        ChunkRows *chunk = &chunks[0], *next = &chunks[1];
-        if (item.begin < item.end) {
-            locator_.locate(item, item.head, item.begin, *chunk);
-            Fetcher first = fetcher_of(*chunk);
+        ChunkRows ring[kAhead + 1];
+        auto locate = [&](int64_t index) -> ChunkRows& {
+            ChunkRows& chunk = ring[index % (kAhead + 1)];
+            locator_.locate(item, item.head + index % item.heads, item.begin + index / item.heads * kChunk, chunk);
+            return chunk;
+        };
+        for (int64_t i = 0; i < kAhead; i++) {
+            Fetcher first = fetcher_of(locate(i));
             first.fetch(first.wanted());
             first.fetch(first.wanted());
         }
-        for (int64_t at = item.begin; at < item.end; at += kChunk)
-            for (int64_t h = 0; h < item.heads; h++) {
-                bool last = h + 1 == item.heads;
-                locator_.locate(item, item.head + (last ? 0 : h + 1), last ? at + kChunk : at, *next);
-                step(item, item.head + h, products[h], *chunk, *next);
-                std::swap(chunk, next);
-            }
+        int64_t steps = (std::max(item.end - item.begin, 0) + kChunk - 1) / kChunk * item.heads;
+        for (int64_t i = 0; i < steps; i++) {
+            int64_t h = i % item.heads;
+            const ChunkRows& later = locate(i + kAhead);
+            step(item, item.head + h, products[h], ring[i % (kAhead + 1)], later);
+        }
         for (int64_t h = 0; h < item.heads; h++)
             for (int r = 0; r < rows; r++) finish(item, item.head + h, space.of_head(h), r);
     }
@@ -112,30 +116,30 @@ private:
         return products;
     }
 
-    // One chunk of one head.
+    // One chunk of one head; what a later one needs is fetched meanwhile.
     void step(
-        const Item& item, int64_t kv_head, Products& products, const ChunkRows& chunk, const ChunkRows& next
+        const Item& item, int64_t kv_head, Products& products, const ChunkRows& chunk, const ChunkRows& later
     ) const {
         const Workspace& w = products.space();
         RowTails key_tails, value_tails;
         Keys keys{chunk.start, chunk.count, nullptr, nullptr};
         if (locator_.key().scale_bytes) {
-            read_tails(chunk, chunk.key_scales, call_.keys.format, key_tails);
+            read_tails(chunk, chunk.key_scales, call_.keys.format, call_.scale, key_tails);
             keys.key_tails = &key_tails;
         }
-        Fetcher fetcher = fetcher_of(next);
+        Fetcher fetcher = fetcher_of(later);
         const Share whole{fetcher, fetcher.wanted()}, eighth = whole.part(8);
         int rows = item.tokens * item.group_rows;
         products.scores(chunk, {fetcher, 3 * eighth.portions});
         if (locator_.value().scale_bytes) {
-            read_tails(chunk, chunk.value_scales, call_.values.format, value_tails);
+            read_tails(chunk, chunk.value_scales, call_.values.format, 1.0, value_tails);
             keys.value_tails = &value_tails;
         }
         for (int r = 0; r < rows; r++) {
             eighth.part(rows).fetch();
             float factor = weigher_.weigh(
                 w.scores + r * kChunk, token(item, r), head(item, kv_head, r), keys,
-                {w.query_total[r], w.most[r], w.total[r], w.shift[r]}
+                {w.query_total[r], w.most[r], w.total + r * kLanes, w.shift + r * kLanes}
             );
             if (factor == 1.0f) continue;
             float* out = w.out + r * w.out_width;
@@ -158,7 +162,9 @@ private:
         for (int r = 0; r < padded; r++) {
             float* row = w.query + r * w.width;
             w.most[r] = -INFINITY;
-            w.total[r] = w.shift[r] = w.query_total[r] = 0.0f;
+            w.query_total[r] = 0.0f;
+            store(w.total + r * kLanes, vf{});
+            store(w.shift + r * kLanes, vf{});
             std::fill(row, row + w.width, 0.0f);
             if (r >= rows) continue;
             int64_t at = index(item, r) * call_.query_token_stride + head(item, kv_head, r) * call_.query_head_stride;
@@ -186,7 +192,7 @@ private:
             locator_.locate(item, item.head, at, chunk);
             Keys keys{at, chunk.count, nullptr, nullptr};
             if (locator_.key().scale_bytes) {
-                read_tails(chunk, chunk.key_scales, call_.keys.format, key_tails);
+                read_tails(chunk, chunk.key_scales, call_.keys.format, call_.scale, key_tails);
                 keys.key_tails = &key_tails;
             }
             products.scores(chunk, nothing);
@@ -201,12 +207,13 @@ private:
     void finish(const Item& item, int64_t kv_head, const Workspace& w, int r) const {
         const Token& row = token(item, r);
         float* out = w.out + r * w.out_width;
-        for (int64_t i = 0; i < w.out_width; i += kLanes) store(out + i, load<vf>(out + i) + w.shift[r]);
-        if (row.parts < 2) return write(index(item, r), head(item, kv_head, r), out, w.most[r], w.total[r]);
+        float shift = sum_lanes(load<vf>(w.shift + r * kLanes)), total = sum_lanes(load<vf>(w.total + r * kLanes));
+        for (int64_t i = 0; i < w.out_width; i += kLanes) store(out + i, load<vf>(out + i) + shift);
+        if (row.parts < 2) return write(index(item, r), head(item, kv_head, r), out, w.most[r], total);
         int64_t part = item.shared ? item.part : row.shared_parts + item.part;
         int64_t slot = (row.slot + part) * call_.heads + head(item, kv_head, r);
         partials_.most[slot] = w.most[r];
-        partials_.total[slot] = w.total[r];
+        partials_.total[slot] = total;
         std::memcpy(partials_.out + slot * call_.values.dim, out, 4 * call_.values.dim);
     }
 

@@ -1,7 +1,7 @@
 // Attention of a few query rows straight from the cache: every element is loaded once for up to four rows.
 //
 // This is decode. The rows of a chunk of keys are given by pointers, so that blocks of any size, anywhere, look alike.
-// Meanwhile the rows of the next chunk are fetched into the second-level cache: the slabs of a sequence lie anywhere in
+// Meanwhile the rows of a later chunk are fetched into the second-level cache: the slabs of a sequence lie anywhere in
 // memory, and no hardware prefetcher crosses from one to the next.
 #pragma once
 

@@ -5,65 +5,48 @@
 #include "pack.h"
 
 #if KVPASS_DOT
-// The largest magnitude of a chunk's weights as `levels` steps; returns the step, NaN if a weight is none.
-INLINE float find_step(const float* row, float levels) {
-    vf most = vf{}, sum = vf{};
-#pragma GCC unroll 8
-    for (int i = 0; i < kChunk; i += kLanes) {
-        vf weight = as_float(as_int(load<vf>(row + i)) & 0x7fffffff);
-        most = weight > most ? weight : most;
-        sum += weight;
-    }
-    float largest = max_lanes(most);
-    return sum_lanes(sum) <= 3e38f ? largest / levels : NAN;
+// What a row's weights count, times 8 and what one counts, is taken off `shift`: codes of int4 are that much too large.
+INLINE void take_eights(__m512i counts, float step, float* shift) {
+    store(shift, load<vf>(shift) - (vf)_mm512_cvtepi32_ps(counts) * (8.0f * step));
 }
 
-INLINE float invert_step(float step) { return step > 1e-30f ? 1.0f / step : 0.0f; }  // 0 for NaN
-
-// A row of weights, none negative, as 16-bit fractions of the largest, in two bytes each; returns what one stands for.
-INLINE float weights_to_two_bytes(const float* row, uint8_t* high, uint8_t* low) {
-    float step = find_step(row, 65535.0f);
-    vf inverse = splat(invert_step(step));
-#pragma GCC unroll 8
-    for (int i = 0; i < kChunk; i += kLanes) {
-        __m512i fraction = _mm512_cvtps_epi32((__m512)(load<vf>(row + i) * inverse));
-        store(high + i, _mm512_cvtepi32_epi8(_mm512_srli_epi32(fraction, 8)));
-        store(low + i, _mm512_cvtepi32_epi8(fraction));
+// A row of weights, none negative, as 8-bit fractions of the largest. Returns whether what that rounds off is less than a
+// 64th of the weights: a quarter of what int4 itself may round.
+INLINE bool weights_to_bytes(const float* row, uint8_t* bytes, float& step, float* shift) {
+    const Steps steps(row, kChunk, 255.0f);
+    vf left = vf{};
+    __m512i all = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int i = 0; i < kChunk; i += 64) {
+        __m512i fraction[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            __m512 count = steps.count(row + i + 16 * k);
+            fraction[k] = _mm512_cvtps_epi32(count);
+            left += (vf)_mm512_abs_ps(_mm512_sub_ps(count, _mm512_cvtepi32_ps(fraction[k])));
+            all = _mm512_add_epi32(all, fraction[k]);
+        }
+        __m512i ab = _mm512_packus_epi32(fraction[0], fraction[1]), cd = _mm512_packus_epi32(fraction[2], fraction[3]);
+        store(bytes + i, merge_bytes(ab, cd));
     }
-    return step;
-}
-
-// A row of weights, none negative, as 8-bit fractions of the largest; `sum` gets the sum of the fractions. Returns whether
-// what that rounds off is less than a 64th of the weights: a quarter of what int4 itself may round.
-INLINE bool weights_to_bytes(const float* row, uint8_t* high, float& step, int32_t& sum) {
-    step = find_step(row, 255.0f);
-    vf inverse = splat(invert_step(step)), left = vf{}, total = vf{};
-    vi all = vi{};
-#pragma GCC unroll 8
-    for (int i = 0; i < kChunk; i += kLanes) {
-        vf weight = load<vf>(row + i) * inverse;
-        __m512i upper = _mm512_cvtps_epi32((__m512)weight);
-        total += weight;
-        left += (vf)_mm512_abs_ps((__m512)(weight - (vf)_mm512_cvtepi32_ps(upper)));
-        all += (vi)upper;
-        store(high + i, _mm512_cvtepi32_epi8(upper));
-    }
-    sum = _mm512_reduce_add_epi32((__m512i)all);
-    return sum_lanes(total - left * 64.0f) >= 0.0f;
+    step = steps.step;
+    take_eights(all, step, shift);
+    return sum_lanes((vf)_mm512_cvtepi32_ps(all) - left * 64.0f) >= 0.0f;
 }
 
 // What weights_to_bytes has rounded off, signed, in steps 254 times as fine.
-INLINE void rest_to_bytes(const float* row, const uint8_t* high, uint8_t* low, float& step, int32_t& sum) {
-    vf inverse = splat(invert_step(step));
-    vi all = vi{};
-    for (int i = 0; i < kChunk; i += kLanes) {
-        vf rest = load<vf>(row + i) * inverse - (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(high + i)));
-        __m512i lower = _mm512_cvtps_epi32((__m512)(rest * 254.0f));
-        all += (vi)lower;
-        store(low + i, _mm512_cvtepi32_epi8(lower));
+INLINE void rest_to_bytes(const float* row, const uint8_t* bytes, uint8_t* rest, float& step, float* shift) {
+    const Steps steps(row, kChunk, 255.0f);
+    __m512i all = _mm512_setzero_si512();
+    for (int i = 0; i < kChunk; i += 16) {
+        __m512 back = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(bytes + i)));
+        __m512 left = _mm512_sub_ps(steps.count(row + i), back);
+        __m512i lower = _mm512_cvtps_epi32(_mm512_mul_ps(left, _mm512_set1_ps(254.0f)));
+        all = _mm512_add_epi32(all, lower);
+        store(rest + i, _mm512_cvtepi32_epi8(lower));
     }
-    sum = _mm512_reduce_add_epi32((__m512i)all);
     step *= 1.0f / 254.0f;
+    take_eights(all, step, shift);
 }
 
 // Products of R byte rows with 16 NV keys, whose lanes they become: finish(row, column, sums) takes those of a row's parts.
@@ -147,9 +130,8 @@ INLINE void add_eights(float* out, __m512i sums, float step) {
 // Bytes of weights, [R][kChunk].
 struct WeightBytes {
     const uint8_t* bytes;
-    int64_t low;          // of int8: how far behind them the low bytes lie
-    const int32_t* sums;  // of int4: of each row
-    const float* steps;
+    int64_t low;         // of int8: how far behind them the low bytes lie
+    const float* steps;  // what one stands for, of each row
 };
 
 // out[r] += step[r] * sum over j of weights[r][j] * value[j], for rows of a multiple of 64 bytes, or of 32 as Twins: then
@@ -174,8 +156,7 @@ INLINE void direct_byte_values(
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                for (int v = 0; v < 4; v++)
-                    sums[r][v] = _mm512_set1_epi32(F == kInt4 ? (Twins ? -4 : -8) * weights.sums[r] : 0);
+                for (int v = 0; v < 4; v++) sums[r][v] = _mm512_setzero_si512();
             for (int j = 0; j < count; j += kKeys) {
                 each.fetch();
                 __m512i row[4];

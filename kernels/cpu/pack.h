@@ -148,49 +148,66 @@ INLINE void split_row(const float* row, int64_t count, int parts, uint16_t* high
     }
 }
 
-// A row of weights, none negative, as 16-bit fractions of the largest, in two unsigned bytes each. Returns what one
-// fraction stands for; NaN if a weight is none.
-INLINE float split_weights(const float* row, int count, uint8_t* high, uint8_t* low) {
-    vf most = vf{}, sum = vf{};
-    for (int i = 0; i < count; i += kLanes) {
-        vf weight = load<vf>(row + i);
-        most = weight > most ? weight : most;
-        sum += weight;
+// In how many steps the largest weight of a row is counted. The step is NaN if a weight is none, or infinite: the bits of
+// such count as more than those of any number.
+struct Steps {
+    float step, inverse;  // 0: all weights count as none
+
+    Steps(const float* row, int count, float levels) {
+        __m512i most = _mm512_setzero_si512();
+        for (int i = 0; i < count; i += 16)
+            most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_loadu_si512(row + i), _mm512_set1_epi32(INT32_MAX)));
+        int32_t bits = _mm512_reduce_max_epi32(most);
+        float largest = from_bits(bits < 0x7f800000 ? bits : 0x7fc00000);
+        step = largest * (1.0f / levels);
+        inverse = largest > 1e-30f ? levels / largest : 0.0f;
     }
-    float largest = max_lanes(most), total = sum_lanes(sum);
-    float unit = largest * (1.0f / 65535.0f);
-    if (!(total <= 3e38f)) unit = NAN;
-    vf inverse = splat(largest > 1e-30f && unit == unit ? 65535.0f / largest : 0.0f);
-    for (int i = 0; i < count; i += kLanes) {
-        __m512i fraction = _mm512_cvtps_epi32((__m512)(load<vf>(row + i) * inverse));
+
+    INLINE __m512 count(const float* row) const { return _mm512_mul_ps(_mm512_loadu_ps(row), _mm512_set1_ps(inverse)); }
+};
+
+// The numbers of two times 32 words, which _mm512_packus_epi32 has put together, as 64 bytes in their order before that.
+INLINE __m512i merge_bytes(__m512i ab, __m512i cd) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd));
+}
+
+// A row of weights, none negative, as 16-bit fractions of the largest, in two unsigned bytes each; `count` is a multiple
+// of 16. Returns what one fraction stands for.
+INLINE float split_weights(const float* row, int count, uint8_t* high, uint8_t* low) {
+    const Steps steps(row, count, 65535.0f);
+    const __m512i byte = _mm512_set1_epi16(255);
+    int i = 0;
+    for (; i + 64 <= count; i += 64) {
+        __m512i fraction[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) fraction[k] = _mm512_cvtps_epi32(steps.count(row + i + 16 * k));
+        __m512i ab = _mm512_packus_epi32(fraction[0], fraction[1]), cd = _mm512_packus_epi32(fraction[2], fraction[3]);
+        store(high + i, merge_bytes(_mm512_srli_epi16(ab, 8), _mm512_srli_epi16(cd, 8)));
+        store(low + i, merge_bytes(_mm512_and_si512(ab, byte), _mm512_and_si512(cd, byte)));
+    }
+    for (; i < count; i += 16) {
+        __m512i fraction = _mm512_cvtps_epi32(steps.count(row + i));
         store(high + i, _mm512_cvtepi32_epi8(_mm512_srli_epi32(fraction, 8)));
         store(low + i, _mm512_cvtepi32_epi8(fraction));
     }
-    return unit;
+    return steps.step;
 }
 
 // A row of weights of either sign in steps of the largest / 32512: two signed bytes each. `sum` gets the sum of all steps.
 // Returns what one step stands for; NaN if a weight is none.
 INLINE float split_signed_weights(const float* row, int count, uint8_t* high, uint8_t* low, int32_t* sum) {
-    vf most = vf{}, total = vf{};
-    for (int i = 0; i < count; i += kLanes) {
-        vf weight = as_float(as_int(load<vf>(row + i)) & 0x7fffffff);
-        most = weight > most ? weight : most;
-        total += weight;
-    }
-    float largest = max_lanes(most), unit = largest * (1.0f / 32512.0f);
-    if (!(sum_lanes(total) <= 3e38f)) unit = NAN;
-    vf inverse = splat(largest > 1e-30f && unit == unit ? 32512.0f / largest : 0.0f);
+    const Steps steps(row, count, 32512.0f);
     __m512i all = _mm512_setzero_si512();
-    for (int i = 0; i < count; i += kLanes) {
-        __m512i step = _mm512_cvtps_epi32((__m512)(load<vf>(row + i) * inverse));
+    for (int i = 0; i < count; i += 16) {
+        __m512i step = _mm512_cvtps_epi32(steps.count(row + i));
         all = _mm512_add_epi32(all, step);
         __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(step, _mm512_set1_epi32(128)), 8);
         store(high + i, _mm512_cvtepi32_epi8(upper));
         store(low + i, _mm512_cvtepi32_epi8(step));  // what is left, from -128 to 127
     }
     *sum = _mm512_reduce_add_epi32(all);
-    return unit;
+    return steps.step;
 }
 
 // A query row as signed bytes in `parts` parts; `sums` gets the sum of each part, needed to undo the offset of unsigned

@@ -113,7 +113,7 @@ public:
                 if (call_.values.format == kInt4) return direct_nibble_values(chunk, count, share);
                 for (int r = 0; r < rows_; r++) {
                     uint8_t* high = w_.weight_bytes + r * kChunk;
-                    w_.weight_unit[r] = weights_to_two_bytes(w_.scores + r * kChunk, high, high + w_.rows * kChunk);
+                    w_.weight_unit[r] = split_weights(w_.scores + r * kChunk, kChunk, high, high + w_.rows * kChunk);
                 }
                 return add_byte_values<kInt8, false>(w_.weight_bytes, chunk, count, share);
             case Way::kPackPairs: {
@@ -250,14 +250,18 @@ private:
     void direct_nibble_values(const ChunkRows& chunk, int count, const Share& share) {
         bool enough = true;
         uint8_t *high = w_.weight_bytes, *low = high + w_.rows * kChunk;
-        for (int r = 0; r < rows_; r++)
-            enough &= weights_to_bytes(w_.scores + r * kChunk, high + r * kChunk, w_.weight_unit[r], w_.weight_sums[r]);
+        auto each = [&](const auto& convert) {
+            for (int r = 0; r < rows_; r++)
+                convert(w_.scores + r * kChunk, r * kChunk, w_.weight_unit[r], w_.shift + r * kLanes);
+        };
+        each([&](const float* row, int at, float& unit, float* shift) {
+            enough &= weights_to_bytes(row, high + at, unit, shift);
+        });
         add_byte_values<kInt4, false>(high, chunk, count, share);
         if (enough) return;
-        for (int r = 0; r < rows_; r++)
-            rest_to_bytes(
-                w_.scores + r * kChunk, high + r * kChunk, low + r * kChunk, w_.weight_unit[r], w_.weight_sums[r]
-            );
+        each([&](const float* row, int at, float& unit, float* shift) {
+            rest_to_bytes(row, high + at, low + at, unit, shift);
+        });
         add_byte_values<kInt4, true>(low, chunk, count, {share.fetcher, 0});
     }
 
@@ -265,7 +269,7 @@ private:
     void add_byte_values(const uint8_t* weights, const ChunkRows& chunk, int count, const Share& share) {
         int64_t dim = call_.values.dim;
         with_rows(rows_, [&](int r, auto R) {
-            const WeightBytes bytes{weights + r * kChunk, w_.rows * kChunk, w_.weight_sums + r, w_.weight_unit + r};
+            const WeightBytes bytes{weights + r * kChunk, w_.rows * kChunk, w_.weight_unit + r};
             float* out = w_.out + r * w_.out_width;
             const Share next = share.part(fours());
             if (dim % (F == kInt4 ? 128 : 64) == 0)

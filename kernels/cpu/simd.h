@@ -62,6 +62,11 @@ INLINE vi iota() { return make_iota(std::make_integer_sequence<int, kLanes>{}); 
 
 INLINE void prefetch(const uint8_t* address) { __builtin_prefetch(address, 0, 2); }  // into the second level
 
+INLINE void prefetch_run(const uint8_t* from, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) prefetch(from + b);
+    if (reinterpret_cast<uintptr_t>(from) % 64) prefetch(from + bytes - 1);
+}
+
 // A NaN passes: the comparison is false for it, and the second value is taken.
 INLINE vf at_least(vf value, float bound) { return value < bound ? splat(bound) : value; }
 INLINE vf at_most(vf value, float bound) { return value > bound ? splat(bound) : value; }
@@ -150,6 +155,15 @@ INLINE float sum_lanes(vf value) {
 
 INLINE float max_lanes(vf value) {
     return join_lanes(value, [](vf a, vf b) { return a > b ? a : b; });
+}
+
+// Whether any lane is greater.
+INLINE bool any_above(vf value, float bound) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)value, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#else
+    return max_lanes(value) > bound;
+#endif
 }
 
 // exp(x) for x up to 88, as 2^n times 2^r: relative error at most 2e-7, and 1.4e-8 more for each unit of |x|. 0 for what
@@ -278,6 +292,12 @@ INLINE float from_bfloat16(uint16_t value) {
     float result;
     std::memcpy(&result, &bits, 4);
     return result;
+}
+
+INLINE float from_bits(int32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
 }
 
 INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

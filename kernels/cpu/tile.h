@@ -67,8 +67,9 @@ inline Way choose_way(int64_t format, int64_t query_format, int64_t dim, int64_t
 struct Workspace {
     int64_t width, out_width;  // D and Dv, padded
     int64_t rows;
-    float *query, *out, *most, *total, *query_unit;
-    float *query_total, *shift;  // sums of the queries' elements; what is to be added to all elements of out
+    float *query, *out, *most, *query_unit;
+    float* query_total;    // sums of the queries' elements
+    float *total, *shift;  // [rows][kLanes], see RowSums
     uint16_t* query_pairs;
     uint8_t* query_bytes;
     int32_t* query_sums;
@@ -85,10 +86,10 @@ struct Workspace {
         part.query += head * rows * width;
         part.out += head * rows * out_width;
         part.most += head * rows;
-        part.total += head * rows;
+        part.total += head * rows * kLanes;
         part.query_unit += head * rows;
         part.query_total += head * rows;
-        part.shift += head * rows;
+        part.shift += head * rows * kLanes;
         part.query_pairs += head * 2 * rows * width;
         part.query_bytes += head * 4 * rows * width;
         part.query_sums += head * 2 * rows;
@@ -105,10 +106,10 @@ struct Workspace {
             query = arena.take<float>(heads * rows * width);
             out = arena.take<float>(heads * rows * out_width);
             most = arena.take<float>(heads * rows);
-            total = arena.take<float>(heads * rows);
+            total = arena.take<float>(heads * rows * kLanes);
             query_unit = arena.take<float>(heads * rows);
             query_total = arena.take<float>(heads * rows);
-            shift = arena.take<float>(heads * rows);
+            shift = arena.take<float>(heads * rows * kLanes);
             query_pairs = arena.take<uint16_t>(heads * 2 * rows * width);
             query_bytes = arena.take<uint8_t>(heads * 4 * rows * width);
             query_sums = arena.take<int32_t>(heads * 2 * rows);
@@ -168,10 +169,8 @@ public:
             if (scaled_) {
                 rows.key_scales[rows.runs] = keys + key_.scale_bytes + 4 * offset;
                 rows.value_scales[rows.runs] = values + value_.scale_bytes + 4 * offset;
-                prefetch(rows.key_scales[rows.runs]);
-                prefetch(rows.key_scales[rows.runs] + 4 * run - 1);
-                prefetch(rows.value_scales[rows.runs]);
-                prefetch(rows.value_scales[rows.runs] + 4 * run - 1);
+                prefetch_run(rows.key_scales[rows.runs], 4 * run);
+                prefetch_run(rows.value_scales[rows.runs], 4 * run);
                 rows.run_length[rows.runs++] = run;
             }
             keys += offset * key_.row_bytes;
@@ -220,18 +219,27 @@ private:
     bool scaled_, settled_;
 };
 
-INLINE void read_tails(const ChunkRows& rows, const uint8_t* const* from, int64_t format, RowTails& tails) {
+// The tails of a chunk, times a number.
+INLINE void read_tails(
+    const ChunkRows& rows, const uint8_t* const* from, int64_t format, double times, RowTails& tails
+) {
     int at = 0;
     for (int i = 0; i < rows.runs; i++) {
-        std::memcpy(tails.scales + at, from[i], 4 * rows.run_length[i]);
-        at += rows.run_length[i];
+        const uint8_t* run = from[i];
+        int last = at + rows.run_length[i];
+        for (; at + 16 <= last; at += 16, run += 64) std::memcpy(tails.scales + at, run, 64);
+        for (; at < last; at++, run += 4) std::memcpy(tails.scales + at, run, 4);
     }
     for (; at < kChunk; at++) tails.scales[at] = 0.0f;
     tails.shifted = format == kInt4;
-    if (!tails.shifted) return;
-    for (int i = 0; i < kChunk; i += kLanes) {  // two bfloat16, the scale first
-        vi words = load<vi>(tails.scales + i);
-        store(tails.offsets + i, words & static_cast<int32_t>(0xffff0000));
-        store(tails.scales + i, words << 16);
+    float factor = static_cast<float>(times);
+    for (int i = 0; i < kChunk; i += kLanes) {
+        vf scale = load<vf>(tails.scales + i);
+        if (tails.shifted) {  // two bfloat16, the scale first
+            vi words = as_int(scale);
+            store(tails.offsets + i, as_float(words & static_cast<int32_t>(0xffff0000)) * factor);
+            scale = as_float(words << 16);
+        }
+        store(tails.scales + i, scale * factor);
     }
 }

@@ -15,17 +15,21 @@ struct RowTails {
 struct Keys {
     int64_t start;
     int count;
-    const RowTails* key_tails;    // or null
+    const RowTails* key_tails;    // times the softmax scale; or null
     const RowTails* value_tails;  // or null
 };
 
-// What is kept for a row of scores from chunk to chunk.
+// What is kept for a row of scores from chunk to chunk; what has kLanes parts is added up at the end.
 struct RowSums {
     float query_total;  // sum of the query's elements
-    float& most;        // of the online softmax
-    float& total;
-    float& shift;  // sum of the weights, each times the offset of its value
+    float& most;        // the score that weighs 1: the greatest so far, or up to kSlack less
+    float* total;       // [kLanes], of the online softmax
+    float* shift;       // [kLanes], sum of the weights, each times the offset of its value
 };
+
+// A score may exceed the one that weighs 1 by as much: exp(8) is far from what overflows, and what was summed up need
+// hardly ever be scaled down.
+constexpr float kSlack = 8.0f;
 
 class Weigher {
 public:
@@ -38,12 +42,8 @@ public:
         constexpr int kVectors = kChunk / kLanes;
         vf value[kVectors];
         if (plain_ && keys.start >= token.low && keys.start + kChunk <= token.high && keys.count == kChunk) {
-            float scale = static_cast<float>(call_.scale);
 #pragma GCC unroll 16
-            for (int i = 0; i < kVectors; i++) {
-                value[i] = load<vf>(row + i * kLanes) * scale;
-                if (keys.key_tails) value[i] = scaled(value[i], *keys.key_tails, i * kLanes, sums.query_total * scale);
-            }
+            for (int i = 0; i < kVectors; i++) value[i] = scaled(row, i * kLanes, keys, sums.query_total);
         } else {
             score(row, token, head, keys, sums.query_total);
 #pragma GCC unroll 16
@@ -52,11 +52,13 @@ public:
         vf highest = value[0];
 #pragma GCC unroll 16
         for (int i = 1; i < kVectors; i++) highest = highest > value[i] ? highest : value[i];
-        float new_most = max_lanes(highest);
-        new_most = new_most > sums.most ? new_most : sums.most;
-        float base = new_most == -INFINITY ? 0.0f : new_most;
-        float factor = sums.most == new_most ? 1.0f : std::exp(sums.most - base);
-        sums.most = new_most;
+        float factor = 1.0f;
+        if (any_above(highest, sums.most + kSlack)) {
+            float new_most = max_lanes(highest);
+            factor = std::exp(sums.most - new_most);
+            sums.most = new_most;
+        }
+        float base = sums.most == -INFINITY ? 0.0f : sums.most;
         if (!keys.value_tails)
             take<false, false>(value, base, row, keys, factor, sums);
         else if (!keys.value_tails->shifted)
@@ -91,24 +93,22 @@ private:
             if constexpr (Scaled) weight *= load<vf>(keys.value_tails->scales + i * kLanes);
             store(row + i * kLanes, weight);
         }
-        sums.total = sums.total * factor + sum_lanes(sum[0] + sum[1]);
-        if constexpr (Shifted) sums.shift = sums.shift * factor + sum_lanes(shift);
+        store(sums.total, load<vf>(sums.total) * factor + (sum[0] + sum[1]));
+        if constexpr (Shifted) store(sums.shift, load<vf>(sums.shift) * factor + shift);
     }
 
-    // Products with codes become products with what these stand for; `query_total` is the sum of the query's elements.
-    static vf scaled(vf products, const RowTails& tails, int at, float query_total) {
-        products *= load<vf>(tails.scales + at);
-        return tails.shifted ? products + load<vf>(tails.offsets + at) * query_total : products;
+    // Products, be they with codes, times the softmax scale; `query_total` is the sum of the query's elements.
+    INLINE vf scaled(const float* row, int at, const Keys& keys, float query_total) const {
+        vf products = load<vf>(row + at);
+        if (!keys.key_tails) return products * static_cast<float>(call_.scale);
+        products *= load<vf>(keys.key_tails->scales + at);
+        if (!keys.key_tails->shifted) return products;
+        return products + load<vf>(keys.key_tails->offsets + at) * query_total;
     }
 
     // Raw products become scores, -inf where the token does not see the key.
     void score(float* row, const Token& token, int64_t head, const Keys& keys, float query_total) const {
-        float scale = static_cast<float>(call_.scale);
-        for (int i = 0; i < kChunk; i += kLanes) {
-            vf value = load<vf>(row + i) * scale;
-            if (keys.key_tails) value = scaled(value, *keys.key_tails, i, query_total * scale);
-            store(row + i, value);
-        }
+        for (int i = 0; i < kChunk; i += kLanes) store(row + i, scaled(row, i, keys, query_total));
         if (!plain_) enrich(row, token, head, keys);
         int64_t high = call_.tree ? token.step_begin : token.high;
         int64_t first = token.low - keys.start, last = high - keys.start;

@@ -149,6 +149,24 @@ def test_many_small_weights_beside_a_large_one_are_not_rounded_off(dim: int, hea
     torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-3)  # else 0.3
 
 
+@pytest.mark.parametrize("rise", [5.0, 30.0, -30.0], ids=["slowly", "by leaps", "falling"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4"])
+def test_the_softmax_follows_scores_that_rise(name: str, rise: float, level: str) -> None:
+    chunks, size, dim = 5, 32, 64
+    generator = torch.Generator().manual_seed(3)
+    scores = rise * torch.arange(chunks).repeat_interleave(128) + torch.randn(chunks * 128, generator=generator)
+    keys = (scores[:, None] / dim).expand(-1, dim).reshape(-1, 1, size, dim)
+    values = torch.randn(len(keys), 1, size, dim, generator=generator)
+    caches = [pack_slabs(part, FORMATS[name]).contiguous() for part in (keys, values)]
+    step = (torch.arange(len(keys))[None], torch.tensor([len(scores)]), torch.tensor([0, 1]), 1.0)
+    found = backend.paged_attention_stats(torch.ones(1, 4, dim), *caches, *step, key_format=name, value_format=name)
+    numbers = [unpack_slabs(cache, FORMATS[name]) for cache in caches]
+    want = naive.paged_attention(torch.ones(1, 4, dim), *numbers, *step)
+    torch.testing.assert_close(found[0].double(), want, rtol=0, atol=4e-3)
+    exact = (numbers[0].double().sum(-1).flatten()).logsumexp(0)
+    torch.testing.assert_close(found[1].double(), exact.expand(1, 4), rtol=2e-4, atol=1e-4)
+
+
 BAD_CALLS = [
     (
         {"block_tables": lambda t: t.fill_(9999)},
