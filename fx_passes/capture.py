@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,12 +17,12 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
 from kvpass.errors import CaptureError
-from kvpass.fx_passes.graph import CapturedGraph, LogitsRows, aten, expression
+from kvpass.fx_passes.graph import CapturedGraph, aten, expression
+from kvpass.fx_passes.length_conditions import longest_valid
 from kvpass.fx_passes.logits_rows import return_every_row, rows_returned
 from kvpass.fx_passes.token_mixers import token_mixers
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
-LONGEST_TRIED = 4096  # longest sequence on which model and graph are compared
 
 
 # Only composites and aliases without a rule of their own are taken apart: the default table would destroy
@@ -93,7 +93,7 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str) -> 
     seconds = time.perf_counter() - start
     captured = _to_graph(program, path_prefix)
     captured.export_seconds = seconds
-    captured.max_length = _longest_valid(captured, model)
+    captured.max_length = longest_valid(captured, model, EXAMPLE_LENGTH)
     return captured
 
 
@@ -115,11 +115,20 @@ def _takes_varargs(model: nn.Module) -> bool:
 def _to_graph(program: ExportedProgram, path_prefix: str) -> CapturedGraph:
     signature = program.graph_signature
     if signature.buffers_to_mutate:
-        paths = sorted(set(signature.buffers_to_mutate.values()))
-        names = ", ".join(path.removeprefix(f"{path_prefix}.") for path in paths)
+        names = ", ".join(_paths(signature.buffers_to_mutate, path_prefix))
         raise CaptureError(f"the forward writes to the buffers {names}: a paged step cannot reproduce such state")
+    parameters = getattr(signature, "parameters_to_mutate", {})  # not in every PyTorch
+    if parameters:
+        names = ", ".join(_paths(parameters, path_prefix))
+        raise CaptureError(f"the forward writes to the parameters {names}: a paged step cannot reproduce such state")
     if signature.user_inputs_to_mutate:
         raise CaptureError("the forward changes its input tensors in place")
+    objects = [spec.arg.name for spec in signature.input_specs if spec.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN)]
+    if objects:
+        named = ", ".join(objects)
+        raise CaptureError(
+            f"the forward uses objects that are no tensors ({named}), such as a generator of random numbers"
+        )
     module, attributes = _hold_tensors(program)
     graph = Graph()
     renamed: dict[Node, Node] = {}
@@ -138,6 +147,10 @@ def _to_graph(program: ExportedProgram, path_prefix: str) -> CapturedGraph:
     graph_module = GraphModule(module, graph)
     captured = CapturedGraph(graph_module, *_symbols(inputs), *_named(inputs), path_prefix=path_prefix)
     return _with_every_row(captured)
+
+
+def _paths(mutated: Mapping[str, str], path_prefix: str) -> list[str]:
+    return [path.removeprefix(f"{path_prefix}.") for path in sorted(set(mutated.values()))]
 
 
 def _hold_tensors(program: ExportedProgram) -> tuple[nn.Module, dict[str, str]]:
@@ -178,69 +191,6 @@ def _symbols(inputs: list[Node]) -> tuple[sympy.Symbol, sympy.Symbol]:
 
 def _named(inputs: list[Node]) -> tuple[Node, Node | None]:
     return inputs[0], inputs[1] if len(inputs) > 1 else None
-
-
-def _longest_valid(captured: CapturedGraph, model: nn.Module) -> int | None:
-    """The longest sequence for which the graph is the model's: Python branches on the length were taken one way.
-
-    A condition that fails at one length alone is most often one of the capture's own (a slice that happens to be
-    the whole tensor). It is no limit if model and graph agree at that length.
-
-    Raises:
-        CaptureError: if a branch was taken that shorter sequences, or other batch sizes, would not take.
-    """
-    shapes = captured.fake_mode.shape_env
-    assert shapes is not None
-    conditions = [g.expr for g in shapes.guards if g.expr.free_symbols <= {captured.batch, captured.length}]
-    longest: int | None = None
-    for condition in conditions:
-        broken = next((n for n in _broken(condition, captured) if not _apart(condition, captured, model, n)), None)
-        if broken is None:
-            continue
-        if broken <= EXAMPLE_LENGTH:
-            raise CaptureError(
-                f"the forward takes another branch depending on the size of its input: the captured graph demands "
-                f"{condition}, which does not hold for a sequence of {broken} tokens"
-            )
-        longest = broken - 1 if longest is None else min(longest, broken - 1)
-    return longest
-
-
-def _apart(condition: sympy.Basic, captured: CapturedGraph, model: nn.Module, length: int) -> bool:
-    """Whether a condition fails at this length and not at the next ones, and model and graph agree there."""
-    alone = all(_holds(condition, captured, length + d) for d in (1, 2, 3))
-    return alone and length <= LONGEST_TRIED and _agree(captured, model, length)
-
-
-def _agree(captured: CapturedGraph, model: nn.Module, length: int) -> bool:
-    """Whether model and graph give the same logits at one length."""
-    device = captured.input_ids.meta["val"].device
-    ids = (torch.arange(length, device=device) * 7 % 5 % 2).repeat(EXAMPLE_BATCH, 1)
-    inputs = (ids,) if captured.position_ids is None else (ids, torch.arange(length, device=device).expand_as(ids))
-    with torch.no_grad():
-        try:
-            wanted, got = model(*inputs), captured.module(*inputs)[0]
-        except (RuntimeError, IndexError, ValueError):
-            return False
-    got = (got[:, -1:] if captured.rows is LogitsRows.LAST else got).reshape(wanted.shape)
-    scale = max(float(wanted.abs().max()), 1e-6)
-    return bool((wanted - got).abs().max() <= 1e-3 * scale)
-
-
-def _broken(condition: sympy.Basic, captured: CapturedGraph) -> Iterator[int]:
-    """The lengths, of those worth trying, at which a condition fails for a batch of 2 or 3, shortest first.
-
-    Conditions are comparisons with numbers: they are tried at all short lengths and around every number in them.
-    """
-    numbers = {int(n) for n in condition.atoms(sympy.Integer) if 0 < n < 2**31}
-    tried = set(range(2, 65)) | {n + d for n in numbers for d in (-1, 0, 1, 2)} | {2 * n + 1 for n in numbers}
-    for length in sorted(n for n in tried if n >= 2):
-        if not all(_holds(condition, captured, length, batch) for batch in (2, 3)):
-            yield length
-
-
-def _holds(condition: sympy.Basic, captured: CapturedGraph, length: int, batch: int = 2) -> bool:
-    return bool(condition.subs({captured.batch: batch, captured.length: length}) != sympy.false)
 
 
 def _with_every_row(captured: CapturedGraph) -> CapturedGraph:

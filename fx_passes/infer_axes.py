@@ -180,7 +180,8 @@ def _axes_of(inference: Inference, node: Node, rules: dict[str, AxisRule]) -> Ax
         assert isinstance(several, Several) and isinstance(node.args[1], int)
         return several.parts[node.args[1]]
     named = arguments(node)
-    _check_numbers(node, named)
+    if computes_with_sizes(named):
+        raise MixesTokens("computes with the batch size or the length of the sequence")
     rule = rules.get(name) or (rules["pointwise"] if _is_pointwise(node) else None)
     if rule is None:
         raise MixesTokens("is an op for which kvpass has no proof that it treats tokens one by one")
@@ -211,12 +212,13 @@ def _filled(inference: Inference, node: Node) -> Axes:
     return uniform(shape_of(node))
 
 
-def _check_numbers(node: Node, named: dict[str, Any]) -> None:
-    """A size may appear where sizes belong, and nowhere in the arithmetic."""
-    for key, value in named.items():
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if key not in SIZE_ARGUMENTS and is_symbolic_scalar(number) and not expression(number).is_number:
-                raise MixesTokens("computes with the batch size or the length of the sequence")
+def computes_with_sizes(named: dict[str, Any]) -> bool:
+    """Whether a batch size or length is among the arguments of an op where no size belongs."""
+    return any(
+        key not in SIZE_ARGUMENTS and is_symbolic_scalar(number) and not expression(number).is_number
+        for key, value in named.items()
+        for number in (value if isinstance(value, (list, tuple)) else [value])
+    )
 
 
 def _check_sizes(node: Node, axes: Axes) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, read_attribute
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, read_attribute, tensor_value
 from kvpass.fx_passes.shape_values import Dependence, classify, is_random
 
 
@@ -36,6 +36,8 @@ class MergeShared:
         buffers: dict[Hashable, list[Node]] = {}
         rewritten = 0
         for node in list(captured.graph.nodes):
+            if node.op == "get_attr" and tensor_value(node) is None:  # a graph of its own, as torch.cond has them
+                continue
             if node.op == "get_attr":
                 same = _equal_buffer(captured, node, buffers)
             elif node.op != "call_function" or kinds[node] is Dependence.DATA or is_random(node):

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from kvpass.fx_passes.axes import Axes, Kind, is_score
 from kvpass.fx_passes.contraction import Contraction, contraction_of
+from kvpass.fx_passes.fixed_values import is_fixed
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit, is_symbolic_scalar, shape_of, tensor_value
 from kvpass.fx_passes.infer_axes import Inference
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
@@ -121,6 +122,8 @@ class ScoreReader:
             return fill <= HIDDEN
         if not isinstance(fill, Node) or self.inference.is_data(fill) or is_symbolic_scalar(fill):
             return False
+        if not is_fixed(self.evaluator, fill):
+            return False
         return bool(self.evaluator.evaluate(fill, 2, 5).max() <= HIDDEN)
 
     def constant(self, value: Any) -> float | None:
@@ -211,6 +214,8 @@ def _scale(reader: ScoreReader, node: Node, scores: Scores, inner: Node, other: 
         return replace(scores, gate=other, bias=bias)
     if scores.bias is not None or scores.cap is not None or scores.gate is not None:
         raise NotUnderstood("scores are multiplied with a tensor after their mask, bias or softcap", node)
+    if scores.shifted and reader.has(kinds, reader.key):
+        raise NotUnderstood("scores are shifted before they are multiplied with a tensor over keys", node)
     return replace(scores, factors=(*scores.factors, (other, kinds)))
 
 
@@ -259,6 +264,8 @@ def _tanh(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
     scores = reader.read(named["self"])
     if scores.bias is not None or scores.gate is not None or scores.cap is not None:
         raise NotUnderstood("a tanh runs over scores that are masked already", node)
+    if scores.shifted:
+        raise NotUnderstood("scores are shifted before a tanh", node)
     return replace(scores, cap=1.0)
 
 

@@ -11,6 +11,7 @@ from kvpass.fx_passes.arrange import arrange, spread
 from kvpass.fx_passes.axes import Axes, Dim, Factor, Kind, MixesTokens, kinds_in, renamed
 from kvpass.fx_passes.contraction import Contraction, contraction_of, operand_dims, tagged_operands
 from kvpass.fx_passes.dense import DenseInputs, emit_dense, factors_of, one_factor
+from kvpass.fx_passes.fixed_values import is_fixed
 from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call
 from kvpass.fx_passes.infer_axes import Blocked, Inference
 from kvpass.fx_passes.read_probabilities import Coefficient, Softmax, Term, read_terms
@@ -245,6 +246,8 @@ def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, layou
 
 def _is_per_head(reader: ScoreReader, sinks: Node, axes: Axes) -> bool:
     """Whether a column beside the scores is the same for every sequence and query: read from its values."""
+    if not is_fixed(reader.evaluator, sinks):
+        return False
     atoms = [factor for dim in axes for factor in dim]
     found: list[torch.Tensor] = []
     for batch, length in ((1, 1), (2, 3)):

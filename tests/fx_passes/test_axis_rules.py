@@ -71,7 +71,7 @@ def accepted() -> Traced:
 def refused() -> Traced:
     """The cases' own conditions on the length are set aside: here the rules have to see what depends on it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "_longest_valid", lambda graph, model: None)
+        patch.setattr(capture, "longest_valid", lambda graph, model, example_length: None)
         return traced(REFUSED)
 
 
