@@ -8,7 +8,7 @@ A backend is a module. Its functions have the names and signatures of the ops th
 - optionally ``why_unavailable() -> str``: what ``available`` found missing.
 
 The first row that serves the device and the call is taken; the torch reference is the last and serves everything. What
-keeps a row from serving is said once per process, as a :class:`RuntimeWarning`.
+keeps a row from serving is said once per process, as a :class:`~kvpass.errors.KvpassWarning`.
 
 ``KVPASS_BACKEND=name`` forces a row, on whatever device; a call that it has a kernel for and cannot serve is an error
 then. ``KVPASS_DEBUG=1`` checks before each call that no index leads out of a tensor.
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from kvpass.errors import ConfigError, InputError
+from kvpass.errors import ConfigError, InputError, KvpassWarning
 from kvpass.kernels.call_checks import check_memory
 from kvpass.kernels.index_checks import check_indices
 
@@ -58,22 +58,29 @@ CALLS_KEPT = 256  # different calls of an op whose check and choice are remember
 
 
 @functools.cache
-def load(backend: Backend) -> ModuleType | None:
-    """The module of a row, or None, with a warning, when it cannot run here."""
+def find(backend: Backend) -> tuple[ModuleType | None, str]:
+    """The module of a row, or None and the reason why it cannot run here."""
     try:
         module = importlib.import_module(backend.module)
         if module.available():
-            return module
-        why = module.why_unavailable() if hasattr(module, "why_unavailable") else "it is not available on this machine"
+            return module, ""
+        return None, module.why_unavailable() if hasattr(module, "why_unavailable") else "it is not available"
     except (ImportError, OSError) as error:
-        why = f"loading it failed: {error}"
-    _say_once(f"kvpass kernels: the backend {backend.name} does not serve, slower ones take its place ({why})")
-    return None
+        return None, f"loading it failed: {error}"
+
+
+def load(backend: Backend) -> ModuleType | None:
+    """The module of a row, or None, with a warning, when it cannot run here."""
+    module, why = find(backend)
+    if module is None:
+        say_once(f"kvpass kernels: the backend {backend.name} does not serve, slower ones take its place ({why})")
+    return module
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+def say_once(message: str) -> None:
+    """Warn, once per process."""
+    warnings.warn(message, KvpassWarning, stacklevel=2)
 
 
 def choose(op: str, device: str, arguments: dict[str, Any]) -> Callable[..., Any]:
@@ -101,7 +108,7 @@ def choose(op: str, device: str, arguments: dict[str, Any]) -> Callable[..., Any
         why = module.unsupported(op, **arguments)
         if why is None:
             return kernel
-        _say_once(f"kvpass::{op}: the backend {backend.name} does not serve this call, a slower one does ({why})")
+        say_once(f"kvpass::{op}: the backend {backend.name} does not serve this call, a slower one does ({why})")
     raise InputError(f"kvpass::{op} has no backend for the device {device}")
 
 
@@ -120,9 +127,9 @@ def _forced(name: str, op: str, arguments: dict[str, Any]) -> Callable[..., Any]
     if not found:
         known = ", ".join(backend.name for backend in BACKENDS)
         raise ConfigError(f"KVPASS_BACKEND={name} does not exist: choose one of {known}")
-    module = load(found[0])
+    module, why_not = find(found[0])
     if module is None:
-        raise InputError(f"KVPASS_BACKEND={name} cannot run on this machine: unset it, or see the warning before this")
+        raise InputError(f"KVPASS_BACKEND={name} cannot run on this machine, unset it: {why_not}")
     kernel: Callable[..., Any] | None = getattr(module, op, None)
     if kernel is None:
         fallback: Callable[..., Any] = getattr(importlib.import_module(BACKENDS[-1].module), op)

@@ -12,6 +12,7 @@ from kvpass.errors import (
     InputError,
     IntegrityError,
     KvpassError,
+    KvpassWarning,
     RefusedError,
     VerificationError,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "KvpassError",
+    "KvpassWarning",
     "MaskMeaning",
     "PagedModule",
     "PromptLookup",

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from kvpass.cli_plan import plan
 from kvpass.cli_trace import trace
 from kvpass.config import CACHE_DTYPES
-from kvpass.errors import KvpassError, RefusedError
+from kvpass.errors import ConfigError, KvpassError, KvpassWarning, RefusedError
 from kvpass.terminal import error_line, line, output, stages
 
 REFUSED, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -215,7 +215,10 @@ def evaluate_formats(
     from kvpass.quality_tables import quality_data, quality_table
 
     measured: dict[str, Any] = {name: name for name in split_names(formats)}
-    measured |= {path.stem: read_options(path).get("dtype", "auto") for path in config or ()}
+    for path in config or ():
+        measured[str(path) if path.stem in measured else path.stem] = read_options(path).get("dtype", "auto")
+    if not measured:
+        raise ConfigError("no format is to be measured: name some in --formats, or a file in --config")
     sizes = EvalSizes(text_tokens=tokens, window=window, new_tokens=new_tokens)
     found = []
     for name in model or SHIPPED:
@@ -243,13 +246,15 @@ def tune_formats(
     as_json: AsJson = False,
 ) -> None:
     """Choose the format of each layer's keys and values by what it costs in quality, under a budget of memory."""
-    from kvpass.config_file import write_config
+    from kvpass.config_file import check_place, write_config
     from kvpass.eval_sets import EvalSizes, eval_sets
     from kvpass.loading import load_model
     from kvpass.quality_tables import tuning_data, tuning_lines, tuning_table
     from kvpass.tune import parse_budget, tune
 
     allowed = parse_budget(budget)
+    if out is not None:
+        check_place(out)
     loaded = load_model(model)
     sets = eval_sets(loaded, text, EvalSizes(text_tokens=tokens, window=window, task_rows=16))
     with stages() as stage:
@@ -277,8 +282,15 @@ def usage_message(error: Exception) -> str:
     return f"{text.rstrip('.')}. Try '{command} --help'"
 
 
+def show_warning(message: Warning | str, *_: object) -> None:
+    """Write a warning to standard error as one line."""
+    error_line(f"warning: {message}", style="yellow")
+
+
 def main() -> None:
     """Entry point of the ``kvpass`` command."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other people's deprecations are not for the reader of a command's output
+        warnings.simplefilter("default", KvpassWarning)
+        warnings.showwarning = show_warning  # type: ignore[assignment]
     app()

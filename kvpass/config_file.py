@@ -33,6 +33,16 @@ def read_options(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_place(path: Path) -> None:
+    """Complain of a file that :func:`write_config` could not write, before there is anything to lose.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"the configuration {path} cannot be written: it must be a file in a folder that exists")
+
+
 def write_config(path: Path, options: dict[str, Any]) -> None:
     """Write fields of a configuration, such as ``{"dtype": {"default": "int4", "layers": {0: "int8"}}}``.
 

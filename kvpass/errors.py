@@ -35,6 +35,10 @@ class IntegrityError(KvpassError):
     """An invariant of the block pool does not hold: a defect of kvpass, never of the caller."""
 
 
+class KvpassWarning(RuntimeWarning):
+    """kvpass goes on, but slower, or without something that was asked for; the message says why."""
+
+
 class RefusedError(KvpassError):
     """The rewrite could not be proven equal to the original, so nothing was rewritten.
 

@@ -19,9 +19,9 @@ def output() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=WIDTH_IN_A_PIPE)
 
 
-def error_line(text: str) -> None:
+def error_line(text: str, style: str = "bold red") -> None:
     """Write ``text`` to standard error as one line."""
-    Console(stderr=True, highlight=False).print(Text(" ".join(text.split()), style="bold red"), soft_wrap=True)
+    Console(stderr=True, highlight=False).print(Text(" ".join(text.split()), style=style), soft_wrap=True)
 
 
 def heading(console: Console, text: str) -> None:

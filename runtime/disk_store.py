@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvpass.errors import KvpassWarning
 from kvpass.runtime.host_memory import BlockKey, Payload, StoredBlock
 
 FILE_NAME = "kvpass-blocks.sqlite"
@@ -255,7 +256,9 @@ class DiskStore:
             self._connect()
         except (sqlite3.Error, OSError, ValueError) as second:
             warnings.warn(
-                f"no blocks are kept on disk: {self.path} cannot be used ({second}, after {error})", stacklevel=2
+                f"no blocks are kept on disk: {self.path} cannot be used ({second}, after {error})",
+                KvpassWarning,
+                stacklevel=2,
             )
 
 

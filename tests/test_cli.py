@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import kvpass
+from kvpass import KvpassWarning, cli
 from kvpass.cli import app
 from kvpass.models.pydecoder import CHECKPOINT, PyDecoder, PyDecoderConfig, save
 
@@ -295,4 +297,18 @@ def test_in_a_pipe_there_are_no_escape_codes(folder):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "layers.0.attention" in done.stdout
-    assert "\x1b" not in done.stdout and done.stderr == ""
+    assert "\x1b" not in done.stdout + done.stderr
+    assert not [row for row in done.stderr.splitlines() if "the backend cpu does not serve" not in row]
+
+
+def test_what_kvpass_warns_of_is_one_line_and_what_others_do_is_none(monkeypatch, capsys):
+    def command():
+        for _ in range(2):
+            warnings.warn("the kernels\nwere not built", KvpassWarning, stacklevel=1)
+            warnings.warn("soon gone", DeprecationWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", command)
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings():
+        cli.main()
+    assert capsys.readouterr() == ("", "warning: the kernels were not built\n")

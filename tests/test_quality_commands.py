@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
     (folder / "apart.json").write_text(
         '{"dtype": {"default": "int8", "layers": {"-1": {"key": "int8", "value": "int4"}}}}'
     )
+    (folder / "int4.json").write_text('{"dtype": "int4"}')
     return folder
 
 
@@ -58,6 +59,8 @@ def test_eval_gives_its_figures_as_json(run):
         "float32, int4",
         "--config",
         "apart.json",
+        "--config",
+        "int4.json",
         "--new-tokens",
         4,
         "--json",
@@ -67,8 +70,8 @@ def test_eval_gives_its_figures_as_json(run):
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)
     assert found["model"] == "quality_models:build"
-    assert [row["format"] for row in found["formats"]] == ["float32", "int4", "apart"]
-    exact, coarse, apart = found["formats"]
+    assert [row["format"] for row in found["formats"]] == ["float32", "int4", "apart", "int4.json"]
+    exact, coarse, apart, _ = found["formats"]
     assert exact["scores"]["text"]["tokens"] == 3 * 49 and exact["scores"]["text"]["kl"] == 0
     assert coarse["scores"]["text"]["kl"] > apart["scores"]["text"]["kl"] > 0
     assert (coarse["bytes_per_token"], apart["bytes_per_token"]) == (4 * 8, 3 * 12 + 8)
@@ -89,6 +92,11 @@ BAD = {
     "a model without a text": (["eval", "--model", "quality_models:build"], "give --text FILE"),
     "an unknown format": (["eval", *TEXT, "--formats", "int5"], "is not a cache dtype"),
     "a text that is not there": (["eval", *TEXT[2:], "--text", "no.txt"], "the text no.txt cannot be read"),
+    "no format": (["eval", *TEXT, "--formats", " , "], "no format is to be measured"),
+    "no place for what is found": (
+        ["tune", *TEXT, "--budget", "10bits", "--out", "no/folder/tuned.json"],
+        "it must be a file in a folder that exists",
+    ),
     "no budget": (["tune", *TEXT, "--budget", "small"], "budget='small' is no size of a token"),
     "no configuration": (["generate", "-m", "quality_models:build", "-p", "1", "--config", "ids.txt"], "as JSON"),
 }

@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kvpass.kernels.backends import say_once
 from kvpass.kernels.formats import CacheFormat, format_of
 from kvpass.kernels.triton_kernels.launch import Target
 
@@ -71,6 +72,10 @@ def see_cache(cache: Tensor, name: str | None, target: Target) -> Stored:
     if not form.scaled:
         spelling = "float"
         if form.name in FP8 and not target.native_fp8:
+            say_once(
+                f"kvpass kernels: this device does not convert {form.name} itself: its bytes are taken apart, which is "
+                "slower and gives the same result"
+            )
             cache, spelling = cache.view(torch.uint8), f"{form.name}_bytes"
         return Stored(form, spelling, cache, None, size, width, width, size * width, *split_width(width))
     row = width * form.bits // 32

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpass.errors import ConfigError, InputError
+from kvpass.errors import ConfigError, InputError, KvpassWarning
 from kvpass.kernels import backends, ops, reference
 from kvpass.kernels.backends import Backend, choose, implementation_of
 from tests.kernels.random_cases import attention_case
@@ -34,10 +34,10 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         return reference if name == "kvpass.kernels.reference" else types.SimpleNamespace(**parts)
 
     monkeypatch.setattr(backends.importlib, "import_module", import_module)
-    for cached in (backends.load, backends._say_once):
+    for cached in (backends.find, backends.say_once):
         cached.cache_clear()
     yield parts
-    for cached in (backends.load, backends._say_once):
+    for cached in (backends.find, backends.say_once):
         cached.cache_clear()
 
 
@@ -48,7 +48,7 @@ def test_the_first_that_serves_the_device_and_has_the_op_is_taken(table: dict[st
 
 
 def test_a_call_that_is_not_served_goes_on_and_is_said_once(table: dict[str, Any]) -> None:
-    with pytest.warns(RuntimeWarning, match=r"kvpass::paged_attention: the backend quick does not serve .*no fp8 here"):
+    with pytest.warns(KvpassWarning, match=r"kvpass::paged_attention: the backend quick does not serve .*no fp8 here"):
         assert choose("paged_attention", "fast", {"why": "no fp8 here"}) is reference.paged_attention
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -59,7 +59,7 @@ def test_a_call_that_is_not_served_goes_on_and_is_said_once(table: dict[str, Any
 def test_a_backend_that_cannot_run_is_passed_over_and_said_once(missing: Any, table: dict[str, Any]) -> None:
     table["available"] = missing
     table["why_unavailable"] = lambda: "no compiler was found"
-    with pytest.warns(RuntimeWarning, match=r"quick does not serve, .*(no compiler was found|no such object)"):
+    with pytest.warns(KvpassWarning, match=r"quick does not serve, .*(no compiler was found|no such object)"):
         assert choose("paged_attention", "fast", QUERY) is reference.paged_attention
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -82,9 +82,9 @@ def test_the_environment_forces_a_backend(table: dict[str, Any], monkeypatch: py
 def test_a_forced_backend_that_cannot_run_is_an_error(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     table["available"] = lambda: False
     monkeypatch.setenv("KVPASS_BACKEND", "quick")
-    with (
-        pytest.warns(RuntimeWarning, match="not available"),
-        pytest.raises(InputError, match="KVPASS_BACKEND=quick cannot run on this machine"),
+    table["why_unavailable"] = lambda: "there is no device"
+    with pytest.raises(
+        InputError, match="KVPASS_BACKEND=quick cannot run on this machine, unset it: there is no device"
     ):
         choose("paged_attention", "cpu", QUERY)
 

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kvpass.errors import InputError
+from kvpass.errors import InputError, KvpassWarning
+from kvpass.kernels import backends
 from kvpass.kernels.formats import FORMATS
 from kvpass.kernels.triton_kernels import backend
 from kvpass.kernels.triton_kernels.attention_call import AttentionCall, Features, lay_out_attention
@@ -107,8 +108,11 @@ def test_dots_hold_the_elements_of_the_cache_exactly() -> None:
 
 
 def test_fp8_is_read_as_bytes_where_the_device_has_none() -> None:
-    cache = torch.zeros(2, 1, 16, 32, dtype=torch.float8_e4m3fn)
-    assert see_cache(cache, None, Target("sm_80", 108, native_fp8=False)).spelling == "fp8_e4m3_bytes"
+    cache, old = torch.zeros(2, 1, 16, 32, dtype=torch.float8_e4m3fn), Target("sm_80", 108, native_fp8=False)
+    backends.say_once.cache_clear()
+    with pytest.warns(KvpassWarning, match="does not convert fp8_e4m3 itself") as said:
+        assert [see_cache(cache, None, old).spelling for _ in range(2)] == ["fp8_e4m3_bytes"] * 2
+    assert len(said) == 1
     assert see_cache(cache, None, H200).spelling == "float"
 
 

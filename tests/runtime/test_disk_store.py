@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
+from kvpass.errors import KvpassWarning
 from kvpass.runtime.disk_store import FILE_NAME, DiskStore
 from kvpass.runtime.host_memory import BlockKey, StoredBlock
 
@@ -187,7 +188,7 @@ def test_a_foreign_file_is_set_aside(tmp_path, make):
 
 def test_a_folder_that_cannot_be_used_is_one_warning_and_no_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="no blocks are kept on disk"):
+    with pytest.warns(KvpassWarning, match="no blocks are kept on disk"):
         store = DiskStore(tmp_path / "file" / "folder", 1 << 20)
     store.put([block(0)])
     store.drop(None)
