@@ -1,4 +1,4 @@
-"""Random steps over poisoned caches, and memory that is NaN until written."""
+"""Random steps over poisoned caches, memory that is NaN until written, and each level of the native kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from kvpass.kernels.cpu import loader
 
 BEYOND = 10**9  # a block id that nobody may follow
 
@@ -96,3 +98,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=loader.supported_levels())
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Force each level in turn."""
+    monkeypatch.setenv("KVPASS_CPU_ISA", request.param)
+    loader.current.cache_clear()
+    yield request.param
+    loader.current.cache_clear()

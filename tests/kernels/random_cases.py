@@ -7,7 +7,7 @@ every float format and in every scale, and entries of block tables that it may n
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +104,11 @@ def name_formats(pick: random.Random, formats: dict[str, str]) -> dict[str, str]
     return {key: name for key, name in formats.items() if FORMATS[name].coded or pick.random() < 0.5}
 
 
-def attention_case(seed: int, op: str, key_format: str, value_format: str) -> Case:
-    """A random attention over caches of the two formats (of the first alone, if latent: int8 for one that settles)."""
+def attention_case(seed: int, op: str, key_format: str, value_format: str, wanted: Collection[str] = ()) -> Case:
+    """A random attention over caches of the two formats (of the first alone, if latent: int8 for one that settles).
+
+    It has the features that are ``wanted``, and by chance others; "tree_mask" and "strides" of the query count as such.
+    """
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     size, latent, cascade = pick.choice(SIZES), op == "latent_attention", op == "cascade_attention"
     if latent:
@@ -128,10 +131,10 @@ def attention_case(seed: int, op: str, key_format: str, value_format: str) -> Ca
         numbers = [read_cache(cache, name) for cache, name in zip(stored, formats, strict=False)]
     dtype, starts = draw_dtype(pick, formats, max(dims)), torch.tensor([0, *counts]).cumsum(0)
     query = torch.randn(heads, int(starts[-1]), dims[0], generator=generator).to(dtype).transpose(0, 1)
-    query = query if pick.random() < 0.2 else query.contiguous()
-    features = _draw_features(pick, generator, heads, max(lengths), cascade)
+    query = query if pick.random() < 0.2 or "strides" in wanted else query.contiguous()
+    features = _draw_features(pick, generator, heads, max(lengths), cascade, wanted)
     if op.startswith("paged"):
-        features["tree_mask"] = _draw_tree(pick, counts) if pick.random() < 0.35 else None
+        features["tree_mask"] = _draw_tree(pick, counts) if pick.random() < 0.35 or "tree_mask" in wanted else None
     step = {"seq_lens": torch.tensor(lengths), "query_start": starts, "scale": dims[0] ** -0.5, **features}
     if not cascade:
         followed = _forget_blocks(followed, lengths, counts, size, features)
@@ -148,14 +151,14 @@ def attention_case(seed: int, op: str, key_format: str, value_format: str) -> Ca
         given["mass"] = pick.random() < 0.7
     oracle = getattr(naive, op)
 
-    def wanted() -> tuple[Tensor, ...]:
+    def truth() -> tuple[Tensor, ...]:
         found = oracle(**naively)
         found = found if isinstance(found, tuple) else (found,)
         return found if given.get("mass", True) else (*found[:2], torch.zeros(0, dtype=torch.float64))
 
     told = f"{op}, seed {seed}: {', '.join(formats)}, heads {heads}/{kv_heads}, dims {dims}, blocks of {size}, "
     told += f"lengths {lengths}, new {counts}, {dtype}, {sorted(k for k, v in features.items() if v is not None)}"
-    return Case(op, given, wanted, told)
+    return Case(op, given, truth, told)
 
 
 def draw_tables(pick: random.Random, lengths: list[int], size: int) -> Tensor:
@@ -234,23 +237,28 @@ def _draw_rows(pick: random.Random, generator: torch.Generator, shape: tuple[int
 
 
 def _draw_features(
-    pick: random.Random, generator: torch.Generator, heads: int, longest: int, cascade: bool
+    pick: random.Random, generator: torch.Generator, heads: int, longest: int, cascade: bool, wanted: Collection[str]
 ) -> dict[str, Any]:
     bias, reach = None, longest + 3
-    if pick.random() < 0.3:
+    if pick.random() < 0.3 or "bias" in wanted:
         shape = (pick.choice((1, heads)), *[longest + pick.choice((0, 3))] * pick.choice((1, 2)))
         bias = torch.randn(shape, generator=generator)
         bias = bias.masked_fill(torch.rand(shape, generator=generator) < pick.choice((0.2, 0.9)), -torch.inf)
     features: dict[str, Any] = {
         "softcap": pick.choice((None, None, 4.0, 30.0, pick.uniform(1, 20))),
         "window": pick.choice((None, None, None, 1, 6, 200, pick.randint(1, reach))),
-        "slopes": torch.rand(heads, generator=generator) if pick.random() < 0.3 else None,
-        "sinks": torch.randn(heads, generator=generator) * pick.choice((1, 3)) if pick.random() < 0.3 else None,
+        "slopes": torch.rand(heads, generator=generator) if pick.random() < 0.3 or "slopes" in wanted else None,
+        "sinks": torch.randn(heads, generator=generator) * pick.choice((1, 3))
+        if pick.random() < 0.3 or "sinks" in wanted
+        else None,
         "bias": bias,
         "chunk": pick.choice((None, None, None, None, 8, 32, pick.randint(1, reach))),
     }
     if cascade and pick.random() < 0.8:  # with these, it is a paged attention
         features |= {"window": None, "chunk": None}
+    for name, values in (("softcap", (4.0, 30.0)), ("window", (3, 6)), ("chunk", (8, 12))):
+        if name in wanted:
+            features[name] = pick.choice(values)
     return features
 
 

@@ -23,15 +23,6 @@ LEVELS = loader.supported_levels()
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built")
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Force each level in turn."""
-    monkeypatch.setenv("KVPASS_CPU_ISA", request.param)
-    loader.current.cache_clear()
-    yield request.param
-    loader.current.cache_clear()
-
-
 @pytest.fixture
 def many_threads() -> Iterator[None]:
     """Work for four threads, however many cores there are."""
@@ -212,6 +203,8 @@ def test_bad_slots_and_blocks_are_refused() -> None:
         backend.copy_blocks(caches, torch.tensor([0]), torch.tensor([4]))
     with pytest.raises(InputError, match=r"gather_cache: block_tables holds 4, permitted are 0 to 3"):
         backend.gather_cache(caches[0], torch.tensor([[3, 9], [4, 0]]), torch.tensor([16, 1]), 8)
+    with pytest.raises(InputError, match=r"gather_cache: block_tables holds -1, permitted are 0 to 3"):
+        backend.gather_cache(caches[0], torch.tensor([[-1]]), torch.tensor([1]), 8)
     assert not any(cache.any() for cache in caches)
 
 
