@@ -34,13 +34,15 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from kvpass.kernels import reference
 from kvpass.kernels.cpu import backend, loader
 from kvpass.kernels.formats import FORMATS, pack_slabs
+from kvpass.kernels.settling import settle_slabs, wide_view
 from kvpass.measure import CLOCKS, write_result
 from kvpass.terminal import output
 
 Clock = Callable[[], float]
 
 READ_BYTES = 512 << 20
-DECODE = ("bfloat16", "float32", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+DECODE = ("bfloat16", "float32", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "k4v2")
+WIDE_BLOCKS = (0, -2, -1)  # of a sequence, in k4v2: the first and the newest
 
 
 @dataclass
@@ -138,6 +140,27 @@ def make_cache(name: str, blocks: int, heads: int, size: int, dim: int) -> Tenso
     return cache
 
 
+def make_settled(shape: Shape, size: int, tables: Tensor) -> tuple[list[Tensor], Tensor]:
+    """k4v2 caches of keys and values, of as many blocks as the tables have, and these blocks' numbers in them."""
+    count, width = tables.shape
+    narrow, wide = count * (width - len(WIDE_BLOCKS)), count * len(WIDE_BLOCKS)
+    numbers = torch.empty_like(tables)
+    middle = torch.ones(width, dtype=torch.bool)
+    middle[list(WIDE_BLOCKS)] = False
+    numbers[:, middle] = torch.randperm(narrow).view(count, -1)
+    numbers[:, ~middle] = -1 - torch.randperm(wide).view(count, -1)
+    caches = []
+    for dim, name in zip(shape.dims, ("k4", "v2"), strict=True):
+        cache = FORMATS[name].allocate(narrow, shape.heads[1], size, dim, "cpu", wide)
+        drawn = settle_slabs(torch.randn(64, shape.heads[1], size, dim), FORMATS[name])
+        for first in range(0, narrow, 64):
+            part = cache[first : min(first + 64, narrow)]
+            part.copy_(drawn[: len(part)])
+        wide_view(cache, FORMATS[name])[-wide:] = torch.randn(wide, shape.heads[1], size, dim).bfloat16()
+        caches.append(cache)
+    return caches, numbers
+
+
 def make_call(shape: Shape, name: str, size: int) -> tuple[dict[str, Any], int]:
     """The op's arguments, and the bytes of cache that it has to read at least once."""
     torch.manual_seed(0)
@@ -157,8 +180,12 @@ def make_call(shape: Shape, name: str, size: int) -> tuple[dict[str, Any], int]:
     if shape.op == "latent_attention":
         cache = make_cache(name, blocks, 1, size, shape.dims[0])
         return {**arguments, "cache": cache, "format": name}, cache.numel() * cache.element_size()
-    caches = [make_cache(name, blocks, shape.heads[1], size, dim) for dim in shape.dims]
-    arguments |= {"key_cache": caches[0], "value_cache": caches[1], "key_format": name, "value_format": name}
+    formats = ("k4", "v2") if name == "k4v2" else (name, name)
+    if name == "k4v2":
+        caches, arguments["block_tables"] = make_settled(shape, size, tables)
+    else:
+        caches = [make_cache(name, blocks, shape.heads[1], size, dim) for dim in shape.dims]
+    arguments |= dict(zip(("key_cache", "value_cache", "key_format", "value_format"), (*caches, *formats), strict=True))
     if shape.shared:
         arguments |= {"shared_start": torch.tensor([0, count]), "shared_lens": torch.tensor([shape.shared])}
     return arguments, sum(cache.numel() * cache.element_size() for cache in caches)

@@ -18,15 +18,16 @@ def rewrite(page: Path, content: Row) -> None:
 def digest(content: Row) -> str:
     """One line for each shape and format with one thread; what more threads bring stands beside it."""
     rows, machine = content["results"], content["machine"]
-    columns = ("shape", "heads", "dims", "format", "ms", "GB/s", "of read", "roofline", "reached", "times bfloat16")
-    columns = (*columns, "more threads", "times peers")
+    threads = max(row["threads"] for row in rows)
+    columns = ("shape", "heads", "dims", "format", "ms", "GB/s", "of read", "roofline", "reached", "x bfloat16")
+    columns = (*columns, f"{threads} threads: x one", "of read", "reached", "x bfloat16", "times peers")
     lines = [
         HEADING,
         "",
         "Written by `python benchmarks/cpu_kernels.py --page`;",
         "[the results](../benchmarks/results/cpu_kernels.json) have more.",
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {content['date']};",
-        "medians of one thread.",
+        f"medians of one thread, and then of {threads}.",
         "*Of read*: part of the bandwidth of a sequential read in the same run. *Roofline*: milliseconds to read the",
         "cache once at that bandwidth, and to do the arithmetic at the speed of torch's matrix product in the query's",
         "dtype. The longer of the two is the least that is possible, and *reached* the part of it that the kernel",
@@ -35,18 +36,22 @@ def digest(content: Row) -> str:
         f"| {' | '.join(columns)} |",
         "| " + " | ".join("---" for _ in columns) + " |",
     ]
-    lines += [_line(row, _with_more_threads(row, rows)) for row in rows if row["threads"] == 1]
+    lines += [_line(row, _with_threads(threads, row, rows)) for row in rows if row["threads"] == 1]
     return "\n".join(lines) + "\n"
 
 
-def _with_more_threads(row: Row, rows: list[Row]) -> list[Row]:
+def _with_threads(threads: int, row: Row, rows: list[Row]) -> Row | None:
     same = ("shape", "heads", "dims", "format")
-    return [r for r in rows if r["threads"] > 1 and all(r[name] == row[name] for name in same)]
+    found = [r for r in rows if r["threads"] == threads > 1 and all(r[name] == row[name] for name in same)]
+    return found[0] if found else None
 
 
-def _line(row: Row, others: list[Row]) -> str:
+def _line(row: Row, other: Row | None) -> str:
     heads, dims = ("/".join(map(str, row[name])) for name in ("heads", "dims"))
-    threads = ", ".join(f"{r['threads']}: {row['milliseconds'] / r['milliseconds']:.2f}" for r in others) or "-"
+    more: tuple[Any, ...] = ("-",) * 4
+    if other:
+        times = f"{row['milliseconds'] / other['milliseconds']:.2f}"
+        more = (times, other["fraction"], other["fraction_of_bound"], other["times_bfloat16"] or "-")
     peers = ", ".join(
         f"{name.removeprefix('times ')} {value}" for name, value in row.items() if name.startswith("times ")
     )
@@ -54,7 +59,7 @@ def _line(row: Row, others: list[Row]) -> str:
     cells = (
         row["shape"], heads, dims, row["format"], f"{row['milliseconds']:.2f}", row["gigabytes_per_second"],
         row["fraction"], f"{row['memory_milliseconds']:.2f}, {row['arithmetic_milliseconds']:.2f}",
-        row["fraction_of_bound"], row["times_bfloat16"] or "-", threads,
+        row["fraction_of_bound"], row["times_bfloat16"] or "-", *more,
         (peers or "-") + (f" (of {possible} possible)" if possible and peers else ""),
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"

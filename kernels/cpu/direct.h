@@ -197,10 +197,18 @@ INLINE __m512i load_pairs(const uint8_t* row, int64_t i) {
         return widen_bytes<F>(load<__m256i>(row + i));
 }
 
-// The same from keys that are exact in bfloat16 and a query in bfloat16, in one part or in two (high and low) when it is not exact in one.
-template <int F, int R, int Parts>
+// Reads rows of these formats: read(row, read.at(i)).
+template <int F>
+struct RowPairs {
+    INLINE int64_t at(int64_t i) const { return i; }
+    INLINE __m512i operator()(const uint8_t* row, int64_t i) const { return load_pairs<F>(row, i); }
+};
+
+// scores[r][j] = query[r] . key[j] for keys that are exact in bfloat16 and a query in bfloat16, in one part, or in two
+// (high and low) when it is not exact in one.
+template <int R, int Parts, class Read>
 INLINE void dot_scores(
-    const uint16_t* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, float* scores,
+    const Read& read, const uint16_t* query, int64_t query_stride, const uint8_t* const* keys, int count, int64_t dim, float* scores,
     const Share& share
 ) {
     constexpr int K = kLanes / R;
@@ -211,12 +219,13 @@ INLINE void dot_scores(
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) sums[i] = vf{};
         for (int64_t d = 0; d < dim; d += 32) {
+            const auto place = read.at(d);
             __m512bh q[R * Parts];
 #pragma GCC unroll 8
             for (int r = 0; r < R * Parts; r++) q[r] = as_pairs(_mm512_loadu_si512(query + r * query_stride + d));
 #pragma GCC unroll 16
             for (int k = 0; k < K; k++) {
-                __m512bh element = as_pairs(load_pairs<F>(keys[j + k], d));
+                __m512bh element = as_pairs(read(keys[j + k], place));
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -241,15 +250,16 @@ INLINE __m512i interleave_words(__m512i a, __m512i b, bool high) {
     return _mm512_permutex2var_epi16(a, index, b);
 }
 
-// Weights in bfloat16 pairs of neighbouring keys, [R][Parts][kChunk / 2].
-template <int F, int R, int Parts>
+// out[r] += sum over j of weights[r][j] * value[j]; weights are bfloat16 pairs of neighbouring keys, [R][Parts][kChunk / 2].
+template <int R, int Parts, class Read>
 INLINE void dot_values(
-    const uint32_t* weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
+    const Read& read, const uint32_t* weights, const uint8_t* const* values, int count, int64_t dim, float* out, int64_t out_stride,
     const Share& share
 ) {
     const Share each = share.part((dim + 63) / 64 * (count / 2));
     for (int64_t d = 0; d < dim; d += 64) {
         bool wide = d + 64 <= dim;
+        const auto places = std::make_pair(read.at(d), read.at(d + (wide ? 32 : 0)));
         __m512 sums[R][4];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
@@ -261,8 +271,8 @@ INLINE void dot_values(
             __m512bh element[4];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-                int64_t at = d + (wide ? 32 * half : 0);
-                __m512i a = load_pairs<F>(values[j], at), b = load_pairs<F>(values[j + 1], at);
+                const auto& place = half ? places.second : places.first;
+                __m512i a = read(values[j], place), b = read(values[j + 1], place);
                 element[2 * half] = as_pairs(interleave_words(a, b, false));
                 element[2 * half + 1] = as_pairs(interleave_words(a, b, true));
             }

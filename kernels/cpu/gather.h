@@ -43,9 +43,10 @@ INLINE void gather_settled(const GatherCall& call, const Layout& layout, int64_t
     for (int64_t head = 0; count && head < call.kv_heads; head++) {
         const uint8_t* slab = settled_slab(call.cache, layout.slab_bytes, block, call.kv_heads, head, call.block_size);
         for (int64_t p = 0; p < count; p++) {
-            SettledRow found = settled_row(call.cache, layout.slab_bytes, slab, block < 0, call.block_size, p);
+            SettledRow found = settled_row(call.cache, layout, slab, block < 0, call.block_size, p);
             expand_settled(call.cache.format, found.codes, found.units, dim, row);
-            for (int64_t i = 0; i < dim; i++) out[p * token + head * dim + i] = row[i] * found.scale;
+            float scale = settled_scale(found.scale);
+            for (int64_t i = 0; i < dim; i++) out[p * token + head * dim + i] = row[i] * scale;
         }
     }
     std::fill(out + count * token, out + call.block_size * token, 0.0f);

@@ -50,7 +50,9 @@ public:
                 return;
             }
 #if KVPASS_DOT
-            case Way::kDirectPairs: return direct_pairs(chunk, columns, share);
+            case Way::kDirectPairs:
+                if (pair_parts_ == 1) return direct_pairs<1>(chunk, columns, share);
+                return direct_pairs<2>(chunk, columns, share);
             case Way::kDirectBytes:
                 if (call_.keys.format == kInt8) return direct_bytes<kInt8, 2>(chunk, columns, share);
                 if (key_parts_ == 1) return direct_bytes<kInt4, 1>(chunk, columns, share);
@@ -58,7 +60,7 @@ public:
             case Way::kPackPairs: {
                 int64_t padded = round_up(dim, 32);
                 const uint8_t* rows[kChunk];
-                narrow(call_.keys.format, chunk.keys, columns, dim, dim, rows);
+                narrow(call_.keys.format, chunk.keys, chunk.key_units, columns, dim, dim, rows);
                 transpose_units(rows, columns, 2 * padded, w_.packed_keys);
                 multiply<PairProduct>(
                     reinterpret_cast<uint32_t*>(w_.query_pairs), w_.packed_keys, rows_, padded / 2, columns,
@@ -77,21 +79,7 @@ public:
         int count = static_cast<int>(round_up(chunk.count, 16));
         int64_t dim = call_.values.dim;
         switch (value_way_) {
-            case Way::kDirect: {
-                const uint8_t* rows[kChunk];
-                int64_t format =
-                    readable(call_.values.format, chunk.values, chunk.value_units, chunk.count, value_row_, rows);
-                with_format(format, [&](auto f) {
-                    if constexpr (f != kInt4)
-                        with_rows(rows_, [&](int r, auto R) {
-                            direct_values<f, R>(
-                                w_.scores + r * kChunk, rows, chunk.count, dim, w_.out + r * w_.out_width,
-                                w_.out_width, share.part(fours())
-                            );
-                        });
-                });
-                return;
-            }
+            case Way::kDirect: return direct_floats(chunk, share);
             case Way::kPackFloats: {
                 // a latent's values are the keys that have just been expanded
                 int64_t width = call_.latent ? w_.width : w_.out_width;
@@ -105,6 +93,7 @@ public:
             }
 #if KVPASS_DOT
             case Way::kDirectPairs: {
+                if (settles(call_.values.format) && chunk.start % 2) return direct_floats(chunk, share);
                 split_weights_to_pairs(pair_parts_);
                 if (pair_parts_ == 1) return direct_pair_values<1>(chunk, share);
                 return direct_pair_values<2>(chunk, share);
@@ -123,7 +112,7 @@ public:
                 if (call_.latent && key_way_ == Way::kPackPairs && call_.keys.format != kBFloat16)
                     for (int j = 0; j < count; j++) rows[j] = reinterpret_cast<uint8_t*>(w_.narrow + j * w_.width);
                 else
-                    narrow(call_.values.format, chunk.values, count, value_row_, dim, rows);
+                    narrow(call_.values.format, chunk.values, chunk.value_units, count, value_row_, dim, rows);
                 interleave_pairs(rows, count, padded, w_.packed_values);
                 multiply<PairProduct>(
                     reinterpret_cast<uint32_t*>(w_.weight_pairs), w_.packed_values, rows_, count / 2, padded,
@@ -182,6 +171,21 @@ private:
         });
     }
 
+    void direct_floats(const ChunkRows& chunk, const Share& share) {
+        const uint8_t* rows[kChunk];
+        int64_t dim = call_.values.dim;
+        int64_t format = readable(call_.values.format, chunk.values, chunk.value_units, chunk.count, value_row_, rows);
+        with_format(format, [&](auto f) {
+            if constexpr (f != kInt4)
+                with_rows(rows_, [&](int r, auto R) {
+                    direct_values<f, R>(
+                        w_.scores + r * kChunk, rows, chunk.count, dim, w_.out + r * w_.out_width, w_.out_width,
+                        share.part(fours())
+                    );
+                });
+        });
+    }
+
     void expand(
         int64_t format, const uint8_t* const* from, const uint8_t* const* units, int count, int64_t dim, int64_t width
     ) {
@@ -197,41 +201,58 @@ private:
 #if KVPASS_DOT
     // Pointers to the first `dim` elements of the rows in bfloat16, padded: to the cache where it holds whole vectors.
     void narrow(
-        int64_t format, const uint8_t* const* from, int count, int64_t row_dim, int64_t dim, const uint8_t** rows
+        int64_t format, const uint8_t* const* from, const uint8_t* const* units, int count, int64_t row_dim,
+        int64_t dim, const uint8_t** rows
     ) {
         int64_t padded = round_up(dim, 32);
         if (format == kBFloat16 && dim == padded) {
             for (int j = 0; j < count; j++) rows[j] = from[j];
             return;
         }
+        for (int j = 0; j < count; j++) rows[j] = reinterpret_cast<uint8_t*>(w_.narrow + j * padded);
+        auto finish = [&](float* row, uint16_t* to) {
+            for (int64_t i = dim; i < padded; i++) row[i] = 0.0f;
+            split_row(row, padded, 1, to, nullptr);
+        };
+        if (settles(format)) {
+            for (int j = 0; j < count; j++) {
+                expand_settled(format, from[j], units[j], row_dim, w_.expanded);
+                finish(w_.expanded, w_.narrow + j * padded);
+            }
+            return;
+        }
         with_format(format, [&](auto f) {
             for (int j = 0; j < count; j++) {
                 uint16_t* to = w_.narrow + j * padded;
-                rows[j] = reinterpret_cast<uint8_t*>(to);
                 if constexpr (f == kInt8 || f == kE4M3 || f == kE5M2) {
                     if (dim == padded) {
                         for (int64_t i = 0; i < dim; i += 32) _mm512_storeu_si512(to + i, load_pairs<f>(from[j], i));
                         continue;
                     }
                 }
-                float* row = w_.expanded;
-                expand_row<f>(from[j], row_dim, row);
-                for (int64_t i = dim; i < padded; i++) row[i] = 0.0f;
-                split_row(row, padded, 1, to, nullptr);
+                expand_row<f>(from[j], row_dim, w_.expanded);
+                finish(w_.expanded, to);
             }
         });
     }
 
+    template <int Parts>
     void direct_pairs(const ChunkRows& chunk, int columns, const Share& share) {
+        int64_t dim = call_.keys.dim;
+        const uint16_t* pairs = w_.query_pairs;
+        if (settles(call_.keys.format))
+            return with_rows(rows_, [&](int r, auto R) {
+                settled_scores<R, Parts>(
+                    w_.query + r * w_.width, pairs + r * Parts * w_.width, w_.width, chunk.keys, chunk.key_units,
+                    chunk.count, dim, w_.narrow, w_.scores + r * kChunk, share.part(fours())
+                );
+            });
         with_pairs_format(call_.keys.format, [&](auto f) {
             with_rows(rows_, [&](int r, auto R) {
-                const uint16_t* query = w_.query_pairs + r * pair_parts_ * w_.width;
-                float* scores = w_.scores + r * kChunk;
-                const Share next = share.part(fours());
-                if (pair_parts_ == 1)
-                    dot_scores<f, R, 1>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
-                else
-                    dot_scores<f, R, 2>(query, w_.width, chunk.keys, columns, call_.keys.dim, scores, next);
+                dot_scores<R, Parts>(
+                    RowPairs<f>{}, pairs + r * Parts * w_.width, w_.width, chunk.keys, columns, dim,
+                    w_.scores + r * kChunk, share.part(fours())
+                );
             });
         });
     }
@@ -288,13 +309,23 @@ private:
 
     template <int Parts>
     void direct_pair_values(const ChunkRows& chunk, const Share& share) {
-        with_pairs_format(call_.values.format, [&](auto f) {
+        int count = static_cast<int>(round_up(chunk.count, 2));
+        int64_t dim = call_.values.dim;
+        auto each_rows = [&](auto body) {
             with_rows(rows_, [&](int r, auto R) {
-                dot_values<f, R, Parts>(
-                    reinterpret_cast<uint32_t*>(w_.weight_pairs + r * Parts * kChunk), chunk.values,
-                    static_cast<int>(round_up(chunk.count, 2)), call_.values.dim, w_.out + r * w_.out_width,
-                    w_.out_width, share.part(fours())
+                body(
+                    R, reinterpret_cast<uint32_t*>(w_.weight_pairs + r * Parts * kChunk), w_.out + r * w_.out_width,
+                    share.part(fours())
                 );
+            });
+        };
+        if (settles(call_.values.format))
+            return each_rows([&](auto R, const uint32_t* weights, float* out, const Share& next) {
+                settled_values<R, Parts>(weights, chunk.values, chunk.value_units, count, dim, out, w_.out_width, next);
+            });
+        with_pairs_format(call_.values.format, [&](auto f) {
+            each_rows([&](auto R, const uint32_t* weights, float* out, const Share& next) {
+                dot_values<R, Parts>(RowPairs<f>{}, weights, chunk.values, count, dim, out, w_.out_width, next);
             });
         });
     }

@@ -54,19 +54,23 @@ INLINE void expand_settled(int64_t format, const uint8_t* row, const uint8_t* un
     }
 }
 
-// What belongs to a row of a settled slab beside its codes.
+// Where a row of either kind of block lies, and how far the next ones are from it.
 struct SettledRow {
     const uint8_t* codes;
-    const uint8_t* units;  // null in a wide block
-    float scale;           // 1 in a wide block
+    int64_t row_bytes;
+    const uint8_t* units;  // of its group of tokens; null in a wide block
+    const uint8_t* scale;  // a bfloat16, those of the next rows behind it; null in a wide block
 };
 
+INLINE float settled_scale(const uint8_t* scale) { return scale ? from_bfloat16(load<uint16_t>(scale)) : 1.0f; }
+
 INLINE SettledRow settled_row(
-    const CacheArgument& cache, int64_t slab_bytes, const uint8_t* slab, bool wide, int64_t block_size, int64_t offset
+    const CacheArgument& cache, const Layout& layout, const uint8_t* slab, bool wide, int64_t block_size, int64_t offset
 ) {
-    if (wide) return {slab + 2 * offset * cache.dim, nullptr, 1.0f};
-    int64_t bytes = cache.dim / (cache.format == kK4 ? 2 : 4);
-    const uint8_t* units = slab + block_size * bytes + (cache.format == kK4 ? offset / kChannelGroup * cache.dim : 0);
-    float scale = from_bfloat16(load<uint16_t>(slab + slab_bytes - 2 * (block_size - offset)));
-    return {slab + offset * bytes, units, scale};
+    if (wide) return {slab + 2 * offset * cache.dim, 2 * cache.dim, nullptr, nullptr};
+    int64_t group = cache.format == kK4 ? offset / kChannelGroup * cache.dim : 0;
+    return {
+        slab + offset * layout.row_bytes, layout.row_bytes, slab + block_size * layout.row_bytes + group,
+        slab + layout.scale_bytes + 2 * offset
+    };
 }

@@ -5,7 +5,7 @@
 #include <new>
 
 #include "direct_bytes.h"
-#include "settled.h"
+#include "direct_settled.h"
 #include "weigh.h"
 
 // Memory that a thread keeps between calls; each call lays it out anew.
@@ -47,8 +47,8 @@ constexpr int kManyRows = 64;  // from which int8 is sooner made bfloat16 than t
 
 inline Way choose_way(int64_t format, int64_t query_format, int64_t dim, int64_t rows) {
     bool few = rows <= kMostDirectRows;
-    if (settles(format)) return few ? Way::kDirect : Way::kPackFloats;
 #if KVPASS_DOT
+    if (settles(format) && few) return has_code_pairs(format, dim) ? Way::kDirectPairs : Way::kDirect;
     if (few && (format == kInt8 && dim % 32 == 0 || format == kInt4 && dim % 64 == 0)) return Way::kDirectBytes;
     bool pairs = query_format == kBFloat16 && rows >= kManyRows;
     if (format == kInt8 && dim % 16 == 0 && !pairs) return Way::kPackBytes;
@@ -138,10 +138,9 @@ struct ChunkRows {
     int run_length[kChunk];
     const uint8_t* key_scales[kChunk];
     const uint8_t* value_scales[kChunk];
-    // of settling formats: the channels of each row, and the scales themselves, which are one run
+    // of settling formats: the channels of each row; null in a wide block, as the scales are
     const uint8_t* key_units[kChunk];
     const uint8_t* value_units[kChunk];
-    float row_scales[2][kChunk];
 };
 
 class Locator {
@@ -191,27 +190,40 @@ public:
 
 private:
     void locate_settled(const int64_t* table, int64_t head, ChunkRows& rows) const {
-        int64_t size = call_.block_size;
-        const uint8_t* slabs[2] = {};
-        for (int j = 0; j < kChunk && rows.count; j++) {
-            int64_t key = rows.start + std::min(j, rows.count - 1), block = table[key / size], offset = key % size;
-            if (j == 0 || offset == 0) {
-                slabs[0] = settled_slab(call_.keys, key_.slab_bytes, block, call_.kv_heads, head, size);
-                slabs[1] = settled_slab(call_.values, value_.slab_bytes, block, call_.kv_heads, head, size);
+        for (int j = 0; j < rows.count;) {
+            int64_t key = rows.start + j, block = table[key / call_.block_size], offset = key % call_.block_size;
+            int64_t left = std::min<int64_t>(call_.block_size - offset, rows.count - j);
+            int run = static_cast<int>(std::min(left, kChannelGroup - offset % kChannelGroup));
+            SettledRow of_key = find_settled(call_.keys, key_, block, head, offset);
+            SettledRow of_value = find_settled(call_.values, value_, block, head, offset);
+            rows.key_scales[rows.runs] = of_key.scale;
+            rows.value_scales[rows.runs] = of_value.scale;
+            rows.run_length[rows.runs++] = run;
+            for (int last = j + run; j < last; j++) {
+                rows.keys[j] = of_key.codes;
+                rows.values[j] = of_value.codes;
+                rows.key_units[j] = of_key.units;
+                rows.value_units[j] = of_value.units;
+                of_key.codes += of_key.row_bytes;
+                of_value.codes += of_value.row_bytes;
             }
-            SettledRow keys = settled_row(call_.keys, key_.slab_bytes, slabs[0], block < 0, size, offset);
-            SettledRow values = settled_row(call_.values, value_.slab_bytes, slabs[1], block < 0, size, offset);
-            rows.keys[j] = keys.codes;
-            rows.values[j] = values.codes;
-            rows.key_units[j] = keys.units;
-            rows.value_units[j] = values.units;
-            rows.row_scales[0][j] = keys.scale;
-            rows.row_scales[1][j] = values.scale;
         }
-        rows.runs = rows.count ? 1 : 0;
-        rows.run_length[0] = rows.count;
-        rows.key_scales[0] = reinterpret_cast<const uint8_t*>(rows.row_scales[0]);
-        rows.value_scales[0] = reinterpret_cast<const uint8_t*>(rows.row_scales[1]);
+        for (int j = rows.count; j < kChunk && rows.count; j++) {
+            rows.keys[j] = rows.keys[rows.count - 1];
+            rows.values[j] = rows.values[rows.count - 1];
+            rows.key_units[j] = rows.key_units[rows.count - 1];
+            rows.value_units[j] = rows.value_units[rows.count - 1];
+        }
+    }
+
+    // A row of a block, whose units and scales are fetched; its codes are when their turn comes.
+    SettledRow find_settled(
+        const CacheArgument& cache, const Layout& layout, int64_t block, int64_t head, int64_t offset
+    ) const {
+        const uint8_t* slab = settled_slab(cache, layout.slab_bytes, block, call_.kv_heads, head, call_.block_size);
+        int64_t codes = call_.block_size * layout.row_bytes;
+        if (block >= 0 && offset % call_.block_size == 0) prefetch_run(slab + codes, layout.slab_bytes - codes);
+        return settled_row(cache, layout, slab, block < 0, call_.block_size, offset);
     }
 
     const AttentionCall& call_;
@@ -227,6 +239,12 @@ INLINE void read_tails(
     for (int i = 0; i < rows.runs; i++) {
         const uint8_t* run = from[i];
         int last = at + rows.run_length[i];
+        if (settles(format)) {
+            for (; run && at + kLanes <= last; at += kLanes, run += 2 * kLanes)
+                store(tails.scales + at, load_elements<kBFloat16>(run, 0));
+            for (; at < last; at++, run += run ? 2 : 0) tails.scales[at] = settled_scale(run);
+            continue;
+        }
         for (; at + 16 <= last; at += 16, run += 64) std::memcpy(tails.scales + at, run, 64);
         for (; at < last; at++, run += 4) std::memcpy(tails.scales + at, run, 4);
     }

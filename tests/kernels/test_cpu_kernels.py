@@ -17,7 +17,7 @@ from kvpass.kernels.formats import FORMATS, pack_slabs, unpack_slabs
 from tests.kernels.cache_cases import CHECKS
 from tests.kernels.format_bounds import ROUNDINGS
 from tests.kernels.random_cases import ATTENTIONS, attention_case
-from tests.kernels.settled_cases import NAMES, ROWS
+from tests.kernels.settled_cases import NAMES, ROWS, settled_caches
 
 LEVELS = loader.supported_levels()
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built")
@@ -156,6 +156,28 @@ def test_the_softmax_follows_scores_that_rise(name: str, rise: float, level: str
     torch.testing.assert_close(found[0].double(), want, rtol=0, atol=4e-3)
     exact = (numbers[0].double().sum(-1).flatten()).logsumexp(0)
     torch.testing.assert_close(found[1].double(), exact.expand(1, 4), rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 64), (64, 192)])
+@pytest.mark.parametrize(("new", "window"), [(1, 133), (1, 150), (1, 0), (2, 77), (9, 0)])
+def test_k4v2_is_read_from_any_key_on(
+    new: int, window: int, dims: tuple[int, int], dtype: torch.dtype, level: str
+) -> None:
+    length, size = 300, 32
+    generator = torch.Generator().manual_seed(new + window)
+    written = (torch.arange(12 * size) < length).view(12, size)
+    rows = [torch.randn(12, 2, size, dim, generator=generator) for dim in dims]
+    rows[0] *= torch.rand(12, 2, 1, dims[0], generator=generator) * 3  # units of channels differ
+    caches, numbers, ids = settled_caches((rows[0], rows[1]), written, generator)
+    query = torch.randn(new, 8, dims[0], generator=generator).to(dtype)
+    step = {"seq_lens": torch.tensor([length]), "query_start": torch.tensor([0, new]), "scale": dims[0] ** -0.5}
+    step |= {"window": window} if window else {}
+    formats = {"key_format": "k4", "value_format": "v2"}
+    found = backend.paged_attention(query, *caches, ids[None, :10].contiguous(), **step, **formats)
+    want = naive.paged_attention(query, *numbers, torch.arange(10)[None], **step)
+    close = 2e-3 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), want, rtol=close, atol=close)
 
 
 BAD_CALLS = [
