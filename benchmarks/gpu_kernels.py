@@ -28,7 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvpass.kernels.formats import FORMATS
-from kvpass.kernels.triton_kernels import backend
+
+try:
+    from kvpass.kernels.triton_kernels import backend
+except ImportError as error:
+    sys.exit(f"the Triton kernels cannot be loaded: {error}. Install kvpass[gpu]")
 
 DEVICE = "cuda"
 COLD = 4  # times the L2 cache that a graph reads at least
@@ -262,12 +266,17 @@ class Run:
         tables[:, : 8192 // 16] = tables[0, : 8192 // 16]
         shared = torch.tensor([0, 64], device=DEVICE), torch.tensor([8192], device=DEVICE)
         query = torch.randn(64, 32, 128, device=DEVICE, dtype=torch.bfloat16)
-        keys, values = (random_cache("bfloat16", tables.numel(), 8, 16, 128) for _ in range(2))
-        step = (query, keys, values, tables, lens, starts)
-        plain = time_calls([lambda: backend.paged_attention(*step, 0.1)])
+        step, blocks = (tables, lens, starts), (8192 + 64 * 128) // 16
+        tables[:] = tables.unique(return_inverse=True)[1]  # as many blocks as are in use
+        once = 2 * blocks * 16 * FORMATS["bfloat16"].bytes_per_token(8, 128)
+        caches = [
+            tuple(random_cache("bfloat16", blocks, 8, 16, 128) for _ in range(2)) for _ in range(copies_for(once))
+        ]
+        plain = time_calls([lambda k=k, v=v: backend.paged_attention(query, k, v, *step, 0.1) for k, v in caches])
         self.note("shared prefix 64 x (8192 + 128)", "paged", plain, shape.cache_bytes("bfloat16"))
-        once = shape._replace(sequences=1, length=8192 + 64 * 128).cache_bytes("bfloat16")
-        joined = time_calls([lambda: backend.cascade_attention(*step, *shared, 0.1)])
+        joined = time_calls(
+            [lambda k=k, v=v: backend.cascade_attention(query, k, v, *step, *shared, 0.1) for k, v in caches]
+        )
         self.note("shared prefix 64 x (8192 + 128)", "cascade", joined, once, plain)
 
     def write(self, form: str, tokens: int) -> None:
@@ -319,12 +328,14 @@ def main() -> int:
     small = ["bfloat16", "int8", "int4"]
     every = ["bfloat16", "fp8_e4m3", "int8", "int4"]
     for index, shape in enumerate(DECODE[:1] if options.quick else DECODE):
-        run.attention(shape, small if options.quick else every, flex=index == 2 and not options.quick)
+        formats = small if options.quick else [*every, "fp8_e5m2", "float16", "float32"] if index == 2 else every
+        run.attention(shape, formats, flex=index == 2 and not options.quick)
     for shape in PREFILL[:1] if options.quick else PREFILL:
         run.attention(shape, small, flex=False)
     for heads in (16,) if options.quick else (16, 128):
         base = run.latent(heads, "bfloat16", None)
-        run.latent(heads, "int8", base)
+        for form in small[1:] if options.quick else every[1:]:
+            run.latent(heads, form, base)
     run.cascade()
     for tokens in (64, 4096):
         run.write("int8", tokens)
