@@ -3,8 +3,9 @@
 Every figure is a median of repeated calls over caches too large for the processor's caches; the fraction of bandwidth
 is that of a sequential read measured between the calls. The roofline of a row is the longer of two times: to read the
 cache once at that bandwidth, and to multiply at the speed of a matrix product of torch in the query's dtype, measured
-in the same run. `of bound` is the part of the roofline that the kernel reaches. For a cascade, the roofline of the same
-step without sharing says by how much sharing can be quicker.
+in the same run. `of bound` is the part of the roofline that the kernel reaches. `in cache` is the least time of the
+same call where all blocks are one, so that no memory is waited for. For a cascade, the roofline of the same step
+without sharing says by how much sharing can be quicker.
 
 `packed bmm` is the torch backend of kvpass. SDPA and flex_attention are given contiguous keys and values, which they
 need not gather; they have no cache formats, so only the bfloat16 and float32 rows have them.
@@ -42,6 +43,7 @@ Clock = Callable[[], float]
 
 READ_BYTES = 512 << 20
 DECODE = ("bfloat16", "float32", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "k4v2")
+ROUNDS = 6  # in which the formats of a shape take turns
 WIDE_BLOCKS = (0, -2, -1)  # of a sequence, in k4v2: the first and the newest
 
 
@@ -87,6 +89,20 @@ SHAPES = (
     Shape("cascade 64 x (8192 + 128)", "cascade_attention", 64, 8320, (32, 8), (128, 128), shared=8192),
 )  # fmt: skip
 QUICK = (0, 5, 7)
+SHOWN = {
+    "heads": "heads",
+    "dims": "dims",
+    "format": "format",
+    "threads": "threads",
+    "ms": "milliseconds",
+    "GB/s": "gigabytes_per_second",
+    "of read": "fraction",
+    "memory ms": "memory_milliseconds",
+    "arithmetic ms": "arithmetic_milliseconds",
+    "in cache ms": "in_cache_milliseconds",
+    "of bound": "fraction_of_bound",
+    "x bf16": "times_bfloat16",
+}
 PAGE = Path(__file__).parents[1] / "docs" / "kernels-cpu.md"
 PEAK_SIZE = 1024  # of the square matrices whose product is the peak
 
@@ -112,9 +128,11 @@ def count_flops(shape: Shape) -> float:
     return 2.0 * shape.sequences * shape.new * shape.heads[0] * seen * sum(shape.dims)
 
 
-def roofline(shape: Shape, cache_bytes: int, dtype: torch.dtype, read: float, clock: Clock) -> dict[str, Any]:
+def roofline(
+    shape: Shape, cache_bytes: int, dtype: torch.dtype, threads: int, read: float, clock: Clock
+) -> dict[str, Any]:
     """The least milliseconds that bandwidth and arithmetic allow, and which of them decides."""
-    peak = peak_speed(dtype, torch.get_num_threads(), clock)
+    peak = peak_speed(dtype, threads, clock)
     memory, arithmetic = cache_bytes / read / 1e6, count_flops(shape) / peak / 1e6
     found: dict[str, Any] = {
         "peak_gigaflops": round(peak, 1),
@@ -233,41 +251,90 @@ def time_calls(call: Callable[[], Any], repeats: int, seconds: float, clock: Clo
     return times
 
 
+@dataclass
+class Timed:
+    """A kernel's calls on one cache format, and the reads of memory that took turns with them."""
+
+    name: str
+    threads: int
+    arguments: dict[str, Any]
+    cache_bytes: int
+    kernel: Callable[[], Any]
+    near: Callable[[], Any]
+    reads: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    near_times: list[float] = field(default_factory=list)
+
+
 def measure(
-    shape: Shape, name: str, size: int, repeats: int, memory: Tensor, peers: bool, clock: Clock
-) -> dict[str, Any]:
-    """One row of results."""
-    arguments, cache_bytes = make_call(shape, name, size)
-    kernel = functools.partial(getattr(backend, shape.op), **arguments)
-    reads, times = [], []
-    for _ in range(3):  # reads and calls take turns, since others use the machine's memory as well
-        reads.append(max(read_bandwidth(memory, clock) for _ in range(2)))
-        times += time_calls(kernel, max(3, repeats // 3), 2.0, clock)
-    median = statistics.median(times)
+    shape: Shape, threads: list[int], size: int, repeats: int, memory: Tensor, clock: Clock
+) -> list[dict[str, Any]]:
+    """Rows of results, for each number of threads one for each format.
+
+    Formats, threads and reads take turns, since others use the machine as well.
+    """
+    timed, op = [], getattr(backend, shape.op)
+    for name in shape.formats:
+        arguments, cache_bytes = make_call(shape, name, size)
+        same = {**arguments, "block_tables": torch.zeros_like(arguments["block_tables"])}
+        calls = functools.partial(op, **arguments), functools.partial(op, **same)
+        timed += [Timed(name, count, arguments, cache_bytes, *calls) for count in threads]
+    for _ in range(ROUNDS):
+        for one in timed:
+            torch.set_num_threads(one.threads)
+            one.reads.append(max(read_bandwidth(memory, clock) for _ in range(2)))
+            one.times += time_calls(one.kernel, -(-repeats // ROUNDS), 1.0, clock)
+            if shape.new == 1:
+                one.near_times += time_calls(one.near, 2, 0.5, clock)
+    rows = []
+    for one in sorted(timed, key=lambda each: each.threads):
+        row = describe(shape, size, one, clock)
+        torch.set_num_threads(one.threads)
+        for peer, call in peers_of(shape, one.name, one.arguments).items() if one.name in DECODE[:2] else ():
+            try:
+                took = statistics.median(time_calls(call, 3, 1.0, clock))
+            except Exception as error:  # a peer that cannot run here says why in the JSON
+                row[f"no {peer}"] = type(error).__name__
+                continue
+            row[f"times {peer}"] = round(took * 1e3 / row["milliseconds"], 2)
+        rows.append(row)
+    for row in rows:
+        base = [r["milliseconds"] for r in rows if r["format"] == "bfloat16" and r["threads"] == row["threads"]]
+        row["times_bfloat16"] = round(base[0] / row["milliseconds"], 2) if base else None
+    return rows
+
+
+def describe(shape: Shape, size: int, one: Timed, clock: Clock) -> dict[str, Any]:
+    """What was measured of a format, beside what is possible."""
+    median, read = statistics.median(one.times), statistics.median(one.reads)
     row: dict[str, Any] = {
         "shape": shape.name,
         "heads": list(shape.heads),
         "dims": list(shape.dims),
         "block_size": size,
-        "format": name,
-        "threads": torch.get_num_threads(),
+        "format": one.name,
+        "threads": one.threads,
         "milliseconds": round(median * 1e3, 3),
-        "best_milliseconds": round(min(times) * 1e3, 3),
-        "gigabytes_per_second": round(cache_bytes / median / 1e9, 2),
-        "sequential_read": round(statistics.median(reads), 2),
-        "fraction": round(cache_bytes / median / 1e9 / statistics.median(reads), 3),
-        **roofline(shape, cache_bytes, arguments["query"].dtype, statistics.median(reads), clock),
+        "best_milliseconds": round(min(one.times) * 1e3, 3),
+        "gigabytes_per_second": round(one.cache_bytes / median / 1e9, 2),
+        "sequential_read": round(read, 2),
+        "fraction": round(one.cache_bytes / median / 1e9 / read, 3),
+        **roofline(shape, one.cache_bytes, one.arguments["query"].dtype, one.threads, read, clock),
     }
+    if one.near_times:
+        row["in_cache_milliseconds"] = round(min(one.near_times) * 1e3, 3)  # a bound
     bound = max(row["memory_milliseconds"], row["arithmetic_milliseconds"])
     row["fraction_of_bound"] = round(bound / row["milliseconds"], 3)
-    for peer, call in peers_of(shape, name, arguments).items() if peers else ():
-        try:
-            took = statistics.median(time_calls(call, 3, 1.0, clock))
-        except Exception as error:  # a peer that cannot run here says why in the JSON
-            row[f"no {peer}"] = type(error).__name__
-            continue
-        row[f"times {peer}"] = round(took / median, 2)
     return row
+
+
+def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as it is printed."""
+    peers = ", ".join(f"{name.removeprefix('times ')} {row[name]}" for name in row if name.startswith("times "))
+    if "possible times without sharing" in row:
+        peers += f" (of {row['possible times without sharing']} possible)"
+    heads, dims = ("/".join(map(str, row[name])) for name in ("heads", "dims"))
+    return row["shape"], heads, dims, *(str(row.get(name) or "-") for name in list(SHOWN.values())[2:]), peers
 
 
 def main() -> None:
@@ -276,7 +343,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", help="numbers of the shapes to run")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, torch.get_num_threads()])
     parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=18)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="on a busy machine: processor, with one thread")
     parser.add_argument("--name", default="cpu_kernels", help="name of the JSON")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
@@ -284,31 +351,17 @@ def main() -> None:
     options = parser.parse_args()
     clock = CLOCKS[options.clock]
     memory = torch.ones(READ_BYTES // 4)
-    names = ("shape", "heads", "dims", "format", "threads", "ms", "GB/s", "of read")
-    names = (*names, "memory ms", "arithmetic ms", "of bound", "x bf16", "peers")
-    table = Table(title=f"CPU kernels, level {loader.supported_levels()[-1]}, blocks of {options.block_size} tokens")
-    for name in names:
-        table.add_column(name, justify="left" if name in ("shape", "peers") else "right")
     rows: list[dict[str, Any]] = []
     for number in options.shapes or (QUICK if options.quick else range(len(SHAPES))):
-        shape = SHAPES[number]
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
-            base = None
-            for name in shape.formats:
-                row = measure(shape, name, options.block_size, options.repeats, memory, name in DECODE[:2], clock)
-                base = row["milliseconds"] if name == "bfloat16" else base
-                row["times_bfloat16"] = round(base / row["milliseconds"], 2) if base else None
-                rows.append(row)
-                peers = ", ".join(f"{k.removeprefix('times ')} {v}" for k, v in row.items() if k.startswith("times "))
-                if "possible times without sharing" in row:
-                    peers += f" (of {row['possible times without sharing']} possible)"
-                shown = ("milliseconds", "gigabytes_per_second", "fraction", "memory_milliseconds",
-                         "arithmetic_milliseconds", "fraction_of_bound", "times_bfloat16")  # fmt: skip
-                cells = tuple(row[name] for name in shown)
-                heads, dims = ("/".join(map(str, pair)) for pair in (shape.heads, shape.dims))
-                output().print(f"{shape.name}, {name}, {threads} threads: {row['milliseconds']} ms; {peers}")
-                table.add_row(shape.name, heads, dims, name, str(threads), *(f"{cell or '-'}" for cell in cells), peers)
+        threads = list(dict.fromkeys(options.threads))
+        for row in measure(SHAPES[number], threads, options.block_size, options.repeats, memory, clock):
+            output().print(", ".join((*cells_of(row)[:6], f"peers: {cells_of(row)[-1] or 'none'}")))
+            rows.append(row)
+    table = Table(title=f"CPU kernels, level {loader.supported_levels()[-1]}, blocks of {options.block_size} tokens")
+    for name in ("shape", *SHOWN, "peers"):
+        table.add_column(name, justify="left" if name in ("shape", "peers") else "right")
+    for row in rows:
+        table.add_row(*cells_of(row))
     output().print(table)
     chosen = {"block_size": options.block_size, "repeats": options.repeats, "clock": options.clock}
     written = write_result(options.results, options.name, chosen, rows)

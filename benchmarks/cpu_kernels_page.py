@@ -19,8 +19,17 @@ def digest(content: Row) -> str:
     """One line for each shape and format with one thread; what more threads bring stands beside it."""
     rows, machine = content["results"], content["machine"]
     threads = max(row["threads"] for row in rows)
-    columns = ("shape", "heads", "dims", "format", "ms", "GB/s", "of read", "roofline", "reached", "x bfloat16")
-    columns = (*columns, f"{threads} threads: x one", "of read", "reached", "x bfloat16", "times peers")
+    columns = ("shape", "heads", "dims", "format", "ms", "GB/s", "of read", "roofline", "reached")
+    columns = (
+        *columns,
+        "in cache",
+        "x bfloat16",
+        f"{threads} threads: x one",
+        "of read",
+        "reached",
+        "x bfloat16",
+        "times peers",
+    )
     lines = [
         HEADING,
         "",
@@ -31,7 +40,8 @@ def digest(content: Row) -> str:
         "*Of read*: part of the bandwidth of a sequential read in the same run. *Roofline*: milliseconds to read the",
         "cache once at that bandwidth, and to do the arithmetic at the speed of torch's matrix product in the query's",
         "dtype. The longer of the two is the least that is possible, and *reached* the part of it that the kernel",
-        "comes to.",
+        "comes to. *In cache*: least milliseconds of the same call where all blocks are one: no memory is waited",
+        "for.",
         "",
         f"| {' | '.join(columns)} |",
         "| " + " | ".join("---" for _ in columns) + " |",
@@ -59,7 +69,7 @@ def _line(row: Row, other: Row | None) -> str:
     cells = (
         row["shape"], heads, dims, row["format"], f"{row['milliseconds']:.2f}", row["gigabytes_per_second"],
         row["fraction"], f"{row['memory_milliseconds']:.2f}, {row['arithmetic_milliseconds']:.2f}",
-        row["fraction_of_bound"], row["times_bfloat16"] or "-", *more,
+        row["fraction_of_bound"], row.get("in_cache_milliseconds", "-"), row["times_bfloat16"] or "-", *more,
         (peers or "-") + (f" (of {possible} possible)" if possible and peers else ""),
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
