@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kvpass.errors import InputError
 from kvpass.kernels.formats import FORMATS, pack_slabs
+from kvpass.kernels.settling import wide_view
 from tests.kernels.random_cases import ATTENTIONS, attention_case
 from tests.kernels.tiny_attention import TinyAttention, export_tiny, tiny_step
 
@@ -21,6 +22,15 @@ MIXED = ("int8", "int4")
 
 def slabs(name: str, dim: int = 8) -> Tensor:
     return pack_slabs(torch.randn(5, 2, 16, dim, generator=torch.Generator().manual_seed(dim)), FORMATS[name])
+
+
+def settling(name: str, dim: int = 16) -> Tensor:
+    """A cache of three narrow blocks and three wide ones."""
+    cache = FORMATS[name].allocate(3, 2, 16, dim, "cpu", 3).zero_()
+    wide_view(cache, FORMATS[name])[-3:] = torch.randn(
+        3, 2, 16, dim, generator=torch.Generator().manual_seed(dim)
+    ).bfloat16()
+    return cache
 
 
 def calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -42,6 +52,10 @@ def calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "cascade_attention": ((*paged, torch.tensor([0, 1, 2]), torch.tensor([16, 0]), 0.3), formats),
         "gather_cache": ((slabs("int4"), *step[:2], 8), {"format": "int4"}),
         "copy_blocks": (([slabs("int8"), slabs("int4")], torch.tensor([1, 0]), torch.tensor([3, 1])), {}),
+        "settle_blocks": (
+            ([settling("k4"), settling("v2")], ["k4", "v2"], torch.tensor([-1, -3]), torch.tensor([2, -2])),
+            {},
+        ),
     }
 
 
