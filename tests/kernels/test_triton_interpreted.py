@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.cache_cases import CHECKS
 from tests.kernels.random_cases import ATTENTIONS
+from tests.kernels.rare_cases import RARE
 from tests.kernels.settled_cases import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,22 @@ def test_random_calls_agree_with_float64(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "kernel_sweep_triton.json").read_text())
     assert {row["op"] for row in found["results"]} == {*ATTENTIONS, *CHECKS}
     assert set(found["options"]["by_format"]) == set(NAMES)
+
+
+RARE_CALLS = """
+from kvpass.kernels.triton_kernels import backend
+from tests.kernels.format_bounds import ROUNDINGS
+from tests.kernels.rare_cases import RARE, find_case
+for what, (op, names, _, _) in RARE.items():
+    find_case(what, names[0]).check(getattr(backend, op), ROUNDINGS["interpreter"])
+    print(what)
+"""
+
+
+def test_rare_calls_agree_with_float64() -> None:
+    ran = run_interpreted("-c", RARE_CALLS)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.split("\n")[:-1] == [*RARE]
 
 
 THROUGH_THE_OPS = """
