@@ -73,8 +73,9 @@ def implied_errors(arguments: dict[str, Any]) -> Allowance:
     keys and values has made already is the measure of what that may cost. Errors of a row's elements are as good as
     independent: those of a product with it add up as their squares do.
     """
-    (key_error, _), (value_error, largest) = (_stored_error(*_cache_of(arguments, part)) for part in ("key", "value"))
     query = arguments["query"]
+    caches = (_cache_of(arguments, part) for part in ("key", "value"))
+    (key_error, _), (value_error, largest) = (_stored_error(*cache, query.dtype) for cache in caches)
     score = arguments["scale"] * query.double().norm(dim=-1).max().item() * key_error
     # weights whose scores are off by e are off by a factor of up to exp(2 e); no output is off by more than its range
     spread = min(2.0, float(torch.expm1(torch.tensor(2 * score))))
@@ -86,7 +87,7 @@ def rounded_weights(arguments: dict[str, Any]) -> Allowance:
     query, (cache, form) = arguments["query"], _cache_of(arguments, "value")
     plain = query.dtype is torch.float32 or form.settles is not None
     unit = 2.0**-11 if form.bits <= 8 or query.dtype is torch.float16 else 2.0**-8
-    _, largest = _stored_error(cache, form)
+    _, largest = _stored_error(cache, form, query.dtype)
     return Allowance(((0.0 if plain else unit) + 2e-5) * largest, 3e-4, 3e-4)
 
 
@@ -104,16 +105,18 @@ def _cache_of(arguments: dict[str, Any], part: str) -> tuple[Tensor, CacheFormat
     return cache, format_of(cache, arguments.get(f"{part}_format", arguments.get("format")))
 
 
-def _stored_error(cache: Tensor, form: CacheFormat) -> tuple[float, float]:
+def _stored_error(cache: Tensor, form: CacheFormat, dtype: torch.dtype) -> tuple[float, float]:
     """What a kernel may round an element of a cache by, or its counterpart, and the largest element.
 
     That is a quarter of what the scaled formats have rounded it by. fp8 becomes bfloat16, which holds it, so that only
-    its counterpart is rounded, and k4v2 becomes float32.
+    its counterpart is rounded; so does k4v2, but two parts of bfloat16 stand for a counterpart of a query of another
+    ``dtype``.
     """
     if form.settles is not None:
         blocks = torch.cat((torch.arange(len(cache)), -1 - torch.arange(len(wide_view(cache, form)))))
         numbers = read_blocks(cache, form, blocks).nan_to_num(0.0, 0.0, 0.0)
-        return 0.0, numbers.abs().max().item()
+        rounded = allowed_error(numbers, "bfloat16").max().item()
+        return rounded if dtype is torch.bfloat16 else rounded * 2.0**-8, numbers.abs().max().item()
     numbers = read_cache(cache, form.name).nan_to_num(0.0, 0.0, 0.0)
     largest = numbers.abs().max().item()
     if form.name == "float32":
