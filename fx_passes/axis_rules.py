@@ -16,6 +16,7 @@ from kvpass.fx_passes.axes import (
     check,
     count,
     is_free,
+    is_score,
     kinds_in,
     plain,
     uniform,
@@ -116,12 +117,27 @@ def _is_bias(inference: Inference, added: Node, axes: Axes) -> bool:
 def attention(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     """A dense attention: rows are those of the query, each from its own token and those that the mask shows it."""
     query, key, value = (inference.axes(named[name]) for name in ("query", "key", "value"))
+    if is_call(node, aten.scaled_dot_product_attention) and is_free(key[-2]) and is_free(value[-2]):
+        return _over_entries(inference, node, named, query, key, value)
     for axes in (query, key, value):
         if kinds_in(axes[-2]) != {Kind.TOKEN} or not is_free(axes[-1]) or not count(axes, Kind.BATCH):
             raise MixesTokens("is an attention over something else than tokens")
     if is_call(node, aten.scaled_dot_product_attention) and not inference.with_scores:
         raise MixesTokens("multiplies tokens with tokens: an attention that was not recognised")
     return (*query[:-1], value[-1])
+
+
+def _over_entries(inference: Inference, node: Node, named: dict[str, Any], query: Axes, key: Axes, value: Axes) -> Axes:
+    """An attention to what each token has of its own, such as its heads, or to constants: products and a softmax."""
+    rank = len(shape_of(node)) - 2
+    lead = broadcast([query[:-2], key[:-2], value[:-2]], rank)
+    if any(is_score(axes) or not is_free(axes[-1]) for axes in (query, key, value)):
+        raise MixesTokens("is an attention over something else than tokens")
+    if named["is_causal"] and not is_free(query[-2]):
+        raise MixesTokens("hides keys by the place of their query among those of the call")
+    if named["attn_mask"] is not None:
+        broadcast([(*lead, query[-2], key[-2]), inference.axes(named["attn_mask"])], rank + 2)
+    return check((*lead, query[-2], value[-1]))
 
 
 def convolution(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
@@ -196,6 +212,7 @@ RULES: dict[str, AxisRule] = {
             "aten::masked_fill",
             "aten::_to_copy",
             "aten::copy",
+            "aten::fill",
             "aten::to",
             "aten::clone",
             "aten::polar",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from kvpass.fx_passes.axes import Mixed, MixesTokens, is_score
+from kvpass.fx_passes.axes import Mixed, MixesTokens, is_free, is_score
 from kvpass.fx_passes.axis_rules import RULES
 from kvpass.fx_passes.contraction import contraction_of
 from kvpass.fx_passes.find_positions import position_sources
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, is_call, refuse
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, is_call, refuse
 from kvpass.fx_passes.infer_axes import Blocked, Inference, infer_axes
 from kvpass.fx_passes.read_scores import NotUnderstood
 from kvpass.fx_passes.rewrite_sdpa import rewrite_sdpa
@@ -77,7 +77,8 @@ class FindAttention:
         if isinstance(inference.results.get(node), Mixed):
             return None
         if is_call(node, aten.scaled_dot_product_attention):
-            return rewrite_sdpa
+            keys = inference.axes(arguments(node)["key"])
+            return None if is_free(keys[-2]) else rewrite_sdpa  # constants, or a token's own heads: nothing to cache
         contraction = contraction_of(node)
         if contraction is not None and key_side(inference, contraction) is not None:
             return rewrite_softmax

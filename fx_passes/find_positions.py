@@ -22,8 +22,8 @@ from kvpass.fx_passes.graph import (
     shape_of,
     tensor_value,
 )
-from kvpass.fx_passes.infer_axes import Inference, infer_axes
-from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
+from kvpass.fx_passes.infer_axes import Inference, computes_with_sizes, infer_axes
+from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, reads_shape_only
 
 PROBES = ((1, 3), (2, 8), (3, 17), (1, 2051))  # (batch, length)
 LONGEST_PROBE = 8192
@@ -121,7 +121,11 @@ def position_sources(
 
 
 def longest_valid(evaluator: ShapeEvaluator, node: Node, upper: int) -> int:
-    """Largest length up to ``upper`` at which a shape-only node can be evaluated and has its symbolic shape."""
+    """Largest length up to ``upper`` at which a shape-only node can be evaluated and has its symbolic shape.
+
+    A tabulated node must have the rows there that it had when it was probed.
+    """
+    source = node.meta.get(SOURCE)
 
     def works(length: int) -> bool:
         try:
@@ -129,7 +133,10 @@ def longest_valid(evaluator: ShapeEvaluator, node: Node, upper: int) -> int:
             expected = [evaluator.number(s, 1, length) for s in node.meta["val"].shape]
         except (IndexError, RuntimeError, ValueError):
             return False
-        return list(value.shape) == expected
+        if list(value.shape) != expected or not isinstance(source, Tabulated):
+            return list(value.shape) == expected
+        common = min(length, source.values.shape[source.dim])
+        return torch.equal(*(rows.narrow(source.dim, 0, common) for rows in (value, source.values)))
 
     return largest(works, upper)
 
@@ -193,8 +200,8 @@ def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) ->
     needed = evaluator.needed(node)
     numbers = numbers_in(needed, captured)
     thresholds = sorted(n for n in numbers if n <= LONGEST_PROBE)
-    # it may count on until a bound that no probe reaches
-    beyond = max(numbers, default=0) > LONGEST_PROBE
+    # it may count on until a bound that no probe reaches, and as slowly as the length tells
+    beyond = max(numbers, default=0) > LONGEST_PROBE or any(_takes_length(n) for n in needed)
     upper = captured.max_length or LONGEST_PROBE + 3
     probes = [(b, min(n, upper)) for b, n in (*PROBES, *((1, n + 3) for n in thresholds[-3:]))]
     dim = next(i for i, s in enumerate(shape_of(node)) if s == captured.length)
@@ -215,6 +222,16 @@ def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) ->
         return False
     node.meta[SOURCE] = (None if beyond else _counting(longest)) or Tabulated(longest, dim)
     return True
+
+
+def _takes_length(node: Node) -> bool:
+    """Whether the batch size or length takes part in the arithmetic, as a number or as a sum over all tokens."""
+    if node.op != "call_function" or tensor_value(node) is None or reads_shape_only(node):
+        return False
+    lengths = [
+        any(not s.is_number for s in shape_of(n)) for n in (node, *node.all_input_nodes) if tensor_value(n) is not None
+    ]
+    return computes_with_sizes(arguments(node)) or (any(lengths) and not lengths[0])
 
 
 def _one_sequence(captured: CapturedGraph, node: Node, value: Tensor) -> Tensor | None:

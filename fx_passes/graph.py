@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
@@ -205,6 +206,17 @@ def read_attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
     value = operator.attrgetter(path)(module)
     assert isinstance(value, torch.Tensor)
     return value
+
+
+def reads_parameter(captured: CapturedGraph, node: Node) -> bool:
+    """Whether a constant is computed from parameters, which may be changed later."""
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "get_attr" and isinstance(read_attribute(captured.module, str(current.target)), nn.Parameter):
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
 
 
 def module_path(node: Node, captured: CapturedGraph) -> str:

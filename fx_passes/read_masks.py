@@ -117,7 +117,7 @@ def _bias_function(evaluator: ShapeEvaluator, bias: Node) -> Callable[[int, int]
         if torch.isnan(value).any():
             raise NotProvenError(
                 "the bias is NaN somewhere: either the model's own is, or scores are multiplied with a mask, which "
-                "hides nothing from a softmax"
+                "hides nothing from a softmax, or with numbers too small or negative after their mask"
             )
         return value
 

@@ -16,7 +16,16 @@ from torch.fx import Node
 from kvpass.fx_passes.axes import Axes, Kind, is_score
 from kvpass.fx_passes.contraction import Contraction, contraction_of
 from kvpass.fx_passes.fixed_values import is_fixed
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit, is_symbolic_scalar, shape_of, tensor_value
+from kvpass.fx_passes.graph import (
+    CapturedGraph,
+    arguments,
+    aten,
+    emit,
+    is_symbolic_scalar,
+    reads_parameter,
+    shape_of,
+    tensor_value,
+)
 from kvpass.fx_passes.infer_axes import Inference
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
 
@@ -126,26 +135,16 @@ class ScoreReader:
             return False
         return bool(self.evaluator.evaluate(fill, 2, 5).max() <= HIDDEN)
 
-    def constant(self, value: Any) -> float | None:
-        """A number, where the argument is one or is a constant tensor of one entry that is no parameter."""
+    def constant(self, value: Any, learned: bool = False) -> float | None:
+        """A number, where the argument is one or is a constant tensor of one entry; a parameter if ``learned``."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if not isinstance(value, Node) or self.inference.kinds[value] is not Dependence.CONSTANT:
             return None
         tensor = tensor_value(value)
-        if tensor is None or tensor.numel() != 1 or _reads_parameter(value):
+        if tensor is None or tensor.numel() != 1 or (not learned and reads_parameter(self.captured, value)):
             return None
         return float(self.evaluator.evaluate(value, 2, 5).item())
-
-
-def _reads_parameter(node: Node) -> bool:
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current.op == "get_attr" and isinstance(current.meta.get("val"), torch.nn.Parameter):
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
 
 
 Reader = Callable[[ScoreReader, Node, dict[str, Any]], Scores]
@@ -195,7 +194,7 @@ def _divide(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:
 
 
 def _scale(reader: ScoreReader, node: Node, scores: Scores, inner: Node, other: Any) -> Scores:
-    number = reader.constant(other)
+    number = reader.constant(other, learned=scores.cap is not None)  # a softcap is a number in the op
     if number is not None:
         if number < SMALLEST_SCALE and scores.bias is not None:
             raise NotUnderstood("scores are multiplied with a number that undoes their mask", node)
@@ -212,11 +211,21 @@ def _scale(reader: ScoreReader, node: Node, scores: Scores, inner: Node, other: 
             raise NotUnderstood("scores are multiplied with two masks", node)
         bias = None if scores.bias is None else reader.emit(aten.mul.Tensor, scores.bias, other)  # -inf * 0 is NaN
         return replace(scores, gate=other, bias=bias)
-    if scores.bias is not None or scores.cap is not None or scores.gate is not None:
-        raise NotUnderstood("scores are multiplied with a tensor after their mask, bias or softcap", node)
+    if scores.cap is not None:
+        raise NotUnderstood("scores are multiplied with a tensor after their softcap", node)
+    if scores.bias is not None:
+        if reader.inference.is_data(other) or reader.has(kinds, reader.key):
+            raise NotUnderstood("scores are multiplied with a tensor after their mask or bias", node)
+        scores = replace(scores, bias=_scaled_bias(reader, scores.bias, other))
     if scores.shifted and reader.has(kinds, reader.key):
         raise NotUnderstood("scores are shifted before they are multiplied with a tensor over keys", node)
     return replace(scores, factors=(*scores.factors, (other, kinds)))
+
+
+def _scaled_bias(reader: ScoreReader, bias: Node, factor: Node) -> Node:
+    """A bias times a factor that hides what the bias hides. NaN marks factors that are too small, or negative."""
+    hides = reader.emit(aten.ge.Scalar, factor, SMALLEST_SCALE)
+    return reader.emit(aten.where.ScalarOther, hides, reader.emit(aten.mul.Tensor, bias, factor), float("nan"))
 
 
 def _add(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:

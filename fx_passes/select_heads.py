@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.contraction import Contraction, contraction_of
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, is_call, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, is_call, reads_parameter, shape_of
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
 
 LARGEST = 1 << 20  # entries of a constant that is looked at
@@ -23,7 +23,7 @@ class SelectHeads:
         with a matrix of groups; a product with a constant of ones.
     After: ``index_select`` and ``expand``. (Where an entry is infinite or NaN, zero times it is no longer added.)
     Requires: ``canonicalize``.
-    Refuses: nothing.
+    Refuses: nothing. Parameters are no constants here: a later change of the model's weights counts.
     """
 
     name: str = "select-heads"
@@ -36,6 +36,10 @@ class SelectHeads:
         for node in list(captured.graph.nodes):
             constants = [n for n in node.all_input_nodes if kinds.get(n) is Dependence.CONSTANT]
             if kinds[node] is not Dependence.DATA or len(constants) != 1 or not _is_small(constants[0]):
+                continue
+            if reads_parameter(
+                captured, constants[0]
+            ):  # it is ones or zeros by chance, before its values are learned or loaded
                 continue
             with captured.graph.inserting_before(node):
                 replacement = _selection(captured, evaluator, node, constants[0])

@@ -21,7 +21,7 @@ from tests.decoders import (
     softmaxes,
     unusual_attention,
 )
-from tests.decoders.skeleton import DIM, Builder, Decoder, GeluMLP, decoder, decoder_around, in_turn
+from tests.decoders.skeleton import DIM, Builder, Decoder, GeluMLP, decoder, decoder_around, in_turn, one_layer_around
 
 TEMPERATURES = ("query", "key", "weights", "weights of a key", "weights that are moved")
 
@@ -120,6 +120,7 @@ DECODERS: dict[str, Builder] = {
         lambda: Decoder(in_turn(*(partial(picked.PickedHeads, by) for by in picked.WAYS)), num_layers=len(picked.WAYS))
     ),
     "little things": decoder_around(picked.LittleThings),
+    "beside the cache": one_layer_around(picked.BesideTheCache),
     "head by head": decoder_around(softmaxes.HeadByHead),
     "flex_attention, ALiBi": decoder_around(softmaxes.FlexALiBi),
     "flex_attention, softcap and GQA": decoder_around(softmaxes.FlexSoftcapGQA),

@@ -1,7 +1,8 @@
 """Attentions that take heads apart after the softmax, and small things that people write around one."""
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tests.decoders.masks import Heads
 from tests.decoders.skeleton import HEAD_DIM, HEADS
@@ -43,3 +44,25 @@ class LittleThings(Heads):
         scores[:, :, seen == 0] = -torch.inf
         weights = torch.exp(scores - scores.max(dim=-1, keepdim=True)[0])
         return weights / (weights.sum(dim=-1, keepdim=True) + 1e-9) @ v
+
+
+class BesideTheCache(Heads):
+    """A temperature learned per head, after the mask; and what needs no cache: attention to learned keys and values,
+    which open up with the position, and of each token's heads to one another.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned = nn.Parameter(torch.zeros(2, HEADS, 5, HEAD_DIM))
+        self.temperature = nn.Parameter(torch.zeros(HEADS, 1, 1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q.size(2)
+        seen = torch.arange(5, device=q.device) <= torch.arange(s, device=q.device)[:, None] // 4
+        keys, values = self.learned.unsqueeze(1).expand(-1, q.size(0), -1, -1, -1)
+        learned = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+        heads = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        scores = q @ k.mT * HEAD_DIM**-0.5 + torch.full((s, s), -torch.inf, device=q.device).triu(1)
+        causal = (scores * self.temperature.exp()).softmax(-1) @ v
+        causal[..., -1] = 0
+        return causal + learned + heads

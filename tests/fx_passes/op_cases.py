@@ -15,6 +15,30 @@ def _ids(x):
     return x.argsort(-1)[..., :2]
 
 
+def _filled(x):
+    """Features that are assigned in place."""
+    x = x.clone()
+    x[..., :2] = 0
+    x[..., 4] = x[..., 5].abs() + 1
+    return x
+
+
+def _beside(m, x, **given):
+    """What each token makes of five constants."""
+    return F.scaled_dot_product_attention(x, m.table[:5].expand(x.size(0), -1, -1), m.table[5:10], **given)
+
+
+def _opened(x):
+    """Constants that open up with the position."""
+    return torch.arange(5) <= torch.arange(x.size(1))[:, None] // 2
+
+
+def _own_heads(x):
+    """Attention of each token's three heads to one another, in order."""
+    heads = x.unflatten(-1, (3, 2))
+    return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+
+
 def _swapped(x):
     return x.transpose(1, 2)
 
@@ -109,6 +133,7 @@ ACCEPTED = {
     "cast": (lambda m, x: x.float(), "B S 6"),
     "copy": (lambda m, x: aten.copy(torch.zeros_like(x), m.vector + x), "B S 6"),
     "clone": (lambda m, x: x.clone(), "B S 6"),
+    "fill": (lambda m, x: _filled(x), "B S 6"),
     "polar": (lambda m, x: torch.polar(x.abs(), x).real, "B S 6"),
     "complex": (lambda m, x: torch.complex(x, -x).imag, "B S 6"),
     "as complex": (lambda m, x: torch.view_as_complex(x.reshape(*x.shape[:2], 3, 2)).abs(), "B S 3"),
@@ -259,9 +284,14 @@ ACCEPTED = {
     "experts by nonzero and index_put": (_nonzero_columns, "B S 6"),
     "experts by a grouped product": (_grouped, "B S 8"),
     "experts by groups": (_by_groups, "B S 6"),
+    # attentions without a cache
+    "attention to constants": (lambda m, x: _beside(m, x), "B S 6"),
+    "attention to constants that open up": (lambda m, x: _beside(m, x, attn_mask=_opened(x)), "B S 6"),
+    "attention of a token's own heads": (lambda m, x: _own_heads(x), "B S 3 2"),
 }
 
 REFUSED = {
+    "causal attention to constants": (lambda m, x: _beside(m, x, is_causal=True), "place of their query"),
     # tokens with tokens
     "mean over tokens": (lambda m, x: x - x.mean(1, keepdim=True), "works along the token axis"),
     "mean over sequences": (lambda m, x: x - x.mean(0, keepdim=True), "works along the batch"),

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from kvpass.fx_passes.axes import Mixed
 from kvpass.fx_passes.canonicalize import Canonicalize
-from kvpass.fx_passes.find_positions import SOURCE, Counting, Lookup, Tabulated, largest
+from kvpass.fx_passes.find_positions import SOURCE, Counting, Lookup, Tabulated, largest, longest_valid
 from kvpass.fx_passes.graph import CapturedGraph
 from kvpass.fx_passes.infer_axes import Inference
 from kvpass.fx_passes.prove_token_axis import token_axes
@@ -50,6 +50,14 @@ POSITIONS = {
     "number of visible keys": (lambda m, x: column(distances(x).ge(0).sum(-1)), Counting(1, 1)),
     "number of keys in a window that no probe reaches": (
         lambda m, x: column(((distances(x) >= 0) & (distances(x) < 20000)).sum(-1)),
+        Tabulated,
+    ),
+    "slowed down where no probe reaches": (
+        lambda m, x: column(torch.arange(s(x)) / torch.sym_max(1, s(x) // 3000)),
+        Tabulated,
+    ),
+    "slowed down by a sum of ones": (
+        lambda m, x: column(torch.arange(s(x)) // (torch.ones(s(x)).sum() // 3000).clamp(min=1)),
         Tabulated,
     ),
     "clamped at 20": (lambda m, x: column(torch.arange(s(x)).clamp(max=20)), Counting(0, 1)),
@@ -152,6 +160,15 @@ def test_a_count_that_stops_where_no_constant_says_so_is_not_taken_for_counting(
     _, inference, nodes = rewritable(functions)
     assert isinstance(inference.results[nodes["stops at 100"]], tuple)
     assert [type(n.meta[SOURCE]) for n in sources_of(nodes["stops at 100"])] == [Tabulated]
+
+
+@pytest.mark.parametrize("name", [name for name in POSITIONS if name.startswith("slowed")])
+def test_a_table_ends_where_its_rows_become_others(positions, name: str) -> None:
+    graph, _, nodes = positions
+    (source,) = sources_of(nodes[name])
+    evaluator = ShapeEvaluator(graph, classify(graph))
+    assert longest_valid(evaluator, source, 5000) == 5000
+    assert longest_valid(evaluator, source, 20_000) == 5999
 
 
 def test_the_largest_length_that_works_is_found() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpass.fx_passes.canonicalize import Canonicalize
 from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.find_attention import FindAttention
+from kvpass.fx_passes.read_masks import MASK, ReadMasks
 from tests.fx_passes.tracing import Cases, captured
 
 
@@ -47,13 +48,28 @@ def weighed_after_a_shift(m: Cases, x: Tensor) -> Tensor:
     return w.masked_fill(later, -torch.inf).softmax(-1) @ v
 
 
+def tempered(m: Cases, x: Tensor, temperature: Tensor) -> Tensor:
+    q, k, v, later = parts(m, x)
+    return ((q @ k.mT).masked_fill(later, -torch.inf) * temperature).softmax(-1) @ v
+
+
+def multiplied(m: Cases, x: Tensor, temperature: Tensor) -> Tensor:
+    q, k, v, later = parts(m, x)
+    seen = (~later).to(x.dtype)
+    return ((q @ k.mT * seen - 1e9 * (1 - seen)) / temperature).softmax(-1) @ v
+
+
 READ = {
     "a number": lambda m, x: with_sinks(m, x, torch.tensor(0.5)),
     "a tensor of the sequence's size": lambda m, x: with_sinks(m, x, torch.zeros(x.size(0), 1, x.size(1), 1) + 0.5),
     "a learned one": lambda m, x: with_sinks(m, x, m.vector[:1].exp().view(1, 1, 1, 1) * 2),
     "a fill of the scores' size": lambda m, x: filled(m, x, torch.full_like(x @ x.mT, -1e9)[:, None]),
+    "a temperature after the mask": lambda m, x: tempered(m, x, m.vector[:1].exp().view(1, 1, 1, 1)),
+    "a temperature after a mask that multiplies": lambda m, x: multiplied(m, x, m.vector[:1].exp().view(1, 1, 1, 1)),
+    "one by the position": lambda m, x: tempered(m, x, (1 + count(x)).log1p()[:, None]),
     "a fill that is computed": lambda m, x: filled(m, x, -1e9 * torch.ones(x.size(1), x.size(1), dtype=x.dtype)),
 }
+FADING = "a temperature that fades, and the mask with it"
 REFUSED = {
     "sinks from the tenth token on": (
         lambda m, x: with_sinks(m, x, (count(x) - 10).clamp(min=0)[:, None]),
@@ -71,9 +87,13 @@ REFUSED = {
 
 def test_what_holds_for_short_sequences_alone_is_refused() -> None:
     refused = {name: function for name, (function, _) in REFUSED.items()}
-    graph = captured(Cases({**READ, **refused}))
+    fading = {FADING: lambda m, x: tempered(m, x, 1 / (1 + count(x))[:, None])}
+    graph = captured(Cases({**READ, **fading, **refused}))
     Canonicalize().apply(graph)
     found = FindAttention().apply(graph)
-    assert len(attention_sites(graph)) == len(READ)
+    assert len(attention_sites(graph)) == len(READ) + 1
+    (masked,) = ReadMasks().apply(graph).refusals
+    assert "negative after their mask" in masked.reason
+    assert [MASK in site.meta for site in attention_sites(graph)] == [True] * len(READ) + [False]
     for refusal, (name, (_, words)) in zip(found.refusals, REFUSED.items(), strict=True):
         assert re.search(words, refusal.reason), f"{name}: {refusal.reason}"
