@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvpass.kernels import reference
 from kvpass.kernels.cpu import backend, loader
 from kvpass.kernels.formats import FORMATS
 from kvpass.kernels.settling import wide_view
@@ -58,3 +59,16 @@ def test_a_written_row_that_is_no_number_shows_and_no_other_does(wrong: float, l
         assert not finite[5, 1].any(), name
         finite[5, 1] = True
         assert finite.all(), name
+
+
+@pytest.mark.parametrize(("name", "dim"), [("k4", 64), ("k4", 80), ("v2", 64), ("v2", 96)])
+def test_blocks_settle_to_the_bytes_of_the_reference(name: str, dim: int, level: str) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    rows = torch.randn(9, 2, 32, dim, generator=generator) * torch.rand(dim, generator=generator) * 4
+    cache = FORMATS[name].allocate(9, 2, 32, dim, "cpu", 9).zero_()
+    wide_view(cache, FORMATS[name])[-9:] = rows.bfloat16()
+    found, want = cache.clone(), cache.clone()
+    blocks = (-1 - torch.arange(9), torch.randperm(9, generator=generator))
+    backend.settle_blocks([found], [name], *blocks)
+    reference.settle_blocks([want], [name], *blocks)
+    assert (found != want).float().mean() < 1e-3  # a sum of errors may be rounded otherwise, where two scales tie
