@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 HEADING = "## Figures"
+
+
+def _decodes(row: Row, *formats: str) -> bool:
+    return row["shape"].startswith("decode") and row["format"] in formats
+
+
+def _times(peer: str, row: Row) -> float | None:
+    return row.get(f"times {peer}") if row["format"] == "bfloat16" else None
+
+
+def _shared(row: Row) -> float | None:
+    return row["fraction_of_bound"] if row["shape"].startswith("cascade") and row["format"] == "bfloat16" else None
+
+
+# What is asked for, how much of it, and what a row says of that.
+TARGETS: tuple[tuple[str, float, Callable[[Row], float | None]], ...] = (
+    ("decode, bfloat16: of the read bandwidth", 0.7, lambda r: r["fraction"] if _decodes(r, "bfloat16") else None),
+    ("decode, float32: of the read bandwidth", 0.7, lambda r: r["fraction"] if _decodes(r, "float32") else None),
+    ("decode, int8: times bfloat16", 1.6, lambda r: r["times_bfloat16"] if _decodes(r, "int8") else None),
+    ("decode, int4: times bfloat16", 2.2, lambda r: r["times_bfloat16"] if _decodes(r, "int4") else None),
+    ("int8 and int4: times bfloat16", 1.0, lambda r: r["times_bfloat16"] if r["format"] in ("int8", "int4") else None),
+    ("bfloat16: times packed bmm", 2.5, lambda r: _times("packed bmm", r)),
+    (
+        "bfloat16: times SDPA enable_gqa",
+        25.0,
+        lambda r: _times("SDPA enable_gqa", r) if _decodes(r, "bfloat16") else None,
+    ),
+    ("prefill: times SDPA", 1.0, lambda r: r.get("times SDPA") if r["shape"].startswith("prefill") else None),
+    ("shared prefix, bfloat16: of what bytes and flops allow", 0.8, _shared),
+    ("more threads: times one", 1.8, lambda r: r.get("times one thread")),
+)
 
 
 def rewrite(page: Path, content: Row) -> None:
@@ -47,7 +79,30 @@ def digest(content: Row) -> str:
         "| " + " | ".join("---" for _ in columns) + " |",
     ]
     lines += [_line(row, _with_threads(threads, row, rows)) for row in rows if row["threads"] == 1]
-    return "\n".join(lines) + "\n"
+    return "\n".join((*lines, "", *_compare(rows, threads))) + "\n"
+
+
+def _compare(rows: list[Row], threads: int) -> list[str]:
+    """The targets, and how many of the rows that they speak of reach them."""
+    for row in rows:
+        if row["threads"] == 1 and (other := _with_threads(threads, row, rows)):
+            other["times one thread"] = row["milliseconds"] / other["milliseconds"]
+    lines = [
+        "### Against the targets",
+        "",
+        "From the least to the most of all rows that a target speaks of, and how many of them reach it.",
+        "",
+        f"| target | asked | one thread | {threads} threads |",
+        "| --- | --- | --- | --- |",
+    ]
+    for told, least, measure in TARGETS:
+        cells = []
+        for count in (1, threads):
+            found = sorted(value for row in rows if row["threads"] == count and (value := measure(row)) is not None)
+            reached = sum(value >= least for value in found)
+            cells.append(f"{found[0]:.2f} to {found[-1]:.2f}, {reached} of {len(found)}" if found else "-")
+        lines.append(f"| {told} | {least} | {' | '.join(cells)} |")
+    return lines
 
 
 def _with_threads(threads: int, row: Row, rows: list[Row]) -> Row | None:
