@@ -11,7 +11,7 @@ from kvpass.fx_passes.absorb import Absorption
 from kvpass.fx_passes.choose_formats import choose_formats, exact_formats, final_formats
 from kvpass.fx_passes.dense import attention_sites
 from kvpass.fx_passes.equal_entries import EntryClasses
-from kvpass.fx_passes.find_positions import SOURCE, Lookup, Tabulated, longest_valid
+from kvpass.fx_passes.find_positions import LONGEST_PROBE, SOURCE, Lookup, Tabulated, longest_valid
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of
 from kvpass.fx_passes.group_caches import group_caches
 from kvpass.fx_passes.infer_axes import Inference
@@ -180,20 +180,21 @@ def _longest(
             why = f"the mask of {site.name} ({site.mask.describe()}) was proven up to that length"
             limits.append((site.mask.limit, f"{why}; a bias table can be made longer with CacheConfig(max_length=...)"))
     for node in live_nodes(captured):
-        limit = _table_limit(captured, inference, evaluator, node, config)
+        limit = table_limit(captured, inference, evaluator, node, config)
         if limit is not None:
             where = module_path(node, captured)
             limits.append((limit, f"a table of positions{f' in {where}' if where else ''} has no more rows"))
     return min(limits, default=(None, ""))
 
 
-def _table_limit(
+def table_limit(
     captured: CapturedGraph,
     inference: Inference,
     evaluator: ShapeEvaluator,
     node: Node,
     config: CacheConfig,
 ) -> int | None:
+    """The longest sequence for which a table of positions has rows; None where the node reads none that ends."""
     source = node.meta.get(SOURCE)
     if isinstance(source, Tabulated):
         return longest_valid(evaluator, node, config.max_length or captured.max_length or DEFAULT_TABLE_LENGTH)
@@ -203,6 +204,7 @@ def _table_limit(
         return None
     table = node.args[0]
     assert isinstance(table, Node)
-    upper = max(int(s) for s in shape_of(table)) + 1 if all(s.is_number for s in shape_of(table)) else 1
+    rows = max(int(s) for s in shape_of(table)) if all(s.is_number for s in shape_of(table)) else 0
+    upper = max(2 * rows + 1, LONGEST_PROBE)  # it may be looked up at an offset, or once for several positions
     found = longest_valid(evaluator, node, upper)
     return found if found < upper else None

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kvpass.config import CacheConfig
 from kvpass.fx_passes.axes import Mixed
 from kvpass.fx_passes.canonicalize import Canonicalize
 from kvpass.fx_passes.find_positions import SOURCE, Counting, Lookup, Tabulated, largest, longest_valid
-from kvpass.fx_passes.graph import CapturedGraph
+from kvpass.fx_passes.graph import CapturedGraph, is_call
 from kvpass.fx_passes.infer_axes import Inference
+from kvpass.fx_passes.plan_cache import table_limit
 from kvpass.fx_passes.prove_token_axis import token_axes
 from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
 from tests.fx_passes.tracing import Cases, captured, outputs, show
@@ -38,6 +40,8 @@ POSITIONS = {
     "arange of a slice": (lambda m, x: column(torch.arange(64)[: s(x)]), Lookup),
     "rows of a table": (lambda m, x: m.table[: s(x)], Lookup),
     "rows of a table with an offset": (lambda m, x: m.table[2 : s(x) + 2], Lookup),
+    "a row for four positions": (lambda m, x: m.table[torch.arange(s(x)) // 4], Counting(0, 1)),
+    "a row from before": (lambda m, x: m.table[torch.arange(s(x)) - 5], Counting(0, 1)),
     "columns of a table": (lambda m, x: m.table.t()[:, : s(x)].t(), Lookup),
     "cumsum of ones": (lambda m, x: column(torch.ones(s(x)).cumsum(0)), Counting(1, 1)),
     "cumsum of a full mask, less one": (
@@ -169,6 +173,14 @@ def test_a_table_ends_where_its_rows_become_others(positions, name: str) -> None
     evaluator = ShapeEvaluator(graph, classify(graph))
     assert longest_valid(evaluator, source, 5000) == 5000
     assert longest_valid(evaluator, source, 20_000) == 5999
+
+
+@pytest.mark.parametrize(("name", "rows"), [("a row for four positions", 4 * 64), ("a row from before", 64 + 5)])
+def test_a_table_that_is_looked_up_limits_the_length(positions, name: str, rows: int) -> None:
+    graph, inference, nodes = positions
+    evaluator = ShapeEvaluator(graph, classify(graph))
+    (lookup,) = (n for n in nodes[name].all_input_nodes if is_call(n, torch.ops.aten.index))
+    assert table_limit(graph, inference, evaluator, lookup, CacheConfig()) == rows
 
 
 def test_the_largest_length_that_works_is_found() -> None:
