@@ -148,17 +148,16 @@ INLINE void split_row(const float* row, int64_t count, int parts, uint16_t* high
     }
 }
 
-// In how many steps the largest weight of a row is counted. The step is NaN if a weight is none, or infinite: the bits of
-// such count as more than those of any number.
+// In how many steps the largest weight of a row is counted. The bits of what is no finite number count as more than those
+// of any that is: then the step is none either, and all weights count as none.
 struct Steps {
-    float step, inverse;  // 0: all weights count as none
+    float step, inverse;
 
     Steps(const float* row, int count, float levels) {
         __m512i most = _mm512_setzero_si512();
         for (int i = 0; i < count; i += 16)
             most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_loadu_si512(row + i), _mm512_set1_epi32(INT32_MAX)));
-        int32_t bits = _mm512_reduce_max_epi32(most);
-        float largest = from_bits(bits < 0x7f800000 ? bits : 0x7fc00000);
+        float largest = from_bits(_mm512_reduce_max_epi32(most));
         step = largest * (1.0f / levels);
         inverse = largest > 1e-30f ? levels / largest : 0.0f;
     }
