@@ -1,11 +1,11 @@
 """The native CPU kernels against memory, and against torch's own attention, in the same run.
 
-Every figure is a median of repeated calls over caches too large for the processor's caches; the fraction of bandwidth
-is that of a sequential read measured between the calls. The roofline of a row is the longer of two times: to read the
-cache once at that bandwidth, and to multiply at the speed of a matrix product of torch in the query's dtype, measured
-in the same run. `of bound` is the part of the roofline that the kernel reaches. `in cache` is the least time of the
-same call where all blocks are one, so that no memory is waited for. For a cascade, the roofline of the same step
-without sharing says by how much sharing can be quicker.
+Every figure is a median of repeated calls over caches too large for the processor's caches, of those made while the
+machine was quiet (see `quiet_timing.py`); the fraction of bandwidth is that of a sequential read between the calls.
+The roofline of a row is the longer of two times: to read the cache once at that bandwidth, and to multiply at the speed
+of a matrix product of torch in the query's dtype, measured in the same run. `of bound` is the part of the roofline that
+the kernel reaches. `in cache` is the least time of the same call where all blocks are one, so that no memory is waited
+for. For a cascade, the roofline of the same step without sharing says by how much sharing can be quicker.
 
 `packed bmm` is the torch backend of kvpass. SDPA and flex_attention are given contiguous keys and values, which they
 need not gather; they have no cache formats, so only the bfloat16 and float32 rows have them.
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from cpu_kernels_page import rewrite
+from quiet_timing import Probe, Timings, time_quietly
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -43,7 +44,7 @@ Clock = Callable[[], float]
 
 READ_BYTES = 512 << 20
 DECODE = ("bfloat16", "float32", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "k4v2")
-ROUNDS = 6  # in which the formats of a shape take turns
+ROUNDS = 8  # in which the formats of a shape take turns
 WIDE_BLOCKS = (0, -2, -1)  # of a sequence, in k4v2: the first and the newest
 
 
@@ -262,7 +263,7 @@ class Timed:
     kernel: Callable[[], Any]
     near: Callable[[], Any]
     reads: list[float] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    timings: Timings = field(default_factory=Timings)
     near_times: list[float] = field(default_factory=list)
 
 
@@ -279,11 +280,12 @@ def measure(
         same = {**arguments, "block_tables": torch.zeros_like(arguments["block_tables"])}
         calls = functools.partial(op, **arguments), functools.partial(op, **same)
         timed += [Timed(name, count, arguments, cache_bytes, *calls) for count in threads]
+    probes = {count: Probe(count, clock) for count in threads}
     for _ in range(ROUNDS):
         for one in timed:
             torch.set_num_threads(one.threads)
             one.reads.append(max(read_bandwidth(memory, clock) for _ in range(2)))
-            one.times += time_calls(one.kernel, -(-repeats // ROUNDS), 1.0, clock)
+            time_quietly(one.kernel, -(-repeats // ROUNDS), probes[one.threads], one.timings)
             if shape.new == 1:
                 one.near_times += time_calls(one.near, 2, 0.5, clock)
     rows = []
@@ -292,7 +294,7 @@ def measure(
         torch.set_num_threads(one.threads)
         for peer, call in peers_of(shape, one.name, one.arguments).items() if one.name in DECODE[:2] else ():
             try:
-                took = statistics.median(time_calls(call, 3, 1.0, clock))
+                took = statistics.median(time_quietly(call, 3, probes[one.threads], Timings()).chosen())
             except Exception as error:  # a peer that cannot run here says why in the JSON
                 row[f"no {peer}"] = type(error).__name__
                 continue
@@ -306,7 +308,8 @@ def measure(
 
 def describe(shape: Shape, size: int, one: Timed, clock: Clock) -> dict[str, Any]:
     """What was measured of a format, beside what is possible."""
-    median, read = statistics.median(one.times), statistics.median(one.reads)
+    times, read = one.timings.chosen(), statistics.median(one.reads)
+    median = statistics.median(times)
     row: dict[str, Any] = {
         "shape": shape.name,
         "heads": list(shape.heads),
@@ -315,7 +318,9 @@ def describe(shape: Shape, size: int, one: Timed, clock: Clock) -> dict[str, Any
         "format": one.name,
         "threads": one.threads,
         "milliseconds": round(median * 1e3, 3),
-        "best_milliseconds": round(min(one.times) * 1e3, 3),
+        "best_milliseconds": round(min(times) * 1e3, 3),
+        "quiet_calls": len(one.timings.quiet),
+        "noisy_calls": len(one.timings.noisy),
         "gigabytes_per_second": round(one.cache_bytes / median / 1e9, 2),
         "sequential_read": round(read, 2),
         "fraction": round(one.cache_bytes / median / 1e9 / read, 3),
@@ -343,7 +348,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", help="numbers of the shapes to run")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, torch.get_num_threads()])
     parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=18)
+    parser.add_argument("--repeats", type=int, default=24)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="on a busy machine: processor, with one thread")
     parser.add_argument("--name", default="cpu_kernels", help="name of the JSON")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")

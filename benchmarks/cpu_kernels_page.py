@@ -68,7 +68,7 @@ def digest(content: Row) -> str:
         "Written by `python benchmarks/cpu_kernels.py --page`;",
         "[the results](../benchmarks/results/cpu_kernels.json) have more.",
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {content['date']};",
-        f"medians of one thread, and then of {threads}.",
+        f"medians of one thread, and then of {threads}, of calls that no neighbour on the machine disturbed.",
         "*Of read*: part of the bandwidth of a sequential read in the same run. *Roofline*: milliseconds to read the",
         "cache once at that bandwidth, and to do the arithmetic at the speed of torch's matrix product in the query's",
         "dtype. The longer of the two is the least that is possible, and *reached* the part of it that the kernel",
