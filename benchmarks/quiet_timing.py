@@ -6,6 +6,7 @@ from the next. A small matrix product before and after each call tells.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 SIZE = 256  # of the matrices: they fit into the second-level cache
 NOISE = 1.15  # times the least time that the product ever took, above which the machine is not quiet
 MOST = 4  # times as many calls as wanted are made in search of quiet ones
+PATIENCE = 10.0  # seconds that a probe waits in all for the machine to become quiet
 
 
 class Probe:
@@ -30,6 +32,17 @@ class Probe:
         self.clock = clock
         self._factor = torch.randn(SIZE, SIZE)
         self._least = min(self._measure() for _ in range(200))
+        self._patience = PATIENCE
+
+    def wait(self) -> bool:
+        """Until the machine is quiet, or patience has run out; says whether it is."""
+        while not self.finds_quiet():
+            if self._patience <= 0:
+                return False
+            start = time.perf_counter()
+            time.sleep(0.02)
+            self._patience -= time.perf_counter() - start
+        return True
 
     def finds_quiet(self) -> bool:
         took = min(self._measure() for _ in range(2))
@@ -57,13 +70,14 @@ class Timings:
 def time_quietly(call: Callable[[], Any], wanted: int, probe: Probe, timings: Timings) -> Timings:
     """Add ``wanted`` quiet calls to ``timings``, after one to warm up; fewer if the machine is not quiet."""
     call()
-    found, before = 0, probe.finds_quiet()
+    found, before = 0, probe.wait()
     for _ in range(MOST * wanted):
         start = probe.clock()
         call()
         took, after = probe.clock() - start, probe.finds_quiet()
         (timings.quiet if before and after else timings.noisy).append(took)
-        found, before = found + (before and after), after
+        found += before and after
         if found >= wanted:
             break
+        before = after or probe.wait()
     return timings
