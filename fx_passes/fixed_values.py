@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import arguments, aten, is_call, tensor_value
+from kvpass.fx_passes.graph import arguments, aten, expression, is_call, tensor_value
 from kvpass.fx_passes.infer_axes import computes_with_sizes
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, reads_shape_only
 
@@ -28,6 +28,8 @@ def is_fixed(evaluator: ShapeEvaluator, node: Node) -> bool:
 def _is_fixed(evaluator: ShapeEvaluator, node: Node) -> bool:
     if evaluator.kinds[node] is Dependence.CONSTANT or tensor_value(node) is None:
         return True  # a number of the input's shape is followed to where it is used
+    if is_call(node, aten.repeat):  # over sequences: over tokens, a pattern might be laid
+        return all(evaluator.captured.length not in expression(count).free_symbols for count in node.args[1])  # type: ignore[union-attr]
     if node.op != "call_function" or computes_with_sizes(arguments(node)):
         return False
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())

@@ -62,6 +62,7 @@ def multiplied(m: Cases, x: Tensor, temperature: Tensor) -> Tensor:
 READ = {
     "a number": lambda m, x: with_sinks(m, x, torch.tensor(0.5)),
     "a tensor of the sequence's size": lambda m, x: with_sinks(m, x, torch.zeros(x.size(0), 1, x.size(1), 1) + 0.5),
+    "repeated over sequences": lambda m, x: with_sinks(m, x, m.vector[:1].view(1, 1, 1, 1).repeat(x.size(0), 1, 1, 1)),
     "a learned one": lambda m, x: with_sinks(m, x, m.vector[:1].exp().view(1, 1, 1, 1) * 2),
     "a fill of the scores' size": lambda m, x: filled(m, x, torch.full_like(x @ x.mT, -1e9)[:, None]),
     "a temperature after the mask": lambda m, x: tempered(m, x, m.vector[:1].exp().view(1, 1, 1, 1)),
