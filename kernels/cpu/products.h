@@ -38,7 +38,7 @@ public:
         int columns = static_cast<int>(round_up(chunk.count, 16));
         int64_t dim = call_.keys.dim;
         switch (key_way_) {
-            case Way::kDirect: return direct(chunk, columns, share);
+            case Way::kDirect: return direct_float_scores(chunk, columns, share);
             case Way::kPackFloats: {
                 expand(call_.keys.format, chunk.keys, chunk.key_units, columns, dim, w_.width);
                 float* packed = reinterpret_cast<float*>(w_.packed_keys);
@@ -79,7 +79,7 @@ public:
         int count = static_cast<int>(round_up(chunk.count, 16));
         int64_t dim = call_.values.dim;
         switch (value_way_) {
-            case Way::kDirect: return direct_floats(chunk, share);
+            case Way::kDirect: return direct_float_values(chunk, share);
             case Way::kPackFloats: {
                 // a latent's values are the keys that have just been expanded
                 int64_t width = call_.latent ? w_.width : w_.out_width;
@@ -93,7 +93,7 @@ public:
             }
 #if KVPASS_DOT
             case Way::kDirectPairs: {
-                if (settles(call_.values.format) && chunk.start % 2) return direct_floats(chunk, share);
+                if (settles(call_.values.format) && chunk.start % 2) return direct_float_values(chunk, share);
                 split_weights_to_pairs(pair_parts_);
                 if (pair_parts_ == 1) return direct_pair_values<1>(chunk, share);
                 return direct_pair_values<2>(chunk, share);
@@ -156,7 +156,7 @@ private:
         return kFloat32;
     }
 
-    void direct(const ChunkRows& chunk, int columns, const Share& share) {
+    void direct_float_scores(const ChunkRows& chunk, int columns, const Share& share) {
         const uint8_t* rows[kChunk];
         int64_t dim = call_.keys.dim;
         int64_t format = readable(call_.keys.format, chunk.keys, chunk.key_units, chunk.count, dim, rows);
@@ -171,7 +171,7 @@ private:
         });
     }
 
-    void direct_floats(const ChunkRows& chunk, const Share& share) {
+    void direct_float_values(const ChunkRows& chunk, const Share& share) {
         const uint8_t* rows[kChunk];
         int64_t dim = call_.values.dim;
         int64_t format = readable(call_.values.format, chunk.values, chunk.value_units, chunk.count, value_row_, rows);
