@@ -70,7 +70,10 @@ class BuildKernels(build_ext):
         if not self.force and not newer_group([*ext.sources, *ext.depends], target):
             return
         objects = self.compiler.compile(
-            ext.sources, output_dir=os.path.join(self.build_temp, level), extra_postargs=ext.extra_compile_args
+            ext.sources,
+            output_dir=os.path.join(self.build_temp, level),
+            include_dirs=[FOLDER],
+            extra_postargs=ext.extra_compile_args,
         )
         self.compiler.link_shared_object(objects, target, target_lang="c++", extra_postargs=["-pthread", *MORE])
 
@@ -80,7 +83,7 @@ setup(
         Extension(
             f"kvpass.kernels.cpu.libkvpass_cpu_{level}",
             sources=[f"{FOLDER}/kernels.cpp"],
-            depends=sorted(str(path) for path in Path(FOLDER).glob("*.h")),
+            depends=sorted(str(path) for path in Path(FOLDER).rglob("*.h")),
             extra_compile_args=[*COMMON, *LEVELS[level], *MORE],
             optional=True,
         )

@@ -38,10 +38,10 @@ from coverage_page import as_expected, page
 from torch import Tensor, nn
 
 import kvpass
-from kvpass.measure import describe_machine
+from kvpass.cli.terminal import output
+from kvpass.engine.step_module import StepModule
 from kvpass.models import zoo
-from kvpass.step_module import StepModule
-from kvpass.terminal import output
+from kvpass.quality.measure import describe_machine
 from kvpass.types import StepInputs
 
 Row = dict[str, Any]

@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kvpass.kernels import reference
+from kvpass.cli.terminal import output
 from kvpass.kernels.cpu import backend, loader
-from kvpass.kernels.formats import FORMATS, pack_slabs
-from kvpass.kernels.settling import settle_slabs, wide_view
-from kvpass.measure import CLOCKS, write_result
-from kvpass.terminal import output
+from kvpass.kernels.formats.cache_formats import FORMATS, pack_slabs
+from kvpass.kernels.formats.settling import settle_slabs, wide_view
+from kvpass.kernels.reference import backend as reference
+from kvpass.quality.measure import CLOCKS, write_result
 
 Clock = Callable[[], float]
 

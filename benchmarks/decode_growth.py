@@ -20,10 +20,10 @@ import torch
 from rich.table import Table
 
 import kvpass
-from kvpass.engine import Engine
-from kvpass.measure import TO_THE_END, write_result
+from kvpass.cli.terminal import output
+from kvpass.engine.engine import Engine
 from kvpass.models.pydecoder import PyDecoder, PyDecoderConfig, load
-from kvpass.terminal import output
+from kvpass.quality.measure import TO_THE_END, write_result
 from kvpass.types import dtype_name
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 3072, 4096)

@@ -22,10 +22,10 @@ import torch
 from rich.table import Table
 
 import kvpass
-from kvpass.fx_passes import read_masks
-from kvpass.measure import write_result
+from kvpass.cli.terminal import output
+from kvpass.fx_passes.masks import read_masks
 from kvpass.models.pydecoder import PyDecoder, PyDecoderConfig
-from kvpass.terminal import output
+from kvpass.quality.measure import write_result
 
 DEPTHS = (2, 8, 32, 80)
 APART = ("export", "verify")  # what is no pass

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvpass.measure import write_result
-from kvpass.runtime.disk_store import FILE_NAME, DiskStore
-from kvpass.runtime.host_memory import BlockKey, StoredBlock
-from kvpass.terminal import output
+from kvpass.cli.terminal import output
+from kvpass.quality.measure import write_result
+from kvpass.runtime.tiers.disk_store import FILE_NAME, DiskStore
+from kvpass.runtime.tiers.host_memory import BlockKey, StoredBlock
 
 KEYS = 400
 BLOCK_BYTES = 64 * 1024

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvpass.kernels.formats import FORMATS
+from kvpass.kernels.formats.cache_formats import FORMATS
 
 try:
-    from kvpass.kernels.triton_kernels import backend
+    from kvpass.kernels.triton_kernels.launch import backend
 except ImportError as error:
     sys.exit(f"the Triton kernels cannot be loaded: {error}. Install kvpass[gpu]")
 

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from kvpass.errors import InputError
 from kvpass.kernels import backends
 from kvpass.kernels.cpu import loader
-from kvpass.measure import write_result
+from kvpass.quality.measure import write_result
 from tests.kernels.cache_cases import CHECKS
 from tests.kernels.format_bounds import ROUNDINGS, Rounding
 from tests.kernels.random_cases import ATTENTIONS, attention_case
@@ -93,7 +93,8 @@ def on_threads(kernel: Kernel, seed: int) -> Kernel:
 
 def vary_targets(seed: int) -> None:
     """Let the interpreter's next call be laid out as for some GPU: tiles, programs and fp8 differ between them."""
-    from kvpass.kernels.triton_kernels import backend, launch, tuning  # after the interpreter was switched on
+    from kvpass.kernels.triton_kernels import tuning  # after the interpreter was switched on
+    from kvpass.kernels.triton_kernels.launch import backend, launch
 
     pick = random.Random(seed)
     processors, native_fp8 = pick.randint(1, 6), pick.random() < 0.5

@@ -19,10 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 import kvpass
-from kvpass.measure import TO_THE_END, write_result
+from kvpass.cli.terminal import mebibytes, output
+from kvpass.quality.measure import TO_THE_END, write_result
 from kvpass.report import RewriteReport
-from kvpass.runtime.stats import EngineStats
-from kvpass.terminal import mebibytes, output
+from kvpass.runtime.schedule.stats import EngineStats
 from kvpass.types import CachePlan, CacheSpec, StepInputs
 
 BLOCK_SIZES = (16, 32, 64)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from kvpass.fx_passes.merge_projections import LARGE_ON_CPU
-from kvpass.measure import write_result
-from kvpass.terminal import output
+from kvpass.cli.terminal import output
+from kvpass.fx_passes.optimization.merge_projections import LARGE_ON_CPU
+from kvpass.quality.measure import write_result
 
 SHAPES: dict[str, tuple[int, tuple[int, ...]]] = {  # width of the input, widths of the results
     "GQA, 256": (256, (512, 128, 128)),

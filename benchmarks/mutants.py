@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from kvpass.measure import write_result
+from kvpass.quality.measure import write_result
 from tests.mutation.mutants import MUTANTS, judge
 
 

@@ -16,8 +16,11 @@ import torch
 from rich.table import Table
 
 import kvpass
-from kvpass.contiguous_peer import ContiguousDecoder
-from kvpass.measure import (
+from kvpass.cli.terminal import output
+from kvpass.models.eval_pydecoder import read_held_out
+from kvpass.models.pydecoder import CHECKPOINT, PyDecoder, load
+from kvpass.quality.contiguous_peer import ContiguousDecoder
+from kvpass.quality.measure import (
     CLOCKS,
     Contender,
     EngineDecoder,
@@ -26,9 +29,6 @@ from kvpass.measure import (
     time_side_by_side,
     write_result,
 )
-from kvpass.models.eval_pydecoder import read_held_out
-from kvpass.models.pydecoder import CHECKPOINT, PyDecoder, load
-from kvpass.terminal import output
 
 LENGTHS = (64, 256, 512, 1024, 2048)
 BATCHES = (1, 8)

@@ -16,12 +16,12 @@ import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
-from kvpass.measure import write_result
-from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.prefix_cache import PrefixCache
-from kvpass.runtime.scheduler import Scheduler
-from kvpass.runtime.sequence import Sequence, SequenceState
-from kvpass.terminal import output
+from kvpass.cli.terminal import output
+from kvpass.quality.measure import write_result
+from kvpass.runtime.pool.block_pool import BlockPool
+from kvpass.runtime.prefix.prefix_cache import PrefixCache
+from kvpass.runtime.schedule.scheduler import Scheduler
+from kvpass.runtime.sequences.sequence import Sequence, SequenceState
 from kvpass.types import Sampling
 
 PROMPT, NEW, BLOCK = 40, 8, 16

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from kvpass.eval_sets import EvalSizes, eval_sets
-from kvpass.evaluate import evaluate
+from kvpass.cli.terminal import line, output
 from kvpass.loading import SHIPPED, load_model
-from kvpass.measure import describe_machine, write_result
-from kvpass.quality_tables import markdown_table, quality_data, quality_table, tuning_data
-from kvpass.terminal import line, output
-from kvpass.tune import parse_budget, tune
+from kvpass.quality.eval_sets import EvalSizes, eval_sets
+from kvpass.quality.evaluate import evaluate
+from kvpass.quality.measure import describe_machine, write_result
+from kvpass.quality.tables import markdown_table, quality_data, quality_table, tuning_data
+from kvpass.quality.tune import parse_budget, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- begin: written by benchmarks/quality.py -->", "<!-- end: written by benchmarks/quality.py -->"

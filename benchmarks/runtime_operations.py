@@ -21,8 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvpass.measure import write_result
-from kvpass.terminal import output
+from kvpass.cli.terminal import output
+from kvpass.quality.measure import write_result
 from tests.runtime.machine import Machine
 from tests.runtime.operations import play
 from tests.runtime.settling_machine import play_settling

@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--levels", nargs="*", default=["base", "avx512_vnni"], help="levels to build and test")
     parser.add_argument("--compiler", default="g++")
     parser.add_argument(
-        "tests", nargs="*", default=["tests/kernels/test_cpu_kernels.py", "tests/kernels/test_cpu_features.py"]
+        "tests", nargs="*", default=["tests/kernels/cpu/test_cpu_kernels.py", "tests/kernels/cpu/test_cpu_features.py"]
     )
     options = parser.parse_args()
     preload = [find_runtime(options.compiler, name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")]

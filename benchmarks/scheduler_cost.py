@@ -17,13 +17,13 @@ from statistics import median
 
 from rich.table import Table
 
-from kvpass.measure import write_result
-from kvpass.runtime.batch import BatchBuilder
-from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.prefix_cache import PrefixCache
-from kvpass.runtime.scheduler import Scheduler
-from kvpass.runtime.sequence import Sequence
-from kvpass.terminal import output
+from kvpass.cli.terminal import output
+from kvpass.quality.measure import write_result
+from kvpass.runtime.pool.block_pool import BlockPool
+from kvpass.runtime.prefix.prefix_cache import PrefixCache
+from kvpass.runtime.schedule.batch import BatchBuilder
+from kvpass.runtime.schedule.scheduler import Scheduler
+from kvpass.runtime.sequences.sequence import Sequence
 from kvpass.types import Sampling
 
 RUNNING = (16, 64, 256)

@@ -24,11 +24,11 @@ import torch
 from rich.table import Table
 
 import kvpass
-from kvpass.measure import CLOCKS, write_result
+from kvpass.cli.terminal import output
 from kvpass.models.eval_pydecoder import read_held_out
 from kvpass.models.pydecoder import CHECKPOINT, load
-from kvpass.runtime.speculation import Drafter
-from kvpass.terminal import output
+from kvpass.quality.measure import CLOCKS, write_result
+from kvpass.runtime.speculation.speculation import Drafter
 from kvpass.types import Sampling
 
 PASSAGE = 256  # tokens that are repeated, or of a prompt

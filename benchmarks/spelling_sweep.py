@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from kvpass.measure import write_result
+from kvpass.quality.measure import write_result
 from tests.grammar.check import Verdict, judge
 from tests.grammar.decoder import DEFAULTS, describe, draw
 from tests.grammar.shape import Spec

@@ -18,10 +18,10 @@ from typing import Any
 from rich.table import Table
 
 import kvpass
-from kvpass.eval_sets import EvalSizes, eval_sets
+from kvpass.cli.terminal import output
 from kvpass.loading import load_model
-from kvpass.measure import write_result
-from kvpass.terminal import output
+from kvpass.quality.eval_sets import EvalSizes, eval_sets
+from kvpass.quality.measure import write_result
 
 READ_BEFORE = 64  # tokens of a text that are given, the rest is scored
 BLOCK_SIZE = 16

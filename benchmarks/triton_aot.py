@@ -29,12 +29,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvpass.kernels.formats import FORMATS
-from kvpass.kernels.triton_kernels import attention_call, cache_calls
-from kvpass.kernels.triton_kernels.attention_call import AttentionCall, Features
-from kvpass.kernels.triton_kernels.launch import ARCHITECTURES, Launch, Target
-from kvpass.kernels.triton_kernels.stored import see_cache, see_for_write
-from kvpass.kernels.triton_kernels.tuning import Tile
+from kvpass.kernels.formats.cache_formats import FORMATS
+from kvpass.kernels.triton_kernels.launch import attention_call, cache_calls
+from kvpass.kernels.triton_kernels.launch.attention_call import AttentionCall, Features
+from kvpass.kernels.triton_kernels.launch.launch import ARCHITECTURES, Launch, Target
+from kvpass.kernels.triton_kernels.launch.stored import see_cache, see_for_write
+from kvpass.kernels.triton_kernels.launch.tuning import Tile
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32",

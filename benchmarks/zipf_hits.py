@@ -25,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from kvpass.measure import write_result
-from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.eviction import POLICIES
-from kvpass.runtime.prefix_cache import PrefixCache
-from kvpass.runtime.prefix_nodes import TokenArray
-from kvpass.terminal import output
+from kvpass.cli.terminal import output
+from kvpass.quality.measure import write_result
+from kvpass.runtime.pool.block_pool import BlockPool
+from kvpass.runtime.prefix.eviction import POLICIES
+from kvpass.runtime.prefix.prefix_cache import PrefixCache
+from kvpass.runtime.prefix.prefix_nodes import TokenArray
 
 BLOCK_SIZE = 16
 SYSTEM_PROMPTS = 8

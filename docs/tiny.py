@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 import kvpass  # noqa: F401 - registers the kvpass:: ops
-from kvpass.fx_passes.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH, capture
+from kvpass.fx_passes.capture.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH, capture
 from kvpass.fx_passes.graph import CapturedGraph, expression, module_path, shape_of, tensor_value
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvpass.config import CacheConfig
-from kvpass.fx_passes.assume_no_padding import AssumeNoPadding
-from kvpass.fx_passes.canonicalize import Canonicalize
-from kvpass.fx_passes.dense import attention_sites
-from kvpass.fx_passes.find_attention import FindAttention
-from kvpass.fx_passes.fold_sink_gates import FoldSinkGates
+from kvpass.fx_passes.attention.canonical_attention import attention_sites
+from kvpass.fx_passes.attention.find_attention import FindAttention
+from kvpass.fx_passes.canonical.assume_no_padding import AssumeNoPadding
+from kvpass.fx_passes.canonical.canonicalize import Canonicalize
+from kvpass.fx_passes.canonical.common_subexpressions import CommonSubexpressions
+from kvpass.fx_passes.canonical.fold_sink_gates import FoldSinkGates
+from kvpass.fx_passes.canonical.one_hot_products import OneHotProducts
 from kvpass.fx_passes.graph import CapturedGraph, PassResult
-from kvpass.fx_passes.merge_shared import MergeShared
-from kvpass.fx_passes.prove_token_axis import ProveTokenAxis
-from kvpass.fx_passes.read_masks import ReadMasks
-from kvpass.fx_passes.select_heads import SelectHeads
+from kvpass.fx_passes.masks.read_masks import ReadMasks
+from kvpass.fx_passes.token_axis.prove_token_axis import ProveTokenAxis
 from kvpass.types import Refusal
 
 
@@ -36,12 +36,12 @@ def passes(config: CacheConfig) -> tuple[Pass, ...]:
     """The passes that prove a graph, in order."""
     return (
         Canonicalize(),
-        MergeShared(),
-        SelectHeads(),
+        CommonSubexpressions(),
+        OneHotProducts(),
         AssumeNoPadding(),
         FoldSinkGates(),
         FindAttention(),
-        MergeShared(),  # the masks that attentions came with are spelt out now
+        CommonSubexpressions(),  # the masks that attentions came with are spelt out now
         ReadMasks(config.max_length),
         ProveTokenAxis(),
     )

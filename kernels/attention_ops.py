@@ -7,10 +7,10 @@ step
     [N + 1]``. The rows from ``query_start[n]`` to before ``query_start[n + 1]`` are the newest tokens of sequence n,
     which is ``seq_lens[n]`` long with them; their keys and values are in the cache already.
 caches
-    ``[B, Hkv, P, W]`` in a format of :mod:`kvpass.kernels.formats`, contiguous. A format's name may be left out for the
-    float formats. Keys and values may differ in format. Slots past a sequence's end, and entries of its block table
-    past its end, may hold anything, NaN included. In k4v2 a negative entry is a wide block, see
-    :mod:`kvpass.kernels.settling`.
+    ``[B, Hkv, P, W]`` in a format of :mod:`kvpass.kernels.formats.cache_formats`, contiguous. A format's name may be
+    left out for the float formats. Keys and values may differ in format. Slots past a sequence's end, and entries of
+    its block table past its end, may hold anything, NaN included. In k4v2 a negative entry is a wide block, see
+    :mod:`kvpass.kernels.formats.settling`.
 features
     Row ``t`` of sequence n has position ``q = seq_lens[n] - (query_start[n + 1] - query_start[n]) + t -
     query_start[n]``. It sees keys ``k <= q`` with ``q - k < window``, ``k // chunk == q // chunk``, and a bias that is

@@ -49,8 +49,8 @@ class Backend:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", "kvpass.kernels.cpu.backend", ("cpu",)),
-    Backend("triton", "kvpass.kernels.triton_kernels.backend", ("cuda",)),
-    Backend("reference", "kvpass.kernels.reference"),
+    Backend("triton", "kvpass.kernels.triton_kernels.launch.backend", ("cuda",)),
+    Backend("reference", "kvpass.kernels.reference.backend"),
 )
 
 

@@ -1,7 +1,7 @@
 """What the ops that fill, move and read back caches take, mean and give: docstrings, checks and shape functions.
 
-Caches are ``[B, Hkv, P, W]`` in a format of :mod:`kvpass.kernels.formats`, contiguous; a format's name may be left out
-for the float formats.
+Caches are ``[B, Hkv, P, W]`` in a format of :mod:`kvpass.kernels.formats.cache_formats`, contiguous; a format's name
+may be left out for the float formats.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpass.kernels.call_checks import check_floats, check_rank, check_sizes, check_whole, find_form, find_pair
-from kvpass.kernels.formats import find_format
+from kvpass.kernels.formats.cache_formats import find_format
 
 
 def fake_write_cache(
@@ -137,7 +137,7 @@ def fake_settle_blocks(caches: Sequence[Tensor], formats: Sequence[str], source:
     """Copy whole blocks, as ``copy_blocks`` does, within caches of settling formats.
 
     A wide block that is copied to a narrow one is quantised, and a narrow one that is copied to a wide one is brought
-    back to what it stands for; see :mod:`kvpass.kernels.settling`.
+    back to what it stands for; see :mod:`kvpass.kernels.formats.settling`.
 
     Args:
         caches: tensors ``[B, Hkv, P, W]``, contiguous; written.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import ConfigError, InputError
-from kvpass.kernels.formats import CHANNEL_GROUP, CacheFormat, format_of
+from kvpass.kernels.formats.cache_formats import CHANNEL_GROUP, CacheFormat, format_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CACHE_DIMS = "[B, Hkv, P, W]"

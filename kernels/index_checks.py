@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import InputError
-from kvpass.kernels.formats import FORMATS
-from kvpass.kernels.settling import wide_view
+from kvpass.kernels.formats.cache_formats import FORMATS
+from kvpass.kernels.formats.settling import wide_view
 
 
 def check_indices(op: str, arguments: dict[str, Any], wide_blocks: int | None = None) -> None:

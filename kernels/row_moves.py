@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import InputError
-from kvpass.kernels.formats import find_format, split_slabs
+from kvpass.kernels.formats.cache_formats import find_format, split_slabs
 
 
 def move_rows(cache: Tensor, name: str, source: Tensor, target: Tensor) -> None:

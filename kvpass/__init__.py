@@ -3,8 +3,9 @@
 import kvpass.kernels.ops  # noqa: F401 - registers the kvpass:: ops
 from kvpass.compiler import compile
 from kvpass.config import CacheConfig
-from kvpass.draft_engine import DraftEngine
-from kvpass.engine import Engine
+from kvpass.engine.draft_engine import DraftEngine
+from kvpass.engine.engine import Engine
+from kvpass.engine.handle import Handle
 from kvpass.errors import (
     CapacityError,
     CaptureError,
@@ -16,12 +17,11 @@ from kvpass.errors import (
     RefusedError,
     VerificationError,
 )
-from kvpass.fx_passes.bind import PagedModule
-from kvpass.handle import Handle
+from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.report import RewriteReport, SiteReport
-from kvpass.runtime.beam_search import Beam
-from kvpass.runtime.prompt_lookup import PromptLookup
-from kvpass.runtime.requests import sample_seed
+from kvpass.runtime.sampling.beam_search import Beam
+from kvpass.runtime.sequences.requests import sample_seed
+from kvpass.runtime.speculation.prompt_lookup import PromptLookup
 from kvpass.types import (
     AttentionSinks,
     CachePlan,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpass.errors import InputError
-from kvpass.fx_passes.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH
+from kvpass.fx_passes.capture.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH
 
 MODEL = "model"  # attribute of the adapter that holds the user's module
 IDS = ("input_ids", "ids", "tokens", "token_ids", "idx", "x")

@@ -13,26 +13,26 @@ from torch.fx import Node
 
 from kvpass.adapters import MODEL, LogitsModel, check_example, end_of_sequence, example_for, example_ids, for_capture
 from kvpass.config import CacheConfig
-from kvpass.engine import Engine
+from kvpass.engine.engine import Engine
 from kvpass.errors import CaptureError, InputError, RefusedError, VerificationError
-from kvpass.fx_passes.bind import PagedModule
-from kvpass.fx_passes.calibrate import calibrate, calibration_ids
-from kvpass.fx_passes.capture import capture
-from kvpass.fx_passes.clean_up import count_nodes
-from kvpass.fx_passes.exact_formats import with_exact_formats
+from kvpass.fx_passes.capture.capture import capture
+from kvpass.fx_passes.capture.diagnose_capture import convolutions_over_tokens
+from kvpass.fx_passes.capture.logits_rows import every_row
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
-from kvpass.fx_passes.insert_cache import insert_cache
-from kvpass.fx_passes.logits_rows import every_row
+from kvpass.fx_passes.lowering.bind import PagedModule
+from kvpass.fx_passes.lowering.exact_formats import with_exact_formats
+from kvpass.fx_passes.lowering.insert_cache import insert_cache
+from kvpass.fx_passes.optimization.clean_up import count_nodes
 from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.plan_cache import GraphPlan, plan_cache
-from kvpass.fx_passes.token_mixers import convolutions_over_tokens
-from kvpass.fx_passes.verify import format_bound, reference_graph, verify
-from kvpass.fx_passes.verify_mass import verify_mass
+from kvpass.fx_passes.planning.plan_cache import GraphPlan, plan_cache
+from kvpass.fx_passes.validation.calibrate import calibrate, calibration_ids
+from kvpass.fx_passes.validation.verify import format_bound, reference_graph, verify
+from kvpass.fx_passes.validation.verify_mass import verify_mass
 from kvpass.kernels.backends import has_kernel
 from kvpass.report import RewriteReport
-from kvpass.runtime.output_text import decode_of
-from kvpass.runtime.speculation import Drafter
-from kvpass.site_reports import site_reports, with_format_errors, with_verification
+from kvpass.reports.site_reports import site_reports, with_format_errors, with_verification
+from kvpass.runtime.sequences.output_text import decode_of
+from kvpass.runtime.speculation.speculation import Drafter
 from kvpass.types import HeavyHitters, Refusal
 
 

@@ -14,11 +14,11 @@ from torch import nn
 from kvpass.compiler import Recompiler
 from kvpass.config import CacheConfig
 from kvpass.errors import ConfigError, InputError
-from kvpass.fx_passes.group_caches import group_caches
-from kvpass.kernels.formats import cache_bytes_per_token
-from kvpass.runtime.capacity import Room, bytes_per_block, divide_memory
-from kvpass.runtime.footprint import blocks_of_prefix, blocks_of_sequence, sequences_that_fit
-from kvpass.runtime.state_slots import bytes_per_state
+from kvpass.fx_passes.planning.group_caches import group_caches
+from kvpass.kernels.formats.cache_formats import cache_bytes_per_token
+from kvpass.runtime.pool.capacity import Room, bytes_per_block, divide_memory
+from kvpass.runtime.pool.footprint import blocks_of_prefix, blocks_of_sequence, sequences_that_fit
+from kvpass.runtime.pool.state_slots import bytes_per_state
 from kvpass.types import CachePlan, CacheSpec
 
 EXACT_FORMATS = {4: "float32", 2: "bfloat16", 1: "fp8_e4m3"}  # by bytes of a number, for who has no model at hand

@@ -105,7 +105,7 @@ class CacheSpec:
     """One paged cache: what is remembered of a past token for one or more attention sites.
 
     The cache is two tensors, keys ``[B, num_kv_heads, P, key_dim]`` and values ``[B, num_kv_heads, P, value_dim]``,
-    each in its format of :data:`kvpass.kernels.formats.FORMATS`.
+    each in its format of :data:`kvpass.kernels.formats.cache_formats.FORMATS`.
 
     Attributes:
         name: unique within the plan, for example ``layers.3.attn``.
@@ -274,7 +274,7 @@ class StepInputs:
         positions: ``[T]``, position of each token in its sequence, from 0.
         slot_mapping: ``[G, T]``, where the token's keys and values are written in the caches of each group:
             ``block * P + offset``. Where caches are in k4v2 ``[2 G, T]``: the second half for those, in the numbers of
-            :mod:`kvpass.kernels.settling`.
+            :mod:`kvpass.kernels.formats.settling`.
         block_tables: ``[G, N, W]``, blocks of each sequence in order, in each group (or ``[2 G, N, W]``, as above);
             entries past the sequence's end, and those that no query sees through the windows of the group, are ignored.
         seq_lens: ``[N]``, tokens of each sequence once this step is written, those of earlier steps included.

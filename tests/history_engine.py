@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kvpass.config import CacheConfig
-from kvpass.engine import Engine
+from kvpass.engine.engine import Engine
 from kvpass.types import CachePlan, CacheSpec
 
 VOCABULARY = 40

@@ -3,7 +3,7 @@
 import random
 
 import kvpass
-from kvpass.runtime.draft_tree import merge_paths
+from kvpass.runtime.sequences.draft_tree import merge_paths
 from tests.history_engine import check_idle, make_engine, ragged
 
 

@@ -113,7 +113,7 @@ def test_every_page_is_listed() -> None:
     assert there <= listed, f"not listed: {sorted(there - listed)}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
 def test_names_of_kvpass_exist(page: Path) -> None:
     for name in sorted(set(re.findall(r"`(kvpass(?:\.\w+)+)(?:\(.*?\))?`", prose(page)))):
         assert exists(name), f"{name} is not there"
@@ -142,7 +142,8 @@ def test_every_pass_has_a_page_and_every_page_a_module() -> None:
     for step in passes(CacheConfig()):
         assert (DOCS / "passes" / f"{step.name}.md").is_file(), f"no page for {step.name}"
     for page in (DOCS / "passes").glob("*.md"):
-        assert exists(f"kvpass.fx_passes.{page.stem.replace('-', '_')}"), f"{page.name} is about nothing"
+        about = f"{page.stem.replace('-', '_')}.py"
+        assert list((ROOT / "fx_passes").rglob(about)), f"{page.name} is about nothing"
         for part in ("Before", "After", "Requires", "Refuses"):
             assert re.search(rf"^\| {part} \|", page.read_text(encoding="utf-8"), re.MULTILINE), f"{page.name}: {part}?"
 
@@ -173,7 +174,7 @@ def test_every_message_is_explained() -> None:
     page = " ".join((DOCS / "errors.md").read_text(encoding="utf-8").split())
     unknown = []
     for room in ("fx_passes", "kernels", "kvpass", "runtime"):
-        for path in sorted((ROOT / room).glob("*.py")):
+        for path in sorted((ROOT / room).rglob("*.py")):
             messages = told(path.read_text(encoding="utf-8"))
             unknown += [f"{name_of(path)}: {'...'.join(parts)}" for parts in messages if not known(parts, page)]
     assert not unknown, "docs/errors.md says nothing of:\n" + "\n".join(unknown)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvpass.cli import app
+from kvpass.cli.main import app
 from kvpass.config import CacheConfig
 from kvpass.errors import InputError
 from kvpass.models.pydecoder import PyDecoder, PyDecoderConfig
 from kvpass.planner import Demand, Shape, bytes_text, plan_lines, plan_memory, plan_model, plan_shape
-from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.capacity import allocate_caches, count_blocks
+from kvpass.runtime.pool.block_pool import BlockPool
+from kvpass.runtime.pool.capacity import allocate_caches, count_blocks
 from kvpass.types import CachePlan
 from tests.history_engine import make_engine
 

@@ -15,7 +15,7 @@ from kvpass.kernels.cpu.attention_calls import (
 )
 from kvpass.kernels.cpu.cache_calls import copy_blocks, gather_cache, norm_rotary_write, settle_blocks, write_cache
 from kvpass.kernels.cpu.packing import CODES_BY_DTYPE, FLOATS
-from kvpass.kernels.formats import FORMATS
+from kvpass.kernels.formats.cache_formats import FORMATS
 
 __all__ = (
     "available",

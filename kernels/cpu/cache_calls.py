@@ -21,9 +21,9 @@ from kvpass.kernels.cpu.packing import (
     require_int64,
 )
 from kvpass.kernels.cpu.refusals import explain_copy, explain_gather, explain_settle, explain_write
-from kvpass.kernels.formats import find_format
+from kvpass.kernels.formats.cache_formats import find_format
+from kvpass.kernels.formats.settling import open_for_write, read_blocks, wide_view
 from kvpass.kernels.index_checks import count_wide_blocks
-from kvpass.kernels.settling import open_for_write, read_blocks, wide_view
 
 # Of a write: count of query heads, their result, weights of keys and queries, eps, cos, sin, width, interleaved.
 NOTHING_BEFORE = (0, 0, 0, 0, 0.0, 0, 0, 0, 0)

@@ -1,9 +1,9 @@
 // The entry points. This file is compiled once per instruction set, into one shared object each; see setup.py.
 
-#include "attention.h"
-#include "gather.h"
-#include "settle.h"
-#include "store.h"
+#include "step/attention.h"
+#include "step/gather.h"
+#include "step/settle.h"
+#include "step/store.h"
 
 static Arena& own_arena() {
     static thread_local Arena arena;

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import InputError
-from kvpass.kernels.formats import FORMATS, format_of
+from kvpass.kernels.formats.cache_formats import FORMATS, format_of
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of tensors; the numbers are those of call.h
 CODES = {name: code for code, name in enumerate(FORMATS)}

@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from kvpass.fx_passes.mask_meaning import read_mask_meaning
+from kvpass.fx_passes.masks.mask_meaning import read_mask_meaning
 from kvpass.types import MaskMeaning
 
 Evaluate = Callable[[int, int], Tensor]

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvpass.fx_passes.graph import CapturedGraph, expression, numbers_in
-from kvpass.fx_passes.mask_meaning import read_mask_meaning
-from kvpass.fx_passes.prove_mask import MaskExpression, read_expression
+from kvpass.fx_passes.masks.mask_meaning import read_mask_meaning
+from kvpass.fx_passes.masks.prove_mask import MaskExpression, read_expression
 from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
 from kvpass.types import MaskMeaning
 

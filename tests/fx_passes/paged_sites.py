@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from kvpass.config import CacheConfig
-from kvpass.fx_passes.bind import PagedModule
-from kvpass.fx_passes.exact_formats import with_exact_formats
-from kvpass.fx_passes.insert_cache import PagedGraph, insert_cache
+from kvpass.fx_passes.lowering.bind import PagedModule
+from kvpass.fx_passes.lowering.exact_formats import with_exact_formats
+from kvpass.fx_passes.lowering.insert_cache import PagedGraph, insert_cache
 from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.plan_cache import GraphPlan, plan_cache
-from kvpass.fx_passes.verify import reference_graph
+from kvpass.fx_passes.planning.plan_cache import GraphPlan, plan_cache
+from kvpass.fx_passes.validation.verify import reference_graph
 from kvpass.types import StepInputs
 from tests.fx_passes.tracing import VOCAB, captured
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvpass.config import CacheConfig
-from kvpass.fx_passes.canonicalize import Canonicalize
-from kvpass.fx_passes.dense import attention_sites
+from kvpass.fx_passes.attention.canonical_attention import attention_sites
+from kvpass.fx_passes.canonical.canonicalize import Canonicalize
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments
-from kvpass.fx_passes.insert_cache import insert_cache
+from kvpass.fx_passes.lowering.insert_cache import insert_cache
 from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.plan_cache import plan_cache
+from kvpass.fx_passes.planning.plan_cache import plan_cache
 from tests.fx_passes.tracing import VOCAB, captured, compare_golden, graph_text
 
 WIDTH, HEADS = 12, 2

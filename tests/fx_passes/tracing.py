@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kvpass.fx_passes.axes import Axes, Kind
-from kvpass.fx_passes.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH, capture
+from kvpass.fx_passes.capture.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH, capture
 from kvpass.fx_passes.graph import CapturedGraph
+from kvpass.fx_passes.token_axis.axes import Axes, Kind
 
 VOCAB = 31
 EXAMPLE = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.int64)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpass.kernels import naive
-from kvpass.kernels.formats import FORMATS
-from kvpass.kernels.settling import read_blocks, wide_view
+from kvpass.kernels.formats.cache_formats import FORMATS
+from kvpass.kernels.formats.settling import read_blocks, wide_view
+from kvpass.kernels.reference import naive
 from tests.kernels.format_bounds import BOUNDS, ROUNDINGS, Rounding, allowed_error, rounding_error, worst_part
 from tests.kernels.format_definitions import FLOATS, decode, encode, read_cache, split_cache
 from tests.kernels.random_cases import (

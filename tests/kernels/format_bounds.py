@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvpass.kernels.formats import FORMATS, CacheFormat, format_of
-from kvpass.kernels.settling import read_blocks, wide_view
+from kvpass.kernels.formats.cache_formats import FORMATS, CacheFormat, format_of
+from kvpass.kernels.formats.settling import read_blocks, wide_view
 from tests.kernels.format_definitions import SATURATING, read_cache
 
 BOUNDS = {  # relative, absolute; of the half precisions the final rounding, so sums must have been float32

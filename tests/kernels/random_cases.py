@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpass.kernels import naive
-from kvpass.kernels.formats import FORMATS
+from kvpass.kernels.formats.cache_formats import FORMATS
+from kvpass.kernels.reference import naive
 from tests.kernels.format_bounds import BOUNDS, ROUNDINGS, Allowance, Rounding, worst_part
 from tests.kernels.format_definitions import make_cache, read_cache, split_cache
 from tests.kernels.settled_cases import paired, settled_caches

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpass.kernels.formats import FORMATS
-from kvpass.kernels.settling import read_blocks, settle_slabs, wide_view
+from kvpass.kernels.formats.cache_formats import FORMATS
+from kvpass.kernels.formats.settling import read_blocks, settle_slabs, wide_view
 
 ROWS = tuple(name for name, row in FORMATS.items() if row.settles is None)  # formats whose rows stand for themselves
 NAMES = (*ROWS, "k4")  # what tests iterate over: k4 stands for k4v2

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kvpass.errors import ConfigError, InputError, KvpassWarning
-from kvpass.kernels import backends, ops, reference
+from kvpass.kernels import backends, ops
 from kvpass.kernels.backends import Backend, choose, implementation_of
+from kvpass.kernels.reference import backend as reference
 from tests.kernels.random_cases import attention_case
 
 QUERY = {"query": torch.zeros(1)}
@@ -31,7 +32,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(backends, "BACKENDS", rows)
 
     def import_module(name: str) -> Any:
-        return reference if name == "kvpass.kernels.reference" else types.SimpleNamespace(**parts)
+        return reference if name == "kvpass.kernels.reference.backend" else types.SimpleNamespace(**parts)
 
     monkeypatch.setattr(backends.importlib, "import_module", import_module)
     for cached in (backends.find, backends.say_once):

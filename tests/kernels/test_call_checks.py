@@ -12,8 +12,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from kvpass.errors import ConfigError, InputError
-from kvpass.kernels import naive, ops
-from kvpass.kernels.formats import FORMATS
+from kvpass.kernels import ops
+from kvpass.kernels.formats.cache_formats import FORMATS
+from kvpass.kernels.reference import naive
 
 KVPASS = torch.ops.kvpass
 Change = Callable[[Any], Any]

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from kvpass.kernels import reference
+from kvpass.kernels.reference import backend as reference
 from tests.kernels.random_cases import ATTENTIONS, attention_case
 from tests.kernels.settled_cases import NAMES
 

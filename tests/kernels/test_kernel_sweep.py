@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_sweep import TURNS, draw, on_device, on_threads, run_case
-from kvpass.kernels import reference
+from kvpass.kernels.reference import backend as reference
 from tests.kernels.cache_cases import CHECKS
 from tests.kernels.format_bounds import ROUNDINGS
 from tests.kernels.random_cases import ATTENTIONS, DIMS, SIZES, attention_case

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from kvpass.kernels import naive, ops
+from kvpass.kernels import ops
+from kvpass.kernels.reference import naive
 from tests.kernels.tiny_attention import PAGED, WRITE, TinyAttention, export_tiny, tiny_step
 
 DENSE = torch.ops.kvpass.dense_attention.default

@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kvpass.errors import InputError
-from kvpass.kernels.formats import FORMATS, pack_slabs
-from kvpass.kernels.settling import wide_view
+from kvpass.kernels.formats.cache_formats import FORMATS, pack_slabs
+from kvpass.kernels.formats.settling import wide_view
 from tests.kernels.random_cases import ATTENTIONS, attention_case
 from tests.kernels.tiny_attention import TinyAttention, export_tiny, tiny_step
 

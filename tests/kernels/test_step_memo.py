@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpass.kernels import naive, reference
+from kvpass.kernels.reference import backend as reference
+from kvpass.kernels.reference import naive
 from kvpass.kernels.step_memo import StepMemo
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kvpass.kernels.ops  # noqa: F401, which defines the ops
-from kvpass.kernels.formats import FORMATS
+from kvpass.kernels.formats.cache_formats import FORMATS
 
 WRITE = torch.ops.kvpass.write_cache.default
 PAGED = torch.ops.kvpass.paged_attention.default

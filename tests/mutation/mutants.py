@@ -44,171 +44,201 @@ class Mutant:
 MUTANTS: dict[str, Mutant] = {
     # scores
     "scale dropped": Mutant(
-        "read_scores:_scale", "scale=scores.scale * number", "scale=scores.scale", "einsum, tril of ones"
+        "attention.read_scores:_scale", "scale=scores.scale * number", "scale=scores.scale", "einsum, tril of ones"
     ),
     "default scale of SDPA upside down": Mutant(
-        "rewrite_sdpa:rewrite_sdpa", "** -0.5", "** 0.5", "GQA by repeat_interleave"
+        "attention.rewrite_sdpa:rewrite_sdpa", "** -0.5", "** 0.5", "GQA by repeat_interleave"
     ),
-    "softcap dropped": Mutant("rewrite_softmax:_attend", "scores.cap, sinks)", "None, sinks)", "softcap and q/k norms"),
-    "sinks skipped": Mutant("rewrite_softmax:_attend", "scores.cap, sinks)", "scores.cap, None)", "sink column"),
-    "mask upside down": Mutant("read_scores:_masked_fill", "logical_not", "clone", "masked_fill of -1e9"),
+    "softcap dropped": Mutant(
+        "attention.rewrite_softmax:_attend", "scores.cap, sinks)", "None, sinks)", "softcap and q/k norms"
+    ),
+    "sinks skipped": Mutant(
+        "attention.rewrite_softmax:_attend", "scores.cap, sinks)", "scores.cap, None)", "sink column"
+    ),
+    "mask upside down": Mutant("attention.read_scores:_masked_fill", "logical_not", "clone", "masked_fill of -1e9"),
     "mask forgotten": Mutant(
-        "read_scores:_masked_fill",
+        "attention.read_scores:_masked_fill",
         "return _hide(",
         "return reader.read(named['self']) or _hide(",
         "masked_fill of -1e9",
     ),
     "alpha of baddbmm dropped": Mutant(
-        "contraction:contraction_of", 'alpha=float(named["alpha"])', "alpha=1.0", "baddbmm on merged heads"
+        "token_axis.contraction:contraction_of", 'alpha=float(named["alpha"])', "alpha=1.0", "baddbmm on merged heads"
     ),
     "second softmax added": Mutant(
-        "read_probabilities:_sum", "sign = -1.0 if", "sign = 1.0 if", "softmaxes subtracted before the values"
+        "attention.softmax_terms:_sum", "sign = -1.0 if", "sign = 1.0 if", "softmaxes subtracted before the values"
     ),
     "weights of a mask forgotten": Mutant(
-        "softmax_rules:_logits", "in weights.gates", "in ()", "masked after the softmax"
+        "canonical.softmax_rules:_logits", "in weights.gates", "in ()", "masked after the softmax"
     ),
     "shift of the sum forgotten": Mutant(
-        "softmax_rules:_with_extra",
+        "canonical.softmax_rules:_with_extra",
         "sink, logits = (sink.args[0], logits.args[0]) if same",
         "sink, logits = (sink.args[0], logits) if same",
         "sink in the sum",
     ),
     "factors of the scores forgotten": Mutant(
-        "rewrite_softmax:_queries_and_keys", "in scores.factors:", "in ():", "temperature per head"
+        "attention.rewrite_softmax:_queries_and_keys", "in scores.factors:", "in ():", "temperature per head"
     ),
     "dims not permuted": Mutant(
-        "arrange:arrange", "if order != list(range(len(order))):", "if False:", "time first, bmm on merged heads"
+        "attention.layouts:arrange",
+        "if order != list(range(len(order))):",
+        "if False:",
+        "time first, bmm on merged heads",
     ),
     "heads not spread back": Mutant(
-        "arrange:spread", "if order != list(range(len(order))):", "if False:", "channels first, 1x1 convolutions"
+        "attention.layouts:spread",
+        "if order != list(range(len(order))):",
+        "if False:",
+        "channels first, 1x1 convolutions",
     ),
     # masks
     "window one too narrow": Mutant(
-        "insert_cache:_attend", "mask.window,", "mask.window and mask.window - 1,", "band of triu and tril, rotary"
+        "lowering.insert_cache:_attend",
+        "mask.window,",
+        "mask.window and mask.window - 1,",
+        "band of triu and tril, rotary",
     ),
     "window one too wide": Mutant(
-        "insert_cache:_attend", "mask.window,", "mask.window and mask.window + 1,", "band of triu and tril, rotary"
+        "lowering.insert_cache:_attend",
+        "mask.window,",
+        "mask.window and mask.window + 1,",
+        "band of triu and tril, rotary",
     ),
-    "window forgotten": Mutant("insert_cache:_attend", "mask.window,", "None,", "window by distance, float mask"),
+    "window forgotten": Mutant(
+        "lowering.insert_cache:_attend", "mask.window,", "None,", "window by distance, float mask"
+    ),
     "slopes forgotten": Mutant(
-        "insert_cache:_attend", "_table(captured, slopes,", "_table(captured, None,", "ALiBi from aranges"
+        "lowering.insert_cache:_attend", "_table(captured, slopes,", "_table(captured, None,", "ALiBi from aranges"
     ),
     "bias forgotten": Mutant(
-        "insert_cache:_attend",
+        "lowering.insert_cache:_attend",
         "_table(captured, bias,",
         "_table(captured, None,",
         "learned bias for each pair of positions",
     ),
     # heads and caches
     "heads not put back in order": Mutant(
-        "insert_cache:_attend",
+        "lowering.insert_cache:_attend",
         "inverse = _constant",
         "return result\n        inverse = _constant",
         "GQA by tiling, head h % Hkv",
     ),
     "query heads read the wrong group": Mutant(
-        "store_heads:_distinct_heads",
+        "planning.choose_storage:_distinct_heads",
         "reads = [first.index(pairs[h // repeat])",
         "reads = [first.index(pairs[h % len(pairs)])",
         "GQA by enable_gqa",
     ),
     "layers share one cache": Mutant(
-        "store_heads:StoredHeads.same", "self.content == other.content", "True", "GQA by repeat_interleave"
+        "planning.choose_storage:StoredHeads.same", "self.content == other.content", "True", "GQA by repeat_interleave"
     ),
     "weights of the next head": Mutant(
-        "absorb:_Builder.weights",
+        "planning.absorb:_Builder.weights",
         "places = constants.places[: self.count(constants)]",
         "places = constants.places[: self.count(constants)].roll(1, 0)",
         "latent keys and values",
     ),
     "a factor of keys dropped": Mutant(
-        "absorb:_Builder.scale",
+        "planning.absorb:_Builder.scale",
         "return self.by_head(",
         "return node or self.by_head(",
         "keys and values of two latents",
     ),
     "a bias of values dropped": Mutant(
-        "absorb:_Builder.forward",
+        "planning.absorb:_Builder.forward",
         "return self.by_head(",
         "return source or self.by_head(",
         "keys and values of two latents",
     ),
     "keys stored as values": Mutant(
-        "insert_cache:_write", "stored.value_places", "stored.key_places", "GQA by repeat_interleave"
+        "lowering.insert_cache:_write", "stored.value_places", "stored.key_places", "GQA by repeat_interleave"
     ),
     "stored numbers in reverse": Mutant(
-        "insert_cache:_rows",
+        "lowering.insert_cache:_rows",
         "wanted = places.flatten()",
         "wanted = places.flatten().flip(0)",
         "GQA by repeat_interleave",
     ),
     "parts of the cut on top of each other": Mutant(
-        "narrow_cut:_trace", "node, offset, total) for", "node, 0, total) for", "GQA by repeat_interleave"
+        "planning.minimum_cut:_trace", "node, offset, total) for", "node, 0, total) for", "GQA by repeat_interleave"
     ),
     # positions and rows
     "positions shifted": Mutant(
-        "find_positions:Lookup.rebuild",
+        "token_axis.find_positions:Lookup.rebuild",
         "positions, self.start",
         "positions, self.start - 1",
         "position table with an offset",
     ),
     "rows of another token": Mutant(
-        "insert_cache:insert_cache", 'step["logits_index"]', 'step["positions"]', "GPT-2 with a tril buffer slice"
+        "lowering.insert_cache:insert_cache",
+        'step["logits_index"]',
+        'step["positions"]',
+        "GPT-2 with a tril buffer slice",
     ),
     "rows selected before the attention": Mutant(
-        "select_logits:_narrow_waist",
+        "lowering.select_logits:_narrow_waist",
         "if place[node] <= last or",
         "if place[node] <= 9 or",
         "GPT-2 with a tril buffer slice",
     ),
     # proofs
     "dropout taken out when it is on": Mutant(
-        "canonicalize:_dropout", "return named", "off = True\n    return named", "dropout left on"
+        "canonical.canonicalize:_dropout", "return named", "off = True\n    return named", "dropout left on"
     ),
     "ops along the tokens allowed": Mutant(
-        "infer_axes:along", 'raise MixesTokens(f"works along {what}")', "pass", "cumulative mean"
+        "token_axis.infer_axes:along", 'raise MixesTokens(f"works along {what}")', "pass", "cumulative mean"
     ),
     "ops without a rule allowed": Mutant(
-        "infer_axes:_axes_of",
+        "token_axis.infer_axes:_axes_of",
         'raise MixesTokens("is an op for which kvpass',
         'rule = rules["pointwise"] or ("',
         "Fourier over time",
     ),
     "proof switched off": Mutant(
-        "prove_token_axis:ProveTokenAxis.apply",
+        "token_axis.prove_token_axis:ProveTokenAxis.apply",
         "return PassResult(0, (refuse(captured, axes.node",
         "return PassResult(0, ()) or (0, (refuse(captured, axes.node",
         "token shift",
     ),
     "slices of the sequence allowed": Mutant(
-        "moving_rules:narrow", 'raise MixesTokens(_of(axes[d], "takes a part of"))', "pass", "every second key"
+        "token_axis.moving_rules:narrow",
+        'raise MixesTokens(_of(axes[d], "takes a part of"))',
+        "pass",
+        "every second key",
     ),
     "tokens times tokens allowed": Mutant(
-        "contraction:contract",
+        "token_axis.contraction:contract",
         'raise MixesTokens("sums over the tokens of the sequence")',
         "pass",
         "causal matrix over time",
     ),
     # the step's clean-up
     "merged projections exchanged": Mutant(
-        "merge_projections:_merge", "(parts, place)", "(parts, (0, 2, 1)[place])", "GQA by repeat_interleave"
+        "optimization.merge_projections:_merge",
+        "(parts, place)",
+        "(parts, (0, 2, 1)[place])",
+        "GQA by repeat_interleave",
     ),
     "pairs of the fused rotation exchanged": Mutant(
-        "fuse_writes:_Fusion.fuse", "sin, of_key[1].interleaved", "sin, not of_key[1].interleaved", "rotary by YaRN"
+        "optimization.fuse_writes:_Fusion.fuse",
+        "sin, of_key[1].interleaved",
+        "sin, not of_key[1].interleaved",
+        "rotary by YaRN",
     ),
     "fused norm without its epsilon": Mutant(
-        "fuse_writes:_Fusion.fuse", "max(eps, default=0.0)", "1.0", "softcap and q/k norms"
+        "optimization.fuse_writes:_Fusion.fuse", "max(eps, default=0.0)", "1.0", "softcap and q/k norms"
     ),
     # rotations around caches
     "bias of rotated values left as it was": Mutant(
-        "fold_rotations:_replace",
+        "optimization.fold_rotations:_replace",
         "if derived.bias is None else _read",
         "if True else _read",
         "GPT-2 with a tril buffer slice",
         "int4",
     ),
     "rotated weights of one layer for all": Mutant(
-        "fold_rotations:_key", "projection.weight.target,", "None,", "GQA by repeat_interleave", "int4"
+        "optimization.fold_rotations:_key", "projection.weight.target,", "None,", "GQA by repeat_interleave", "int4"
     ),
 }
 

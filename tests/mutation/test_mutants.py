@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvpass.fx_passes.read_scores import _scale
+from kvpass.fx_passes.attention.read_scores import _scale
 from tests.mutation.mutants import MUTANTS, judge, mutated_source, planted, probe_of
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpass.engine import Engine
-from kvpass.kernels.formats import allocate_cache
+from kvpass.engine.engine import Engine
+from kvpass.kernels.formats.cache_formats import allocate_cache
 from kvpass.types import StepInputs
 
 POISON = 1e4  # in every slot that was never written; NaN would spread through 0 * NaN of a masked key

@@ -10,8 +10,8 @@ from torch import nn
 
 import kvpass
 from kvpass.compiler import Recompiler
-from kvpass.fx_passes.verify_mass import verify_mass
-from kvpass.fx_passes.verify_trees import verify_trees
+from kvpass.fx_passes.validation.verify_mass import verify_mass
+from kvpass.fx_passes.validation.verify_trees import verify_trees
 from tests.decoders.catalogue import DECODERS, UNUSUAL
 from tests.decoders.skeleton import VOCAB
 from tests.parity.compiled import engine_of, original_of

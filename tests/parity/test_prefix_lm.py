@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kvpass
-from kvpass.fx_passes.prefix_steps import show_prefix
+from kvpass.fx_passes.lowering.prefix_steps import show_prefix
 from kvpass.types import StepInputs
 from tests.decoders.prefix import Prefix
 from tests.decoders.skeleton import VOCAB, Decoder, decoder_around, in_turn

@@ -7,11 +7,11 @@ import torch
 
 import kvpass
 from kvpass import compiler
-from kvpass.engine import Engine
+from kvpass.engine.engine import Engine
 from kvpass.errors import ConfigError, VerificationError
-from kvpass.fx_passes import store_in_formats
 from kvpass.fx_passes.graph import arguments, is_call
-from kvpass.kernels.formats import FORMATS, pack_slabs, unpack_slabs
+from kvpass.fx_passes.lowering import store_in_formats
+from kvpass.kernels.formats.cache_formats import FORMATS, pack_slabs, unpack_slabs
 from tests.decoders import heads
 from tests.decoders.skeleton import HEAD_DIM, VOCAB, Decoder, decoder, decoder_around
 from tests.parity.harness import SEED, ragged_prompts

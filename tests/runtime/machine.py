@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.draft_tree import merge_paths
-from kvpass.runtime.prefix_cache import PrefixCache
-from kvpass.runtime.row_moves import rows_to_move
-from kvpass.runtime.scheduler import Scheduler
-from kvpass.runtime.sequence import Sequence, SequenceState
-from kvpass.runtime.state_slots import StateSlots, move_states
+from kvpass.runtime.pool.block_pool import BlockPool
+from kvpass.runtime.pool.state_slots import StateSlots, move_states
+from kvpass.runtime.prefix.prefix_cache import PrefixCache
+from kvpass.runtime.schedule.scheduler import Scheduler
+from kvpass.runtime.sequences.draft_tree import merge_paths
+from kvpass.runtime.sequences.sequence import Sequence, SequenceState
+from kvpass.runtime.speculation.accepted_rows import rows_to_move
 from kvpass.types import Sampling
 
 VOCABULARY = 5

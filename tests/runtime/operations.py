@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from kvpass.errors import CapacityError
-from kvpass.runtime.sequence import Sequence, SequenceState
+from kvpass.runtime.sequences.sequence import Sequence, SequenceState
 from tests.runtime.machine import Machine
 
 # Name of each operation, and how often it is drawn.

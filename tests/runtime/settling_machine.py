@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvpass.kernels.formats import FORMATS, allocate_caches
-from kvpass.kernels.settling import read_blocks, wide_view
-from kvpass.runtime.batch import BatchBuilder
-from kvpass.runtime.wide_blocks import WideBlocks
-from kvpass.settling_module import SettlingModule
+from kvpass.engine.settling_module import SettlingModule
+from kvpass.kernels.formats.cache_formats import FORMATS, allocate_caches
+from kvpass.kernels.formats.settling import read_blocks, wide_view
+from kvpass.runtime.pool.wide_blocks import WideBlocks
+from kvpass.runtime.schedule.batch import BatchBuilder
 from kvpass.types import CachePlan, CacheSpec
 from tests.runtime.machine import VOCABULARY
 from tests.runtime.tiered_machine import TieredMachine, draw_sizes, play_with

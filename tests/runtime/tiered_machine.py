@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvpass.runtime.block_moves import BlockMoves
-from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.disk_store import DiskStore
-from kvpass.runtime.eviction import POLICIES
-from kvpass.runtime.prefix_cache import PrefixCache
-from kvpass.runtime.scheduler import Scheduler
-from kvpass.runtime.tiers import Tiers
+from kvpass.runtime.pool.block_pool import BlockPool
+from kvpass.runtime.prefix.eviction import POLICIES
+from kvpass.runtime.prefix.prefix_cache import PrefixCache
+from kvpass.runtime.schedule.scheduler import Scheduler
+from kvpass.runtime.tiers.block_moves import BlockMoves
+from kvpass.runtime.tiers.disk_store import DiskStore
+from kvpass.runtime.tiers.tiers import Tiers
 from kvpass.types import CachePlan, CacheSpec
 from tests.runtime.machine import VOCABULARY, Machine
 from tests.runtime.operations import OPERATIONS, finish, operate, random_prompt

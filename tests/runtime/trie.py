@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kvpass.runtime.block_pool import BlockPool
-from kvpass.runtime.prefix_cache import PrefixCache
+from kvpass.runtime.pool.block_pool import BlockPool
+from kvpass.runtime.prefix.prefix_cache import PrefixCache
 
 SIZE = 2
 
