@@ -49,6 +49,7 @@ class CapturedGraph:
         export_seconds: time that torch.export took.
         forbidden_tokens: ids that no sequence may contain: what was proven holds without them.
         rows: which rows of logits the model returns; the graph returns all of them.
+        declared: ops that are taken for what their owner declared them to be.
     """
 
     module: GraphModule
@@ -62,6 +63,7 @@ class CapturedGraph:
     export_seconds: float = 0.0
     forbidden_tokens: frozenset[int] = frozenset()
     rows: LogitsRows = LogitsRows.EVERY
+    declared: tuple[str, ...] = ()
 
     @property
     def graph(self) -> Graph:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import aten, expression, is_call, shape_of
+from kvpass.fx_passes.op_facts.declared import DeclaredFacts
+from kvpass.fx_passes.op_facts.table import facts_of
 from kvpass.fx_passes.shape_values import Dependence
 from kvpass.fx_passes.token_axis.axes import (
     Axes,
@@ -203,6 +206,27 @@ def first_operand(inference: Inference, node: Node, named: dict[str, Any]) -> Ax
     return inference.axes(node.args[0])
 
 
+def declared_rows(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
+    """An op that was declared to compute each row of its operands by itself, along dims that hold no tokens."""
+    facts = facts_of(node.target)
+    assert isinstance(facts, DeclaredFacts)
+    operands = [inference.axes(named[name]) for name in facts.tokens or () if isinstance(named.get(name), Node)]
+    rank = max(map(len, operands))
+    for axes in operands:
+        along(inference, node, axes, [d for d in facts.dims if -d <= len(axes)])
+    rows = [tuple(() if i - len(axes) in facts.dims else dim for i, dim in enumerate(axes)) for axes in operands]
+    kept = broadcast(rows, rank)
+
+    def of(value: torch.Tensor) -> Axes:
+        if value.dim() != rank:
+            raise MixesTokens("was declared to keep its rows, and gives a result of another rank")
+        sizes = [expression(size) for size in value.shape]
+        return tuple(plain(sizes[i]) if i - rank in facts.dims else dim for i, dim in enumerate(kept))
+
+    val = node.meta["val"]
+    return Several(tuple(map(of, val))) if isinstance(val, (tuple, list)) else of(val)
+
+
 # Rules by the names that the facts of ops call them by.
 AXIS_RULES: dict[str, AxisRule] = {
     **{
@@ -210,7 +234,7 @@ AXIS_RULES: dict[str, AxisRule] = {
         for rule in (
             pointwise, where, first_operand, log_sigmoid, reduction, along_dim, pool, one_hot, normalise_last,
             group_norm, batch_norm, product, outer, grouped_product, attention, convolution, pad, as_complex,
-            as_real, filled,
+            as_real, filled, declared_rows,
         )
     },
     **MOVING_RULES,
