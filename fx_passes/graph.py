@@ -8,10 +8,10 @@ two symbols of the capture, batch and length.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -23,7 +23,30 @@ from kvpass.fx_passes.op_facts.table import facts_of
 from kvpass.types import Refusal
 
 aten = torch.ops.aten
+T = TypeVar("T")
 FULL = 2**63 - 1  # how ATen writes "to the end" in a slice
+
+
+ROLE = "kvpass_role"  # key in a placeholder's meta
+
+
+class Role(Enum):
+    """What a graph's input is: passes go by it, and never by an input's name or place."""
+
+    TOKENS = "token ids, int64 [batch, length]"
+    POSITIONS = "the position of each token, int64 [batch, length], or [T] in a step"
+    MASK_OF_ONES = "a padding mask [batch, length] of sequences that have no padding"
+    PER_TOKEN_DATA = "anything else that each token brings along [batch, length, ...]"
+    PARAMETER = "a parameter or buffer of the model"
+    SIZE = "a number of the shape of another input"
+    STEP = "what a step says of its tokens: slots, block tables, lengths"
+    CACHE = "a tensor of a cache"
+
+
+def role_of(node: Node) -> Role | None:
+    """The role of a placeholder; None for any other node."""
+    found = node.meta.get(ROLE) if node.op == "placeholder" else None
+    return found if isinstance(found, Role) else None
 
 
 class LogitsRows(Enum):
@@ -42,8 +65,7 @@ class CapturedGraph:
         module: the graph and the tensors it reads; the tensors are the model's own, not copies.
         batch: symbol of the batch size in every node's shape.
         length: symbol of the number of tokens in every node's shape.
-        input_ids: placeholder of the token ids, int64 ``[batch, length]``.
-        position_ids: placeholder of the positions where the model demands them, else None.
+        inputs: the placeholders that have a role of their own: token ids, and positions where the model demands them.
         max_length: longest sequence that the capture allows, where the model limits it.
         path_prefix: module path of the adapter around the user's model, left out of reports.
         export_seconds: time that torch.export took.
@@ -55,8 +77,7 @@ class CapturedGraph:
     module: GraphModule
     batch: sympy.Symbol
     length: sympy.Symbol
-    input_ids: Node
-    position_ids: Node | None = None
+    inputs: dict[Role, Node]
     max_length: int | None = None
     path_prefix: str = ""
     size_nodes: dict[str, Node] = field(default_factory=dict)
@@ -64,6 +85,30 @@ class CapturedGraph:
     forbidden_tokens: frozenset[int] = frozenset()
     rows: LogitsRows = LogitsRows.EVERY
     declared: tuple[str, ...] = ()
+    analyses: dict[Callable[[CapturedGraph], Any], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def captured(self) -> CapturedGraph:
+        """Itself: passes take a graph, or a state that holds one."""
+        return self
+
+    @property
+    def input_ids(self) -> Node:
+        """The placeholder of the token ids."""
+        return self.inputs[Role.TOKENS]
+
+    @property
+    def position_ids(self) -> Node | None:
+        """The placeholder of the positions, where the model demands them."""
+        return self.inputs.get(Role.POSITIONS)
+
+    def analysis(self, of: Callable[[CapturedGraph], T]) -> T:
+        """What ``of`` finds of the graph: computed once, and kept until the graph changes."""
+        if of not in self.analyses:
+            found = of(self)
+            self.analyses[of] = found
+        known: T = self.analyses[of]
+        return known
 
     @property
     def graph(self) -> Graph:
@@ -98,13 +143,13 @@ class CapturedGraph:
         renamed: dict[Node, Node] = {}
         for node in self.graph.nodes:
             renamed[node] = graph.node_copy(node, lambda n: renamed[n])
-        position_ids = self.position_ids and renamed[self.position_ids]
-        module = GraphModule(self.module, graph)
-        return replace(self, module=module, input_ids=renamed[self.input_ids], position_ids=position_ids, size_nodes={})
+        inputs = {role: renamed[node] for role, node in self.inputs.items()}
+        return replace(self, module=GraphModule(self.module, graph), inputs=inputs, size_nodes={}, analyses={})
 
     def tidy(self) -> None:
         """Drop dead nodes and recompile; the graph is checked to be well formed."""
         self.graph.eliminate_dead_code()
+        self.analyses.clear()
         self.size_nodes = {k: n for k, n in self.size_nodes.items() if not n._erased}
         self.graph.lint()
         self.module.recompile()
@@ -120,6 +165,7 @@ class PassResult:
 
 def emit(captured: CapturedGraph, target: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
     """Insert a call at the graph's insertion point and give it its fake value; origin is taken from ``like``."""
+    captured.analyses.clear()
     node = captured.graph.call_function(target, args, kwargs)
     values, named = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     with captured.fake_mode, torch.no_grad():

@@ -16,11 +16,13 @@ from torch.fx import Node
 
 from kvpass.fx_passes.graph import (
     CapturedGraph,
+    Role,
     arguments,
     aten,
     expression,
     is_call,
     read_attribute,
+    role_of,
     tensor_value,
 )
 from kvpass.fx_passes.op_facts.table import facts_of
@@ -36,6 +38,15 @@ class Dependence(Enum):
 
 NEW = {aten.new_ones, aten.new_zeros, aten.new_full, aten.new_empty, aten.new_empty_strided}
 LIKES = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
+
+
+# What is known of an input without its values; all others are data.
+OF_INPUTS: dict[Role | None, Dependence] = {
+    Role.POSITIONS: Dependence.SHAPE,
+    Role.MASK_OF_ONES: Dependence.SHAPE,
+    Role.SIZE: Dependence.SHAPE,
+    Role.PARAMETER: Dependence.CONSTANT,
+}
 
 
 class CannotEvaluate(Exception):
@@ -63,7 +74,7 @@ def classify(captured: CapturedGraph) -> dict[Node, Dependence]:
         if node.op == "get_attr":
             kind = Dependence.CONSTANT
         elif node.op == "placeholder":
-            kind = Dependence.SHAPE if node is captured.position_ids else Dependence.DATA
+            kind = OF_INPUTS.get(role_of(node), Dependence.DATA)
         elif node.op == "output" or is_random(node):
             kind = Dependence.DATA
         elif reads_shape_only(node):
@@ -72,6 +83,11 @@ def classify(captured: CapturedGraph) -> dict[Node, Dependence]:
             kind = max((kinds[n] for n in node.all_input_nodes), key=lambda k: k.value, default=Dependence.CONSTANT)
         kinds[node] = kind
     return kinds
+
+
+def shape_evaluator(captured: CapturedGraph) -> ShapeEvaluator:
+    """The evaluator of a graph; an analysis."""
+    return ShapeEvaluator(captured, captured.analysis(classify))
 
 
 class ShapeEvaluator:

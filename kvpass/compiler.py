@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +23,9 @@ from kvpass.fx_passes.capture.logits_rows import every_row
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.fx_passes.lowering.exact_formats import with_exact_formats
-from kvpass.fx_passes.lowering.insert_cache import insert_cache
 from kvpass.fx_passes.optimization.clean_up import count_nodes
-from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.planning.plan_cache import GraphPlan, plan_cache
+from kvpass.fx_passes.planning.plan_cache import GraphPlan
+from kvpass.fx_passes.stages import Refused, lower, plan, prove
 from kvpass.fx_passes.validation.calibrate import calibrate, calibration_ids
 from kvpass.fx_passes.validation.verify import format_bound, reference_graph, verify
 from kvpass.fx_passes.validation.verify_mass import verify_mass
@@ -177,6 +177,16 @@ def _refused(refusals: Sequence[Refusal], seconds: dict[str, float] | None = Non
     return RefusedError(message, RewriteReport(refusals=tuple(refusals), seconds=seconds or {}))
 
 
+@contextmanager
+def _as_refused_error(seconds: dict[str, float]) -> Iterator[None]:
+    """What a stage refuses, as the error that carries the report."""
+    try:
+        yield
+    except Refused as refused:
+        log = refused.log
+        raise _refused(log.refusals, seconds | log.seconds) from (log.error or refused)
+
+
 def rewrite(
     model: LogitsModel,
     config: CacheConfig,
@@ -194,36 +204,36 @@ def rewrite(
     spent = time.perf_counter() - start
     seconds = {"export": captured.export_seconds, "capture": max(0.0, spent - captured.export_seconds)}
     before = count_nodes(captured.graph)
-    log = run_passes(captured, passes(config))
-    seconds |= log.seconds
-    if log.refusals:
-        raise _refused(log.refusals, seconds) from log.error
-    start = time.perf_counter()
-    plan = plan_cache(captured, config, _vocabulary(captured))
+    proof = prove(captured, config)
+    with _as_refused_error(seconds):
+        planned = plan(proof, config, _vocabulary(captured))
     if config.forgetting is not None:
-        check_forgetting(plan)
-    reference = reference_graph(captured, [site.node.name for site in plan.sites])
+        check_forgetting(planned)
+    reference = reference_graph(captured, [site.node.name for site in planned.sites])
     report = RewriteReport(
-        sites=site_reports(captured, plan),
-        max_length=plan.cache_plan.max_length,
-        max_length_reason=plan.cache_plan.max_length_reason,
-        forbidden_tokens=plan.cache_plan.forbidden_tokens,
+        sites=site_reports(captured, planned),
+        max_length=planned.cache_plan.max_length,
+        max_length_reason=planned.cache_plan.max_length_reason,
+        forbidden_tokens=planned.cache_plan.forbidden_tokens,
         declared=captured.declared,
     )
     fuse = has_kernel("norm_rotary_write", device.type)
-    paged = exact = insert_cache(captured, plan, fuse, config.fold_rotations)
+    with _as_refused_error(seconds):
+        paged = exact = lower(proof, planned, fuse=fuse, fold=config.fold_rotations)
+    seconds |= proof.log.seconds
     module = PagedModule(paged)
     if paged.plan.prefix and isinstance(module.tree_step, Refusal):
         raise _refused([module.tree_step], seconds)
     after = count_nodes(paged.module.graph)
     report = replace(report, calls=(before[0], after[0]), launches=(before[1], after[1]))
     report = replace(report, rotations=paged.rotations, derived_bytes=paged.derived_bytes)
-    lossy = paged.plan != plan.cache_plan
+    lossy = paged.plan != planned.cache_plan
     if lossy:
-        exact = with_exact_formats(paged, plan.cache_plan)
+        start = time.perf_counter()
+        exact = with_exact_formats(paged, planned.cache_plan)
         ids = calibration_ids(paged.plan, device) if examples is None else list(examples[:, : paged.plan.max_length])
         report = replace(report, calibration=calibrate(exact, paged.plan, ids))
-    seconds["insert-cache"] = time.perf_counter() - start
+        seconds["calibrate"] = time.perf_counter() - start
     if check:
         start = time.perf_counter()
         original = every_row(model, captured.rows)

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 ORDER = {
     "fx_passes": (
         "op_facts", "", "capture", "symbolic", "token_axis", "attention", "canonical", "masks", "planning",
-        "optimization", "lowering", "validation", "passes.py",
+        "optimization", "lowering", "validation", "dialects.py", "stages.py",
     ),
     "kernels": ("formats", "", "reference", "cpu", "triton_kernels/device", "triton_kernels/launch"),
     "runtime": ("", "pool", "tiers", "prefix", "sequences", "sampling", "speculation", "schedule"),

@@ -178,14 +178,14 @@ def test_faults_of_links_are_found(house):
     [
         ("fx_passes/capture/x.py", "from kvpass.fx_passes.masks.y import f", "capture may not import from masks"),
         ("fx_passes/x.py", "import kvpass.fx_passes.masks.y", "fx_passes may not import from masks"),
-        ("fx_passes/capture/x.py", "from kvpass.fx_passes.passes import f", "capture may not import from passes.py"),
+        ("fx_passes/capture/x.py", "from kvpass.fx_passes.stages import f", "capture may not import from stages.py"),
         ("fx_passes/new/x.py", "", "has no place in the order"),
         ("kvpass/reports/x.py", "def f():\n    from kvpass.cli import y", "reports may not import from cli"),
         ("kvpass/x.py", "from kvpass.engine.engine import Engine", "kvpass may not import from engine"),
     ],
 )
 def test_an_import_against_the_order_is_found(path, source, complaint, house):
-    for there in ("fx_passes/masks/y.py", "fx_passes/passes.py", "kvpass/cli/y.py", "kvpass/engine/engine.py"):
+    for there in ("fx_passes/masks/y.py", "fx_passes/stages.py", "kvpass/cli/y.py", "kvpass/engine/engine.py"):
         write(house, there)
     assert order_faults(house) == []
     write(house, path, source)

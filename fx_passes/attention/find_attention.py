@@ -11,12 +11,11 @@ from kvpass.fx_passes.attention.read_scores import NotUnderstood
 from kvpass.fx_passes.attention.rewrite_sdpa import rewrite_sdpa
 from kvpass.fx_passes.attention.rewrite_softmax import key_side, rewrite_softmax
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, is_call, refuse
-from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
+from kvpass.fx_passes.shape_values import shape_evaluator
 from kvpass.fx_passes.token_axis.axes import Mixed, MixesTokens, is_free, is_score
-from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
 from kvpass.fx_passes.token_axis.contraction import contraction_of
-from kvpass.fx_passes.token_axis.find_positions import position_sources
-from kvpass.fx_passes.token_axis.infer_axes import Blocked, Inference, infer_axes
+from kvpass.fx_passes.token_axis.infer_axes import Blocked, Inference
+from kvpass.fx_passes.token_axis.prove_token_axis import score_axes
 from kvpass.types import Refusal
 
 
@@ -35,10 +34,7 @@ class FindAttention:
 
     def apply(self, captured: CapturedGraph) -> PassResult:
         """Rewrite one site after the other, in graph order."""
-        kinds = classify(captured)
-        evaluator = ShapeEvaluator(captured, kinds)
-        inference = Inference(captured, kinds, position_sources(captured, kinds, evaluator), with_scores=True)
-        infer_axes(inference, AXIS_RULES)
+        inference, evaluator = captured.analysis(score_axes), captured.analysis(shape_evaluator)
         refusals = self._broken_scores(captured, inference)
         found = 0
         for node in list(captured.graph.nodes):

@@ -10,11 +10,9 @@ import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, emit, is_call
-from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
+from kvpass.fx_passes.shape_values import Dependence
 from kvpass.fx_passes.token_axis.axes import Mixed, is_score
-from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
-from kvpass.fx_passes.token_axis.find_positions import position_sources
-from kvpass.fx_passes.token_axis.infer_axes import Inference, infer_axes
+from kvpass.fx_passes.token_axis.prove_token_axis import score_axes
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,8 @@ def _verdict(captured: CapturedGraph, node: Node, token: int) -> bool | None:
 
 def _mixes_tokens(captured: CapturedGraph, comparisons: set[Node]) -> bool:
     """Whether what follows from the comparisons alone is worked on along the tokens, or meets scores."""
-    kinds = classify(captured)
-    evaluator = ShapeEvaluator(captured, kinds)
-    inference = Inference(captured, kinds, position_sources(captured, kinds, evaluator), with_scores=True)
-    infer_axes(inference, AXIS_RULES)
-    derived = _derived(captured, kinds, comparisons)
+    inference = captured.analysis(score_axes)
+    derived = _derived(captured, inference.kinds, comparisons)
     for node in captured.graph.nodes:
         if not derived & set(node.all_input_nodes):
             continue

@@ -31,7 +31,7 @@ class CommonSubexpressions:
 
     def apply(self, captured: CapturedGraph) -> PassResult:
         """Walk the graph once, in order."""
-        kinds = classify(captured)
+        kinds = captured.analysis(classify)
         first: dict[Hashable, Node] = {}
         buffers: dict[Hashable, list[Node]] = {}
         rewritten = 0

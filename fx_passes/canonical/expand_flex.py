@@ -17,7 +17,7 @@ from kvpass.fx_passes.attention.layouts import size_node
 from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call, shape_of, tensor_value
 from kvpass.fx_passes.op_facts.facts import OpKind
 from kvpass.fx_passes.op_facts.table import facts_of
-from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
+from kvpass.fx_passes.shape_values import Dependence, classify, shape_evaluator
 
 BLOCKS_TRIED = 2  # the block lists of a mask are compared with the mask itself at a little more than so many blocks
 LONGEST_TRIED = 2048
@@ -129,12 +129,12 @@ def _blocks_agree(captured: CapturedGraph, blocks: Sequence[Any], mask: Node) ->
     longest = BLOCKS_TRIED * max(int(rows), int(columns)) + 3
     if longest > LONGEST_TRIED:  # one block for all
         return True
-    kinds = classify(captured)
+    kinds = captured.analysis(classify)
     nodes = [n for n in (*lists, mask) if isinstance(n, Node)]
     if any(kinds[n] is Dependence.DATA for n in nodes):
         return kinds[mask] is Dependence.DATA  # a mask by token values is refused where it is read
     try:
-        values = ShapeEvaluator(captured, kinds).evaluate_all(nodes, 2, longest)
+        values = captured.analysis(shape_evaluator).evaluate_all(nodes, 2, longest)
     except Exception:  # lists made for one length
         return False
     partial, full = (_listed(*(values.get(n) for n in pair)) for pair in (lists[:2], lists[2:]))

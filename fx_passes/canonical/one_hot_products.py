@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, is_call, reads_parameter, shape_of
-from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
+from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify, shape_evaluator
 from kvpass.fx_passes.token_axis.contraction import Contraction, contraction_of
 
 LARGEST = 1 << 20  # entries of a constant that is looked at
@@ -30,8 +30,7 @@ class OneHotProducts:
 
     def apply(self, captured: CapturedGraph) -> PassResult:
         """Rewrite every such product."""
-        kinds = classify(captured)
-        evaluator = ShapeEvaluator(captured, kinds)
+        kinds, evaluator = captured.analysis(classify), captured.analysis(shape_evaluator)
         rewritten = 0
         for node in list(captured.graph.nodes):
             constants = [n for n in node.all_input_nodes if kinds.get(n) is Dependence.CONSTANT]

@@ -56,7 +56,7 @@ def divided_after_values(captured: CapturedGraph, node: Node) -> Node | None:
 
 def in_base_two(captured: CapturedGraph, node: Node) -> Node | None:
     """``exp2(x)`` is ``exp(x * log(2))``; what positions are computed with is left to the last bit as it is."""
-    if classify(captured)[node] is not Dependence.DATA:
+    if captured.analysis(classify)[node] is not Dependence.DATA:
         return None
     scaled = emit(captured, aten.mul.Tensor, node.args[0], math.log(2.0), like=node)
     return emit(captured, aten.exp.default, scaled, like=node)
@@ -115,7 +115,7 @@ def _may_be_gated(captured: CapturedGraph, weights: _Weights) -> bool:
     """
     if not weights.gates:
         return True
-    kinds = classify(captured)
+    kinds = captured.analysis(classify)
     of_tokens = sum(size == captured.length for size in shape_of(weights.logits)) >= 2
     return of_tokens and all(kinds.get(gate) is not Dependence.DATA for gate in weights.gates)
 

@@ -21,7 +21,7 @@ from kvpass.fx_passes.capture.declarations import check_declarations
 from kvpass.fx_passes.capture.diagnose_capture import token_mixers
 from kvpass.fx_passes.capture.length_conditions import longest_valid
 from kvpass.fx_passes.capture.logits_rows import return_every_row, rows_returned
-from kvpass.fx_passes.graph import CapturedGraph, aten, expression
+from kvpass.fx_passes.graph import ROLE, CapturedGraph, Role, aten, expression
 from kvpass.fx_passes.op_facts.declared import MEANINGS
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
@@ -153,7 +153,7 @@ def _to_graph(program: ExportedProgram, path_prefix: str) -> CapturedGraph:
     for name, child in program.graph_module.named_children():
         module.add_module(name, child)
     graph_module = GraphModule(module, graph)
-    captured = CapturedGraph(graph_module, *_symbols(inputs), *_named(inputs), path_prefix=path_prefix)
+    captured = CapturedGraph(graph_module, *_symbols(inputs), _with_roles(inputs), path_prefix=path_prefix)
     return _with_every_row(captured)
 
 
@@ -197,8 +197,12 @@ def _symbols(inputs: list[Node]) -> tuple[sympy.Symbol, sympy.Symbol]:
     return expression(shape[0]), expression(shape[1])
 
 
-def _named(inputs: list[Node]) -> tuple[Node, Node | None]:
-    return inputs[0], inputs[1] if len(inputs) > 1 else None
+def _with_roles(inputs: list[Node]) -> dict[Role, Node]:
+    """Token ids, and position ids where there is a second input."""
+    roles = dict(zip((Role.TOKENS, Role.POSITIONS), inputs, strict=False))
+    for role, node in roles.items():
+        node.meta[ROLE] = role
+    return roles
 
 
 def _with_every_row(captured: CapturedGraph) -> CapturedGraph:

@@ -1,4 +1,4 @@
-"""``insert_cache``: the graph of a whole sequence becomes the graph of one paged step."""
+"""``insert-cache``: the graph of a whole sequence becomes the graph of one paged step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from kvpass.fx_passes.attention.layouts import arrange
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit
-from kvpass.fx_passes.lowering.select_logits import select_logits
-from kvpass.fx_passes.lowering.store_in_formats import store_in_formats
-from kvpass.fx_passes.optimization.clean_up import clean_up
-from kvpass.fx_passes.optimization.fold_rotations import derived_bytes, fold_rotations
-from kvpass.fx_passes.optimization.fuse_writes import fuse_writes
-from kvpass.fx_passes.optimization.merge_projections import merge_projections
+from kvpass.fx_passes.graph import ROLE, CapturedGraph, PassResult, Role, arguments, aten, emit
+from kvpass.fx_passes.optimization.step_graph import StepGraph
 from kvpass.fx_passes.planning.absorb import absorb_output, absorb_query
 from kvpass.fx_passes.planning.choose_storage import StoredHeads
 from kvpass.fx_passes.planning.plan_cache import GraphPlan, SitePlan, live_nodes
@@ -27,6 +22,8 @@ from kvpass.kernels.formats.cache_formats import find_format
 from kvpass.types import CachePlan, FoldedRotation
 
 STEP_INPUTS = ("positions", "slot_mapping", "block_tables", "seq_lens", "query_start", "logits_index")
+
+STEP_ROLES = {name: Role.STEP for name in STEP_INPUTS} | {"positions": Role.POSITIONS}
 
 
 @dataclass
@@ -51,58 +48,50 @@ class PagedGraph:
     derived_bytes: int = 0
 
 
-def insert_cache(captured: CapturedGraph, plan: GraphPlan, fuse: bool = False, fold: bool = True) -> PagedGraph:
-    """Rewrite a planned graph to paged form; ``captured`` is used up.
+@dataclass(frozen=True)
+class InsertCache:
+    """Rewrite a planned graph to paged form.
 
     Before: ``kvpass::dense_attention`` over sequences; positions counted from the length.
     After: token ids are ``[1, T]``: the tokens of all sequences of the step in one row. Keys and values are written
-        to their cache by ``kvpass::write_cache``, attention is ``kvpass::paged_attention``, positions are an input,
-        and only the rows asked for go through what follows the last attention. With ``fuse``, what stands before a
-        write is part of it where it can be, see :func:`~kvpass.fx_passes.optimization.fuse_writes.fuse_writes`; with
-        ``fold``, rotations are part of the weights where they can be, see
-        :func:`~kvpass.fx_passes.optimization.fold_rotations.fold_rotations`.
-    Requires: that no pass refused.
+        to their cache by ``kvpass::write_cache``, attention is ``kvpass::paged_attention``, and positions are an input.
+    Requires: a plan.
+    Refuses: nothing.
     """
-    device = captured.input_ids.meta["val"].device
-    live = live_nodes(captured)
-    step = _add_inputs(captured, plan, device)
-    groups = _select_groups(captured, plan, step)
-    _replace_positions(captured, plan, live, step["positions"])
-    written: set[int] = set()
-    results: list[Node] = []
-    for site in plan.sites:
-        with captured.graph.inserting_before(site.node):
-            if site.cache not in written:
-                _write(captured, plan, plan.stored[site.cache], site, groups[site.cache])
-                written.add(site.cache)
-            replacement = _attend(captured, plan, site, groups[site.cache])
-        results.append(replacement)
-        site.node.replace_all_uses_with(replacement)
-        captured.graph.erase_node(site.node)
-    captured.tidy()
-    select_logits(captured, step["logits_index"])
-    cache_plan, rotations = store_in_formats(captured, plan.cache_plan, plan.formats)
-    end = next(node for node in reversed(captured.graph.nodes) if node.op == "output")
-    end.args = ((captured.output, *results),)
-    folded = fold_rotations(captured, rotations) if fold else []
-    size = derived_bytes(captured)
-    observed = _observe(captured, end, fuse)
-    names = tuple(site.name for site in plan.sites)
-    return PagedGraph(captured.module, cache_plan, observed, names, tuple(folded), size)
+
+    name: str = "insert-cache"
+
+    def apply(self, state: StepGraph) -> PassResult:
+        """Add the step's inputs, replace positions, then each attention in turn."""
+        captured, plan = state.captured, state.plan
+        live = live_nodes(captured)
+        state.step = step = _add_inputs(captured, plan, captured.input_ids.meta["val"].device)
+        groups = _select_groups(captured, plan, step)
+        _replace_positions(captured, plan, live, step["positions"])
+        written: set[int] = set()
+        for site in plan.sites:
+            with captured.graph.inserting_before(site.node):
+                if site.cache not in written:
+                    _write(captured, plan, plan.stored[site.cache], site, groups[site.cache])
+                    written.add(site.cache)
+                replacement = _attend(captured, plan, site, groups[site.cache])
+            state.results.append(replacement)
+            site.node.replace_all_uses_with(replacement)
+            captured.graph.erase_node(site.node)
+        captured.tidy()
+        return PassResult(len(plan.sites))
 
 
-def _observe(captured: CapturedGraph, end: Node, fuse: bool) -> GraphModule:
-    """Clean the graph up, and make the module that returns all that ``end`` does; the graph itself gives logits."""
-    clean_up(captured)
-    merge_projections(captured)
-    if fuse:
-        fuse_writes(captured)
+def finished(state: StepGraph) -> PagedGraph:
+    """The graph of a step as a module of logits alone, and beside it one that gives what each attention gave."""
+    captured = state.captured
     copied = Graph()
     copied.output(copied.graph_copy(captured.graph, {}))
     observed = GraphModule(captured.module, copied)
-    end.args = ((captured.output,),)
+    state.end.args = ((captured.output,),)
     captured.tidy()
-    return observed
+    names = tuple(site.name for site in state.plan.sites)
+    return PagedGraph(captured.module, state.cache_plan, observed, names, state.folded, state.derived_bytes)
 
 
 def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) -> dict[str, Node]:
@@ -119,6 +108,7 @@ def _add_inputs(captured: CapturedGraph, plan: GraphPlan, device: torch.device) 
             last = graph.placeholder(name)
         with captured.fake_mode:
             last.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+        last.meta[ROLE] = STEP_ROLES.get(name, Role.CACHE)
         nodes[name] = last
 
     shapes: dict[str, list[Any]] = {

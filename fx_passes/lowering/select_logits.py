@@ -1,24 +1,41 @@
-"""``select_logits``: only the rows asked for go through what follows the last attention."""
+"""``select-logits``: only the rows asked for go through what follows the last attention."""
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, aten, expression, shape_of, tensor_value
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, expression, shape_of, tensor_value
+from kvpass.fx_passes.optimization.step_graph import StepGraph
 
 PAGED = ("kvpass::paged_attention", "kvpass::latent_attention", "kvpass::write_cache")
 
 
-def select_logits(captured: CapturedGraph, logits_index: Node) -> None:
+@dataclass(frozen=True)
+class SelectLogits:
     """Select rows at the earliest node through which everything after the last attention goes.
 
     Before: a paged step that computes logits for all T tokens.
-    After: logits for the R rows of ``logits_index``.
+    After: logits for the R rows of ``logits_index``; and the graph returns what each attention gave beside them, which
+        the verification compares.
     Requires: a graph that is token-wise apart from its paged attentions: rows may be selected anywhere after them.
+    Refuses: nothing.
     """
+
+    name: str = "select-logits"
+
+    def apply(self, step: StepGraph) -> PassResult:
+        """Insert one selection."""
+        select_logits(step.captured, step.step["logits_index"])
+        step.end.args = ((step.captured.output, *step.results),)
+        return PassResult(1)
+
+
+def select_logits(captured: CapturedGraph, logits_index: Node) -> None:
+    """Select rows at the earliest node through which everything after the last attention goes."""
     node = _narrow_waist(captured)
     dim = _token_dim(captured, node)
     users = list(node.users)

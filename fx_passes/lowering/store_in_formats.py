@@ -1,4 +1,4 @@
-"""``store_in_formats``: a paged graph whose caches are exact becomes one whose caches are quantised.
+"""``store-in-formats``: a paged graph whose caches are exact becomes one whose caches are quantised.
 
 What a format needs around its kernels is put into the graph here, as ordinary ops:
 
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call
-from kvpass.fx_passes.optimization.fold_rotations import OUTPUT, RowRotation
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, is_call
+from kvpass.fx_passes.optimization.fold_rotations import OUTPUT
+from kvpass.fx_passes.optimization.step_graph import RowRotation, StepGraph
 from kvpass.kernels.formats.cache_formats import CacheFormat, find_format
 from kvpass.types import CachePlan
 
@@ -63,21 +64,31 @@ class StoredTensor:
         return f"_scale_{self.placeholder.name}" if self.form.name in SCALED_BY_HEAD else None
 
 
-def store_in_formats(
-    captured: CapturedGraph, plan: CachePlan, formats: Sequence[tuple[str, str]]
-) -> tuple[CachePlan, list[RowRotation]]:
-    """Rewrite a graph whose caches are inserted so that they are stored in ``formats``.
-
-    Gives the plan of the result, and the rotations that were put around the ops.
+@dataclass(frozen=True)
+class StoreInFormats:
+    """Store caches in the formats that the plan asks for.
 
     Before: caches that hold what is written exactly, or in a wide float format.
     After: caches in their formats, with rotations and scales of heads around the ops where a format has them. With
         exact caches the rewritten graph still means the same.
+    Requires: ``insert-cache``.
+    Refuses: nothing.
+    """
 
-    Args:
-        captured: the graph, caches inserted.
-        plan: its caches.
-        formats: of keys and values, for each cache of the plan.
+    name: str = "store-in-formats"
+
+    def apply(self, step: StepGraph) -> PassResult:
+        """Surround each write and read."""
+        step.cache_plan, step.rotations = store_in_formats(step.captured, step.cache_plan, step.plan.formats)
+        return PassResult(len(step.rotations))
+
+
+def store_in_formats(
+    captured: CapturedGraph, plan: CachePlan, formats: Sequence[tuple[str, str]]
+) -> tuple[CachePlan, list[RowRotation]]:
+    """Rewrite a graph whose caches are inserted so that they are stored in ``formats``, of keys and values of each.
+
+    Gives the plan of the result, and the rotations that were put around the ops.
     """
     stored = replace(
         plan,

@@ -14,7 +14,7 @@ from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, i
 from kvpass.fx_passes.masks.mask_meaning import read_mask_meaning
 from kvpass.fx_passes.masks.mask_probe import NotProvenError
 from kvpass.fx_passes.masks.prove_mask import MaskExpression, read_expression
-from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
+from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify, shape_evaluator
 from kvpass.types import MaskMeaning, Refusal
 
 MASK = "kvpass_mask"  # key of a site's MaskMeaning in its node's meta
@@ -39,8 +39,7 @@ class ReadMasks:
 
     def apply(self, captured: CapturedGraph) -> PassResult:
         """Read each distinct bias once."""
-        kinds = classify(captured)
-        evaluator = ShapeEvaluator(captured, kinds)
+        kinds, evaluator = captured.analysis(classify), captured.analysis(shape_evaluator)
         known: dict[tuple[object, ...], MaskMeaning | str] = {}
         refusals: list[Refusal] = []
         for site in attention_sites(captured):

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, expression, is_call, shape_of, tensor_value
+from kvpass.fx_passes.graph import (
+    CapturedGraph,
+    Role,
+    arguments,
+    aten,
+    expression,
+    is_call,
+    role_of,
+    shape_of,
+    tensor_value,
+)
 from kvpass.fx_passes.op_facts.table import ops_that
 
 ANALYTIC = ops_that("analytic")
@@ -34,7 +44,7 @@ def origins_of(captured: CapturedGraph) -> dict[Node, Origin]:
         if node.op == "get_attr":
             found[node] = Origin.CONSTANTS
         elif node.op == "placeholder":
-            found[node] = Origin.POSITIONS if node.name in ("positions", "position_ids") else Origin.TOKENS
+            found[node] = Origin.POSITIONS if role_of(node) is Role.POSITIONS else Origin.TOKENS
         elif isinstance(node.meta.get("val"), (torch.SymInt, int)):
             found[node] = Origin.SIZES
         else:

@@ -1,31 +1,54 @@
-"""``clean_up``: what a paged step does not need to do at run time is taken out of its graph."""
+"""``clean-up``: what a paged step does not need to do at run time is taken out of its graph."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import sympy
 import torch
 from torch.fx import Graph, Node
 
-from kvpass.fx_passes.graph import CapturedGraph, aten, expression, is_call, read_attribute, shape_of, tensor_value
+from kvpass.fx_passes.graph import (
+    CapturedGraph,
+    PassResult,
+    aten,
+    expression,
+    is_call,
+    read_attribute,
+    shape_of,
+    tensor_value,
+)
 from kvpass.fx_passes.op_facts.table import ops_that
+from kvpass.fx_passes.optimization.step_graph import StepGraph
 
 LARGEST_CONSTANT = 1 << 16  # elements that a folded constant may have
 VIEWS = ops_that("view")
 
 
-def clean_up(captured: CapturedGraph) -> None:
+@dataclass(frozen=True)
+class CleanUp:
     """Fold constants and join moves of a paged step.
 
-    Before: the graph that ``insert_cache`` leaves: the original's moves, and those around every paged op.
+    Before: the graph that ``insert-cache`` leaves: the original's moves, and those around every paged op.
     After: the batch is 1 and no longer computed; a value that depends on buffers alone is a buffer; a reshape of a
         reshape, a permutation of a permutation and a permutation that only moves dims of size 1 before a reshape are
         one move or none.
     Requires: a paged graph, whose token ids are ``[1, T]``.
     Refuses: nothing. Parameters are never folded: a later change of the model's weights counts, as it did before.
     """
+
+    name: str = "clean-up"
+
+    def apply(self, step: StepGraph) -> PassResult:
+        """Clean up once; what it removes is not counted."""
+        clean_up(step.captured)
+        return PassResult()
+
+
+def clean_up(captured: CapturedGraph) -> None:
+    """Fold constants and join moves of a paged step."""
     _one_batch(captured)
     _fold_constants(captured)
     _join_moves(captured)

@@ -1,4 +1,4 @@
-"""``fold_rotations``: a rotation of stored rows becomes part of the weights before them, or behind them."""
+"""``fold-rotations``: a rotation of stored rows becomes part of the weights before them, or behind them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from kvpass.fx_passes.graph import (
     CapturedGraph,
+    PassResult,
     arguments,
     aten,
     describe,
@@ -21,43 +22,13 @@ from kvpass.fx_passes.graph import (
     module_path,
 )
 from kvpass.fx_passes.optimization.merge_projections import drop_unread
+from kvpass.fx_passes.optimization.step_graph import RowRotation, StepGraph
 from kvpass.fx_passes.optimization.step_moves import TOKENS, NotMoved, StepMoves, is_step_move
 from kvpass.fx_passes.planning.linear_maps import LinearMap, has_plain_parameters, parameters_of, read_linear_map
 from kvpass.types import FoldedRotation
 
 ROUNDINGS = 16.0  # that results may be off, of the weights' dtype, relative to the largest
 OUTPUT = "output"
-
-
-@dataclass(frozen=True, eq=False)
-class RowRotation:
-    """A product of rows with a block diagonal matrix, as ``store_in_formats`` puts it around a cache.
-
-    Attributes:
-        cache: name of the cache's tensor in the graph, such as ``value_cache_0``.
-        role: what the rows are: "key", "value", "query" or "output".
-        rows: node of the rows ``[T, H, W]``.
-        nodes: the nodes that compute the rotated rows ``[T, H, W]`` of them, the last of which is these.
-        matrix_node: node of the matrix.
-        matrix: one block ``[b, b]``; b divides W.
-    """
-
-    cache: str
-    role: str
-    rows: Node
-    nodes: tuple[Node, ...]
-    matrix_node: Node
-    matrix: Tensor
-
-    @property
-    def result(self) -> Node:
-        return self.nodes[-1]
-
-    def apply(self, rows: Tensor) -> Tensor:
-        """Rotate rows ``[..., W]``, in their dtype."""
-        block = len(self.matrix)
-        turned: Tensor = rows.unflatten(-1, (-1, block)) @ self.matrix.to(rows.dtype)
-        return turned.flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +44,9 @@ class _Derived:
     key: tuple[object, ...]
 
 
-def fold_rotations(captured: CapturedGraph, rotations: Sequence[RowRotation]) -> list[FoldedRotation]:
-    """Fold rotations into weights where the graph allows it; gives what became of each, in order.
+@dataclass(frozen=True)
+class FoldRotations:
+    """Fold rotations into weights where the graph allows it.
 
     Before: products with a constant matrix beside cache writes and reads, computed at each step.
     After: rows that are results of a linear map come out of it rotated, by weights whose rows are; rows that only a
@@ -85,7 +57,25 @@ def fold_rotations(captured: CapturedGraph, rotations: Sequence[RowRotation]) ->
     Refuses: nothing. A rotation stays where anything but moves (or, behind it, a factor that a whole block has in
         common) stands between it and the linear map, where somebody else reads the same entries, or where the weights
         are no plain parameters. Each fold is compared with what was there, in float64, before it is accepted.
+
+    Attributes:
+        enabled: whether anything is folded.
     """
+
+    enabled: bool = True
+    name: str = "fold-rotations"
+
+    def apply(self, step: StepGraph) -> PassResult:
+        """Try each rotation, in order."""
+        if not self.enabled:
+            return PassResult()
+        step.folded = tuple(fold_rotations(step.captured, step.rotations))
+        step.derived_bytes = derived_bytes(step.captured)
+        return PassResult(sum(not fold.reason for fold in step.folded))
+
+
+def fold_rotations(captured: CapturedGraph, rotations: Sequence[RowRotation]) -> list[FoldedRotation]:
+    """Fold rotations into weights where the graph allows it; gives what became of each, in order."""
     before = [str(node.target) for node in captured.graph.nodes if node.op == "get_attr"]
     known: dict[tuple[object, ...], str] = {}
     found = []

@@ -1,4 +1,4 @@
-"""``fuse_writes``: norm, rotary embedding and cache write of an attention become one op."""
+"""``fuse-writes``: norm, rotary embedding and cache write of an attention become one op."""
 
 from __future__ import annotations
 
@@ -10,22 +10,38 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit, is_call, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, emit, is_call, shape_of
 from kvpass.fx_passes.optimization.analytic_slices import Origin, Segment, origins_of, segments_before
 from kvpass.fx_passes.optimization.read_rotation import Columns, Rotation, read_rotation
+from kvpass.fx_passes.optimization.step_graph import StepGraph
 
 ops = torch.ops.kvpass
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the op computes in float32
 
 
-def fuse_writes(captured: CapturedGraph) -> int:
-    """Fuse what stands before an attention and its cache write; gives how many writes were fused.
+@dataclass(frozen=True)
+class FuseWrites:
+    """Fuse what stands before an attention and its cache write.
 
     Before: queries and keys that were normed, rotated, or both, the keys written by ``kvpass::write_cache``.
     After: ``kvpass::norm_rotary_write`` takes them as they were before, writes, and gives the queries.
     Requires: the graph of a paged step, formats stored.
     Refuses: nothing. What is not proven to be the op's formula, of queries and keys alike, stays as it is.
+
+    Attributes:
+        enabled: whether the device has a kernel for the fused op.
     """
+
+    enabled: bool = True
+    name: str = "fuse-writes"
+
+    def apply(self, step: StepGraph) -> PassResult:
+        """Try each write, in the order of the attentions that read it."""
+        return PassResult(fuse_writes(step.captured) if self.enabled else 0)
+
+
+def fuse_writes(captured: CapturedGraph) -> int:
+    """Fuse what stands before an attention and its cache write; gives how many writes were fused."""
     fusion = _Fusion(captured, origins_of(captured))
     pairs = [(node, _first_reader(node)) for node in captured.graph.nodes if is_call(node, ops.write_cache)]
     ordered = sorted((read, write) for write, read in pairs if read is not None)

@@ -1,16 +1,18 @@
-"""``merge_projections``: linear maps of one input, such as those to queries, keys and values, become one product."""
+"""``merge-projections``: linear maps of one input, such as those to queries, keys and values, become one product."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, aten, emit, read_attribute, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, read_attribute, shape_of
+from kvpass.fx_passes.optimization.step_graph import StepGraph
 from kvpass.fx_passes.planning.linear_maps import Projection, read_projection
 
 # Entries of a weight from which on a product of its own is as fast as a share of a common one, or faster: the time of a
@@ -18,8 +20,9 @@ from kvpass.fx_passes.planning.linear_maps import Projection, read_projection
 LARGE_ON_CPU = 1 << 17
 
 
-def merge_projections(captured: CapturedGraph) -> int:
-    """Merge linear maps of one input; gives how many there were.
+@dataclass(frozen=True)
+class MergeProjections:
+    """Make one product of linear maps of one input.
 
     The weights are joined in one tensor, and the model's parameters become views of it, with the same values, shapes
     and strides: no weight is held twice, and a change of a parameter in place counts as before.
@@ -30,6 +33,16 @@ def merge_projections(captured: CapturedGraph) -> int:
     Refuses: nothing. On a CPU large weights are left alone, whose products are faster one by one; and so is anywhere
         a parameter that is not dense and row by row, is no plain tensor, or shares its memory with something else.
     """
+
+    name: str = "merge-projections"
+
+    def apply(self, step: StepGraph) -> PassResult:
+        """Merge those of each input."""
+        return PassResult(merge_projections(step.captured))
+
+
+def merge_projections(captured: CapturedGraph) -> int:
+    """Merge linear maps of one input; gives how many there were."""
     groups: dict[tuple[Node, bool], list[Projection]] = {}
     for node in captured.graph.nodes:
         found = read_projection(node)

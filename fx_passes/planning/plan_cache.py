@@ -1,21 +1,21 @@
-"""``plan_cache``: for each attention what is stored, in which heads and format, and for how long sequences."""
+"""``plan-cache``: for each attention what is stored, in which heads and format, and for how long sequences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.attention.canonical_attention import attention_sites
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, is_call, module_path, shape_of
 from kvpass.fx_passes.masks.read_masks import MASK
 from kvpass.fx_passes.planning.absorb import Absorption
 from kvpass.fx_passes.planning.choose_formats import choose_formats, exact_formats, final_formats
 from kvpass.fx_passes.planning.choose_storage import StoredHeads, store_heads
 from kvpass.fx_passes.planning.group_caches import group_caches
 from kvpass.fx_passes.planning.value_numbering import EntryClasses
-from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
+from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, shape_evaluator
 from kvpass.fx_passes.token_axis.find_positions import LONGEST_PROBE, SOURCE, Lookup, Tabulated, longest_valid
 from kvpass.fx_passes.token_axis.infer_axes import Inference
 from kvpass.fx_passes.token_axis.prove_token_axis import token_axes
@@ -68,45 +68,144 @@ class GraphPlan:
     formats: tuple[tuple[str, str], ...]
 
 
-def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) -> GraphPlan:
-    """Plan the caches of a proven graph.
+@dataclass(eq=False)
+class Planning:
+    """A plan in the making: what the passes of the stage fill in, one after the other.
 
-    Args:
+    Attributes:
         captured: a graph after ``find-attention``, ``read-masks`` and ``prove-token-axis``, none of which refused.
         config: formats and block size.
         vocab_size: number of token ids.
+        sites: the attentions.
+        stored: what each cache holds.
+        readers: names of the attentions that read each cache.
+        windows: how far each of them looks back.
+        specs: the caches, in exact or at least wide float formats.
+        formats: of keys and values, in which each cache is to be stored in the end.
+        limit: the longest sequence for which everything was proven.
+        limit_reason: what limits it.
     """
-    inference = token_axes(captured)
-    evaluator = ShapeEvaluator(captured, inference.kinds)
-    classes = EntryClasses(inference, evaluator)
-    stored: list[StoredHeads] = []
-    readers: list[list[str]] = []
-    windows: list[list[int | None]] = []
-    sites: list[SitePlan] = []
-    for node in attention_sites(captured):
-        mask = node.meta[MASK]
-        reading = store_heads(classes, node, mask, config)
-        index = next((i for i, known in enumerate(stored) if known.same(reading.stored)), len(stored))
-        if index == len(stored):  # layers that share keys and values share one cache
-            stored.append(reading.stored)
-            readers.append([])
-            windows.append([])
-        name = _unique(module_path(node, captured) or "attention", {s.name for s in sites})
-        readers[index].append(name)
-        windows[index].append(mask.reach)
-        sites.append(SitePlan(node, name, index, mask, reading.head_order, reading.absorption))
-    chosen = choose_formats(config, [site.cache for site in sites], len(stored))
-    specs = tuple(
-        _spec(heads, names, wins, wide)
-        for heads, names, wins, wide in zip(stored, readers, windows, map(exact_formats, chosen), strict=True)
-    )
-    formats = tuple(final_formats(spec, pair) for spec, pair in zip(specs, chosen, strict=True))
-    specs = _in_groups(specs, formats)
-    limit, reason = _longest(captured, inference, evaluator, sites, config)
-    forbidden = tuple(sorted(captured.forbidden_tokens))
-    prefix = next((site.mask.prefix or 0 for site in sites), 0)
-    plan = CachePlan(specs, config.block_size, vocab_size, limit, reason, forbidden, prefix)
-    return GraphPlan(plan, tuple(sites), tuple(stored), inference, evaluator, formats)
+
+    captured: CapturedGraph
+    config: CacheConfig
+    vocab_size: int
+    sites: list[SitePlan] = field(default_factory=list)
+    stored: list[StoredHeads] = field(default_factory=list)
+    readers: list[list[str]] = field(default_factory=list)
+    windows: list[list[int | None]] = field(default_factory=list)
+    specs: tuple[CacheSpec, ...] = ()
+    formats: tuple[tuple[str, str], ...] = ()
+    limit: int | None = None
+    limit_reason: str = ""
+
+    @property
+    def inference(self) -> Inference:
+        """Axes of the graph's nodes."""
+        return self.captured.analysis(token_axes)
+
+    @property
+    def evaluator(self) -> ShapeEvaluator:
+        """Of the graph's shape-only nodes."""
+        return self.captured.analysis(shape_evaluator)
+
+    def finished(self) -> GraphPlan:
+        """The plan."""
+        forbidden = tuple(sorted(self.captured.forbidden_tokens))
+        prefix = next((site.mask.prefix or 0 for site in self.sites), 0)
+        block, most, reason = self.config.block_size, self.limit, self.limit_reason
+        plan = CachePlan(self.specs, block, self.vocab_size, most, reason, forbidden, prefix)
+        return GraphPlan(plan, tuple(self.sites), tuple(self.stored), self.inference, self.evaluator, self.formats)
+
+
+@dataclass(frozen=True)
+class ChooseStorage:
+    """Choose for each attention what is stored: keys and values, or something narrower; equal ones are stored once.
+
+    Before: proven attentions.
+    After: each has a cache, which it may share.
+    Requires: ``prove-token-axis``.
+    Refuses: nothing.
+    """
+
+    name: str = "choose-storage"
+
+    def apply(self, planning: Planning) -> PassResult:
+        """Read each attention, in graph order; the graph stays as it is."""
+        classes = EntryClasses(planning.inference, planning.evaluator)
+        for node in attention_sites(planning.captured):
+            mask = node.meta[MASK]
+            reading = store_heads(classes, node, mask, planning.config)
+            known = (i for i, stored in enumerate(planning.stored) if stored.same(reading.stored))
+            index = next(known, len(planning.stored))
+            if index == len(planning.stored):  # layers that share keys and values share one cache
+                planning.stored.append(reading.stored)
+                planning.readers.append([])
+                planning.windows.append([])
+            path = module_path(node, planning.captured) or "attention"
+            name = _unique(path, {site.name for site in planning.sites})
+            planning.readers[index].append(name)
+            planning.windows[index].append(mask.reach)
+            planning.sites.append(SitePlan(node, name, index, mask, reading.head_order, reading.absorption))
+        return PassResult()
+
+
+@dataclass(frozen=True)
+class ChooseFormats:
+    """Choose the formats of each cache: exact ones to prove the structure in, and those that are asked for.
+
+    Before: caches without formats.
+    After: caches with both.
+    Requires: ``choose-storage``.
+    Refuses: nothing; a format that cannot hold a cache's heads raises :class:`~kvpass.errors.ConfigError`.
+    """
+
+    name: str = "choose-formats"
+
+    def apply(self, planning: Planning) -> PassResult:
+        """One pair of formats for each cache."""
+        chosen = choose_formats(planning.config, [site.cache for site in planning.sites], len(planning.stored))
+        exact = map(exact_formats, chosen)
+        columns = zip(planning.stored, planning.readers, planning.windows, exact, strict=True)
+        planning.specs = tuple(_spec(*column) for column in columns)
+        planning.formats = tuple(final_formats(spec, pair) for spec, pair in zip(planning.specs, chosen, strict=True))
+        return PassResult()
+
+
+@dataclass(frozen=True)
+class GroupCaches:
+    """Divide the caches into groups that share block tables, see :mod:`~kvpass.fx_passes.planning.group_caches`.
+
+    Before: caches of one group.
+    After: groups by window, where that saves memory.
+    Requires: ``choose-formats``.
+    Refuses: nothing.
+    """
+
+    name: str = "group-caches"
+
+    def apply(self, planning: Planning) -> PassResult:
+        """Groups are chosen for the formats in which the caches are stored in the end."""
+        planning.specs = _in_groups(planning.specs, planning.formats)
+        return PassResult()
+
+
+@dataclass(frozen=True)
+class LimitLength:
+    """Find the longest sequence for which everything was proven.
+
+    Before: a plan for any length.
+    After: a plan with a limit, and the reason for it.
+    Requires: ``choose-storage``.
+    Refuses: nothing.
+    """
+
+    name: str = "limit-length"
+
+    def apply(self, planning: Planning) -> PassResult:
+        """The smallest of all limits."""
+        parts = (planning.captured, planning.inference, planning.evaluator, planning.sites, planning.config)
+        planning.limit, planning.limit_reason = _longest(*parts)
+        return PassResult()
 
 
 def _in_groups(specs: tuple[CacheSpec, ...], formats: tuple[tuple[str, str], ...]) -> tuple[CacheSpec, ...]:

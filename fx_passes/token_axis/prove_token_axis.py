@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, refuse
-from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
+from kvpass.fx_passes.shape_values import classify, shape_evaluator
 from kvpass.fx_passes.token_axis.axes import Axes, Kind, Mixed, kinds_in
 from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
 from kvpass.fx_passes.token_axis.find_positions import position_sources
@@ -28,7 +28,7 @@ class ProveTokenAxis:
 
     def apply(self, captured: CapturedGraph) -> PassResult:
         """Check the graph; nothing is rewritten."""
-        inference = token_axes(captured)
+        inference = captured.analysis(token_axes)
         axes = inference.results[captured.output]
         if isinstance(axes, tuple):
             if len(axes) == 3 and [kinds_in(d) for d in axes[:2]] == [{Kind.BATCH}, {Kind.TOKEN}]:
@@ -40,11 +40,21 @@ class ProveTokenAxis:
         return PassResult(0, (refuse(captured, axes.node, f"{op} {axes.reason}", self.name),))
 
 
+def positions_of(captured: CapturedGraph) -> dict[Node, Axes]:
+    """The nodes that count positions, with their axes; an analysis."""
+    return position_sources(captured, captured.analysis(classify), captured.analysis(shape_evaluator))
+
+
 def token_axes(captured: CapturedGraph) -> Inference:
-    """The axes of every node, products of tokens with tokens refused."""
-    kinds = classify(captured)
-    evaluator = ShapeEvaluator(captured, kinds)
-    inference = Inference(captured, kinds, position_sources(captured, kinds, evaluator))
+    """The axes of every node, products of tokens with tokens refused; an analysis."""
+    inference = Inference(captured, captured.analysis(classify), captured.analysis(positions_of))
+    infer_axes(inference, AXIS_RULES)
+    return inference
+
+
+def score_axes(captured: CapturedGraph) -> Inference:
+    """The axes of every node, scores of tokens against tokens included; an analysis, of graphs with dense attention."""
+    inference = Inference(captured, captured.analysis(classify), captured.analysis(positions_of), with_scores=True)
     infer_axes(inference, AXIS_RULES)
     return inference
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kvpass.fx_passes.graph import CapturedGraph, expression, numbers_in
+from kvpass.fx_passes.graph import ROLE, CapturedGraph, Role, expression, numbers_in
 from kvpass.fx_passes.masks.mask_meaning import read_mask_meaning
 from kvpass.fx_passes.masks.prove_mask import MaskExpression, read_expression
 from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
@@ -33,8 +33,9 @@ class TracedMask:
         fake = ids.meta["val"].fake_mode
         for node in module.graph.find_nodes(op="get_attr"):
             node.meta["val"] = fake.from_tensor(getattr(module, str(node.target)), static_shapes=True)
+        ids.meta[ROLE] = Role.TOKENS
         batch, length = (expression(size) for size in ids.meta["val"].shape)
-        self.captured = CapturedGraph(module, batch, length, ids)
+        self.captured = CapturedGraph(module, batch, length, {Role.TOKENS: ids})
         (self.bias,) = next(n for n in module.graph.nodes if n.op == "output").all_input_nodes
         self.evaluator = ShapeEvaluator(self.captured, classify(self.captured))
 

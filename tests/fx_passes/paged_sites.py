@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.fx_passes.lowering.exact_formats import with_exact_formats
-from kvpass.fx_passes.lowering.insert_cache import PagedGraph, insert_cache
-from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.planning.plan_cache import GraphPlan, plan_cache
+from kvpass.fx_passes.lowering.insert_cache import PagedGraph
+from kvpass.fx_passes.planning.plan_cache import GraphPlan
+from kvpass.fx_passes.stages import lower, plan, prove
 from kvpass.fx_passes.validation.verify import reference_graph
 from kvpass.types import StepInputs
 from tests.fx_passes.tracing import VOCAB, captured
@@ -37,15 +37,19 @@ def rewrite(model: nn.Module, config: CacheConfig, stored: str | None = None) ->
     With `stored` the graph is made for caches of that format, which are exact in that run nevertheless.
     """
     graph = captured(model)
-    assert run_passes(graph, passes(config)).refusals == []
-    plan = plan_cache(graph, config, VOCAB)
-    plan = plan if stored is None else replace(plan, formats=((stored, stored),) * len(plan.formats))
-    reference = reference_graph(graph, [site.node.name for site in plan.sites])
+    proof = prove(graph, config)
+    assert proof.refusals == []
+    planned = plan(proof, config, VOCAB)
+    if stored is not None:
+        planned = replace(planned, formats=((stored, stored),) * len(planned.formats))
+    reference = reference_graph(graph, [site.node.name for site in planned.sites])
     ids = torch.arange(11) * 7 % VOCAB
-    paged = insert_cache(graph, plan)
-    exact = with_exact_formats(paged, plan.cache_plan)
+    paged = lower(proof, planned)
+    exact = with_exact_formats(paged, planned.cache_plan)
     module = PagedModule(exact)
-    shapes = [((3, s.num_kv_heads, 4, s.key_dim), (3, s.num_kv_heads, 4, s.value_dim)) for s in plan.cache_plan.caches]
+    shapes = [
+        ((3, s.num_kv_heads, 4, s.key_dim), (3, s.num_kv_heads, 4, s.value_dim)) for s in planned.cache_plan.caches
+    ]
     caches = [tuple(torch.full(shape, float("nan"), dtype=torch.float64) for shape in pair) for pair in shapes]
     parts: list[list[Tensor]] = []
     with torch.no_grad():
@@ -65,4 +69,4 @@ def rewrite(model: nn.Module, config: CacheConfig, stored: str | None = None) ->
             parts.append(exact.observed(*module.arguments(step, caches)))
     logits, *sites = zip(*parts, strict=True)
     got = [torch.cat(site, 2) for site in sites]
-    return Rewritten(model, plan, paged, list(wanted[1:]), got, wanted[0], torch.cat(logits, 1))
+    return Rewritten(model, planned, paged, list(wanted[1:]), got, wanted[0], torch.cat(logits, 1))

@@ -11,9 +11,8 @@ from kvpass.config import CacheConfig
 from kvpass.fx_passes.attention.canonical_attention import attention_sites
 from kvpass.fx_passes.canonical.canonicalize import Canonicalize
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments
-from kvpass.fx_passes.lowering.insert_cache import insert_cache
-from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.planning.plan_cache import plan_cache
+from kvpass.fx_passes.pipeline import Dialect
+from kvpass.fx_passes.stages import lower, plan, prove, prove_stage
 from tests.fx_passes.tracing import VOCAB, captured, compare_golden, graph_text
 
 WIDTH, HEADS = 12, 2
@@ -106,7 +105,8 @@ SPELLINGS = {  # scale, softcap, whether there are sinks
 def every_spelling() -> tuple[Model, CapturedGraph]:
     model = Model(*SPELLINGS).eval()
     graph = captured(model)
-    assert run_passes(graph, passes(CONFIG)).refusals == []
+    proof = prove(graph, CONFIG)
+    assert proof.refusals == []
     return model, graph
 
 
@@ -136,8 +136,9 @@ def test_a_second_run_changes_nothing(every_spelling) -> None:
     _, graph = every_spelling
     Canonicalize().apply(graph)
     before = graph_text(graph)
-    for step in passes(CONFIG):
-        assert step.apply(graph) == PassResult(), step.name
+    for step in prove_stage(CONFIG):
+        if not isinstance(step, Dialect):
+            assert step.apply(graph) == PassResult(), step.name
     assert graph_text(graph) == before
 
 
@@ -145,9 +146,10 @@ def test_a_second_run_changes_nothing(every_spelling) -> None:
 def test_golden_graphs_from_capture_to_cache(spelling: str) -> None:
     graph = captured(Model(spelling))
     texts = [f"# captured\n{graph_text(graph)}"]
-    assert run_passes(graph, passes(CONFIG)).refusals == []
+    proof = prove(graph, CONFIG)
+    assert proof.refusals == []
     texts.append(f"# canonical and proven\n{graph_text(graph)}")
-    paged = insert_cache(graph, plan_cache(graph, CONFIG, VOCAB))
+    paged = lower(proof, plan(proof, CONFIG, VOCAB))
     texts.append(f"# paged\n{graph_text(paged.module)}")
     compare_golden(f"pipeline_{spelling}", "\n".join(texts))
 
@@ -163,7 +165,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refusal_names_pass_node_module_and_reason(name: str) -> None:
     model, pass_name, path, reason = REFUSED[name]
-    refusals = run_passes(captured(model), passes(CONFIG)).refusals
+    refusals = prove(captured(model), CONFIG).refusals
     found = next(r for r in refusals if r.pass_name == pass_name)
     assert reason in found.reason and found.module_path == path
     assert re.fullmatch(r"\w+ \[\w+\.\w+\.\w+\]", found.node)
@@ -172,5 +174,5 @@ def test_a_refusal_names_pass_node_module_and_reason(name: str) -> None:
 
 
 def test_a_model_without_attention_is_refused() -> None:
-    (refusal,) = run_passes(captured(Model()), passes(CONFIG)).refusals
+    (refusal,) = prove(captured(Model()), CONFIG).refusals
     assert "no attention was found" in refusal.reason

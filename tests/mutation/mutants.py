@@ -171,9 +171,9 @@ MUTANTS: dict[str, Mutant] = {
         "position table with an offset",
     ),
     "rows of another token": Mutant(
-        "lowering.insert_cache:insert_cache",
-        'step["logits_index"]',
-        'step["positions"]',
+        "lowering.select_logits:SelectLogits.apply",
+        'step.step["logits_index"]',
+        'step.step["positions"]',
         "GPT-2 with a tril buffer slice",
     ),
     "rows selected before the attention": Mutant(

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.graph import arguments, is_call
 from kvpass.fx_passes.lowering.bind import PagedModule
-from kvpass.fx_passes.lowering.insert_cache import PagedGraph, insert_cache
+from kvpass.fx_passes.lowering.insert_cache import PagedGraph
 from kvpass.fx_passes.optimization.fuse_writes import fuse_writes
-from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.planning.plan_cache import plan_cache
+from kvpass.fx_passes.stages import lower, plan, prove
 from kvpass.fx_passes.validation.verify import Comparison, reference_graph, verify
 from tests.fx_passes.tracing import VOCAB, captured
 from tests.grammar.check import judge
@@ -205,10 +204,11 @@ def fused() -> Fused:
     config = CacheConfig(block_size=4)
     model = Model(list(CASES.values())).eval()
     graph = captured(model)
-    assert run_passes(graph, passes(config)).refusals == []
-    plan = plan_cache(graph, config, VOCAB)
-    reference = reference_graph(graph, [site.node.name for site in plan.sites])
-    paged = insert_cache(graph, plan, fuse=True)
+    proof = prove(graph, config)
+    assert proof.refusals == []
+    planned = plan(proof, config, VOCAB)
+    reference = reference_graph(graph, [site.node.name for site in planned.sites])
+    paged = lower(proof, planned, fuse=True)
     assert fuse_writes(graph) == 0, "a second run changes nothing"
     return Fused(paged, verify(model, reference, paged, PagedModule(paged)), model)
 

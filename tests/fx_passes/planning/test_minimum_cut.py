@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.attention.canonical_attention import attention_sites
 from kvpass.fx_passes.graph import CapturedGraph, arguments
-from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.planning.minimum_cut import entries_per_token, is_move, narrowest_cut
-from kvpass.fx_passes.planning.plan_cache import GraphPlan, plan_cache
+from kvpass.fx_passes.planning.plan_cache import GraphPlan
+from kvpass.fx_passes.stages import plan, prove
 from kvpass.kernels.formats.cache_formats import allocate_cache
 from tests.fx_passes.tracing import VOCAB, captured
 
@@ -107,8 +107,9 @@ class Planned:
 def planned(model: nn.Module, **config: object) -> Planned:
     graph = captured(model)
     options = CacheConfig(**config)
-    assert run_passes(graph, passes(options)).refusals == []
-    return Planned(graph, plan_cache(graph, options, VOCAB))
+    proof = prove(graph, options)
+    assert proof.refusals == []
+    return Planned(graph, plan(proof, options, VOCAB))
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ from torch.fx import GraphModule, Node
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.graph import arguments, is_call
 from kvpass.fx_passes.lowering.bind import PagedModule
-from kvpass.fx_passes.lowering.insert_cache import PagedGraph, insert_cache
-from kvpass.fx_passes.passes import passes, run_passes
-from kvpass.fx_passes.planning.plan_cache import plan_cache
+from kvpass.fx_passes.lowering.insert_cache import PagedGraph
+from kvpass.fx_passes.stages import lower, plan, prove
 from kvpass.fx_passes.validation.verify import Comparison, reference_graph, verify
 from kvpass.kernels.formats.cache_formats import allocate_cache
 from kvpass.types import StepInputs
@@ -99,10 +98,11 @@ def rewritten() -> Iterator[Rewritten]:
     model = Decoder().eval()
     graph = captured(model)
     config = CacheConfig(block_size=4)
-    assert run_passes(graph, passes(config)).refusals == []
-    plan = plan_cache(graph, config, VOCAB)
-    reference = reference_graph(graph, [site.node.name for site in plan.sites])
-    yield Rewritten(model, reference, insert_cache(graph, plan))
+    proof = prove(graph, config)
+    assert proof.refusals == []
+    planned = plan(proof, config, VOCAB)
+    reference = reference_graph(graph, [site.node.name for site in planned.sites])
+    yield Rewritten(model, reference, lower(proof, planned))
     torch.set_num_threads(threads)
 
 
