@@ -23,6 +23,8 @@ from kvpass.types import Refusal
 
 aten = torch.ops.aten
 FULL = 2**63 - 1  # how ATen writes "to the end" in a slice
+HORIZON = 2**22  # proofs speak of sequences of up to this many tokens, 4 Mi
+DEFAULT_TABLE_LENGTH = 2048  # positions that a table covers where nobody says how many
 ARRANGING = {
     aten.reshape, aten.expand, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.repeat, aten.full,
     aten.full_like, aten.new_full, aten.zeros, aten.ones, aten.new_ones, aten.new_zeros, aten.where, aten.masked_fill,

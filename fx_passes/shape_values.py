@@ -30,6 +30,14 @@ NEW = {aten.new_ones, aten.new_zeros, aten.new_full, aten.new_empty, aten.new_em
 LIKES = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
 RANDOM = {aten.rand_like, aten.randn_like, aten.bernoulli, aten.rand, aten.randn, aten.randint, aten.randperm}
 
+# Elementwise, though torch does not say so of every overload.
+ELEMENTWISE = {
+    aten.where, aten.masked_fill, aten._to_copy, aten.to, aten.alias, aten.detach, aten.contiguous, aten.clone,
+    aten.lift_fresh_copy, aten.floor_divide, aten.rsub, aten.__and__, aten.__or__, aten.__xor__, aten.__lshift__,
+    aten.__rshift__, aten.complex, aten.polar, aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.real,
+    aten.imag, aten.hardswish, aten.float_power,
+}  # fmt: skip
+
 
 class CannotEvaluate(Exception):
     """A node's value depends on more than shapes."""
@@ -47,6 +55,14 @@ def is_random(node: Node) -> bool:
     if packet is aten.scaled_dot_product_attention and not arguments(node)["dropout_p"]:
         return False
     return packet in RANDOM or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether each entry follows from the entries of the operands at its place; of ops of torch itself only."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    return torch.Tag.pointwise in target.tags or target.overloadpacket in ELEMENTWISE
 
 
 def classify(captured: CapturedGraph) -> dict[Node, Dependence]:
