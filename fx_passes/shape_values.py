@@ -12,9 +12,20 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, expression, read_attribute, tensor_value
+from kvpass.fx_passes.graph import (
+    CapturedGraph,
+    arguments,
+    aten,
+    expression,
+    is_call,
+    read_attribute,
+    tensor_value,
+)
+from kvpass.fx_passes.op_facts.facts import OpKind
+from kvpass.fx_passes.op_facts.table import FACTS, facts_of
 
 
 class Dependence(Enum):
@@ -25,18 +36,8 @@ class Dependence(Enum):
     DATA = 2  # the tokens, or random numbers
 
 
-SHAPE_READERS = {aten.sym_size, aten.sym_numel, aten.sym_stride}
 NEW = {aten.new_ones, aten.new_zeros, aten.new_full, aten.new_empty, aten.new_empty_strided}
 LIKES = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
-RANDOM = {aten.rand_like, aten.randn_like, aten.bernoulli, aten.rand, aten.randn, aten.randint, aten.randperm}
-
-# Elementwise, though torch does not say so of every overload.
-ELEMENTWISE = {
-    aten.where, aten.masked_fill, aten._to_copy, aten.to, aten.alias, aten.detach, aten.contiguous, aten.clone,
-    aten.lift_fresh_copy, aten.floor_divide, aten.rsub, aten.__and__, aten.__or__, aten.__xor__, aten.__lshift__,
-    aten.__rshift__, aten.complex, aten.polar, aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.real,
-    aten.imag, aten.hardswish, aten.float_power,
-}  # fmt: skip
 
 
 class CannotEvaluate(Exception):
@@ -45,24 +46,22 @@ class CannotEvaluate(Exception):
 
 def reads_shape_only(node: Node) -> bool:
     """Whether the op takes nothing from its tensor input but shape, dtype and device."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet in SHAPE_READERS or packet in NEW or packet in LIKES
+    facts = facts_of(node.target)
+    return facts is not None and facts.fresh
 
 
 def is_random(node: Node) -> bool:
     """Whether the op draws random numbers."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is aten.scaled_dot_product_attention and not arguments(node)["dropout_p"]:
+    if is_call(node, aten.scaled_dot_product_attention) and not arguments(node)["dropout_p"]:
         return False
-    return packet in RANDOM or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    facts = facts_of(node.target)
+    return (facts is not None and facts.random) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def is_elementwise(node: Node) -> bool:
     """Whether each entry follows from the entries of the operands at its place; of ops of torch itself only."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return False
-    return torch.Tag.pointwise in target.tags or target.overloadpacket in ELEMENTWISE
+    facts = FACTS.get(node.target.overloadpacket) if isinstance(node.target, OpOverload) else None
+    return facts is not None and facts.kind is OpKind.POINTWISE
 
 
 def classify(captured: CapturedGraph) -> dict[Node, Dependence]:

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from kvpass.adapters import MODEL, LogitsModel, check_example, end_of_sequence, example_for, example_ids, for_capture
 from kvpass.config import CacheConfig
+from kvpass.declarations import declare_known_ops
 from kvpass.engine.engine import Engine
 from kvpass.errors import CaptureError, InputError, RefusedError, VerificationError
 from kvpass.fx_passes.capture.capture import capture
@@ -133,6 +134,7 @@ def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
     Raises:
         RefusedError: if it cannot be captured.
     """
+    declare_known_ops()
     example, prefix = example_for(model, device), f"{MODEL}.{MODEL}"
     convolutions = convolutions_over_tokens(for_capture(model), example, prefix)
     if convolutions:
@@ -206,6 +208,7 @@ def rewrite(
         max_length=plan.cache_plan.max_length,
         max_length_reason=plan.cache_plan.max_length_reason,
         forbidden_tokens=plan.cache_plan.forbidden_tokens,
+        declared=captured.declared,
     )
     fuse = has_kernel("norm_rotary_write", device.type)
     paged = exact = insert_cache(captured, plan, fuse, config.fold_rotations)

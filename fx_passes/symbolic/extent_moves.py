@@ -303,7 +303,7 @@ MOVES: dict[object, Rule] = {
     aten.eye: _eye,
     aten.unsqueeze: _unsqueeze,
     aten.squeeze: _squeeze,
-    aten.expand: _same_place,
+    **dict.fromkeys((aten.expand, aten.alias, aten.detach, aten.lift_fresh_copy, aten.contiguous), _same_place),
     aten.permute: _permute,
     aten.transpose: _transpose,
     aten.t: _t,

@@ -160,12 +160,12 @@ class Extents:
         packet = getattr(node.target, "overloadpacket", None)
         if packet in FILLED:
             return self._filled(node, named)
+        rule = RULES.get(packet if packet is not None else node.target)
+        if rule is not None:
+            return rule(self, node, named)
         if is_elementwise(node):
             return self._elementwise(node, named)
-        rule = RULES.get(packet if packet is not None else node.target)
-        if rule is None:
-            raise ActsError(node, "is an op of which nothing is known")
-        return rule(self, node, named)
+        raise ActsError(node, "is an op of which nothing is known")
 
     def _filled(self, node: Node, named: dict[str, Any]) -> Dims:
         packet = getattr(node.target, "overloadpacket", None)
