@@ -104,7 +104,7 @@ LOCAL: dict[str, Spelling] = {
     "any where all are equal": lambda b, s: (i(s) > 3).expand(s, s).any(0),
     "number of keys that are seen": lambda b, s: (d(s) >= 0).sum(-1),
     "number of keys in a window": lambda b, s: ((d(s) >= 0) & (d(s) < 9)).sum(-1, keepdim=True) + i(s),
-    "written to": lambda b, s: d(s).slice_scatter(torch.ones(s, 3).long(), 1, 2, 5).select_scatter(i(s), 0, 1),
+    "written to": lambda b, s: d(s).slice_scatter(torch.ones(s, 2).long(), 1, 0, 2).select_scatter(i(s), 0, 1),
     "outer": lambda b, s: torch.outer(i(s), i(s)),
     "windows of a row": lambda b, s: torch.arange(s + 2).unfold(0, 3, 1),
     "parts of a constant dim": lambda b, s: TABLE[:s].split([3, 7], 1)[1] + TABLE[:s].unbind(1)[2][:, None],
