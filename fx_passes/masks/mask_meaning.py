@@ -116,6 +116,8 @@ def _read(
     proven = None
     if expression is not None and not _agrees(expression, probe):
         expression = None
+    if expression is None and acts is not None:
+        raise NotProvenError(unproven(acts))
     if expression is not None:
         proven = prove_meaning(expression, probe.num_heads, probe.absolute_scores, max_length)
     heads = len(probe.largest.values)
