@@ -25,6 +25,8 @@ from kvpass.types import Refusal
 aten = torch.ops.aten
 T = TypeVar("T")
 FULL = 2**63 - 1  # how ATen writes "to the end" in a slice
+HORIZON = 2**22  # proofs speak of sequences of up to this many tokens, 4 Mi
+DEFAULT_TABLE_LENGTH = 2048  # positions that a table covers where nobody says how many
 
 
 ROLE = "kvpass_role"  # key in a placeholder's meta

@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import (
@@ -25,7 +26,8 @@ from kvpass.fx_passes.graph import (
     role_of,
     tensor_value,
 )
-from kvpass.fx_passes.op_facts.table import facts_of
+from kvpass.fx_passes.op_facts.facts import OpKind
+from kvpass.fx_passes.op_facts.table import FACTS, facts_of
 
 
 class Dependence(Enum):
@@ -65,6 +67,12 @@ def is_random(node: Node) -> bool:
         return False
     facts = facts_of(node.target)
     return (facts is not None and facts.random) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether each entry follows from the entries of the operands at its place; of ops of torch itself only."""
+    facts = FACTS.get(node.target.overloadpacket) if isinstance(node.target, OpOverload) else None
+    return facts is not None and facts.kind is OpKind.POINTWISE
 
 
 def classify(captured: CapturedGraph) -> dict[Node, Dependence]:

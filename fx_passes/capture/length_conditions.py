@@ -1,7 +1,7 @@
 """How long a sequence may be for a captured graph to be the model: Python branches on the length were taken one way.
 
 The capture leaves the conditions on batch and length under which its graph holds. Each is computed for all lengths up
-to :data:`HORIZON`, so that no form of it (a quotient, a remainder, a square) hides one.
+to :data:`kvpass.fx_passes.graph.HORIZON`, so that no form of it (a quotient, a remainder, a square) hides one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import TensorReferenceAnalysis
 
 from kvpass.errors import CaptureError
-from kvpass.fx_passes.graph import CapturedGraph, LogitsRows, shape_of
+from kvpass.fx_passes.graph import HORIZON, CapturedGraph, LogitsRows, shape_of
 
-HORIZON = 1 << 22  # lengths that are tried; masks are proven up to there as well
 BATCHES = (2, 3)
 FEW = 512  # lengths that are tried one by one, where a condition cannot be computed for all at once
 # Where a condition fails at single lengths, model and graph are compared at this many, and on this many tokens in all.

@@ -7,13 +7,16 @@ positions, kept exactly as a table. What is none of these is refused, with the f
 
 How far a meaning holds:
 
-- Up to the longest length that was evaluated it is proven by the values themselves, given that the matrices at all
-  probed lengths are corners of one another.
-- Beyond, it is proven where the graph could be read as an expression (:mod:`kvpass.fx_passes.masks.prove_mask`) and a
-  solver proves the meaning of it. The expression must agree with the values at every probed length, or it is not used.
-- Where there is no proof the meaning ends at the longest probed length. Lengths just beyond every number of the graph,
-  their sums and products, are probed, and those at which the solver found the expression to be something else.
-- bfloat16 and float16 cannot count beyond 256 and 2048, so these two lengths are always exceeded.
+- Where the graph could be read as an expression (:mod:`kvpass.fx_passes.masks.prove_mask`), a solver proves the meaning
+  of it, for every length or up to one. The expression must agree with the values at every probed length, or it is not
+  used. A length at which the solver refutes a meaning is probed, where that is within reach: there the mask is refused,
+  or turns out to mean something else.
+- Where batch and length say how large the mask is and nothing else (:mod:`kvpass.fx_passes.symbolic.extents`), or the
+  solver proves that its entries stay the same, a matrix has all shorter ones in its corner. So its meaning is exact up
+  to the longest length that was evaluated; there it ends.
+- Where neither is so the mask is refused: of the lengths between those that were probed nothing is known.
+- Lengths just beyond every number of the graph, their sums and products are probed, so that the limit is one of use.
+  bfloat16 and float16 cannot count beyond 256 and 2048, so these two lengths are always exceeded.
 - A table holds for its own length, and a mask that has no value beyond some length, such as a buffer of fixed size,
   holds up to there.
 """
@@ -27,6 +30,7 @@ from math import inf, isqrt
 import torch
 from torch import Tensor
 
+from kvpass.fx_passes.graph import DEFAULT_TABLE_LENGTH
 from kvpass.fx_passes.masks.mask_probe import (
     BEYOND,
     LONGEST,
@@ -38,12 +42,13 @@ from kvpass.fx_passes.masks.mask_probe import (
     differs,
     probe_lengths,
     row_chunks,
+    unproven,
 )
 from kvpass.fx_passes.masks.prefix_mask import find_prefix, with_prefix, without_prefix
-from kvpass.fx_passes.masks.prove_mask import MaskExpression, holds_up_to, prove_meaning
+from kvpass.fx_passes.masks.prove_mask import MaskExpression, holds_up_to, keeps_entries_up_to, prove_meaning
+from kvpass.fx_passes.symbolic.prove_terms import Reach
 from kvpass.types import MaskMeaning
 
-DEFAULT_TABLE_LENGTH = 2048
 # 512 MiB of float32.
 TABLE_ENTRIES = 2**27
 # Expression and values are compared entry by entry up to this length, and a proven meaning at every probed one.
@@ -54,6 +59,10 @@ CHECKED_ENTRIES = 2**25
 ENDLESS = 2**24
 # Smaller integers are dims, signs and off-by-ones far more often than sizes that hide behind another one.
 SMALLEST_SIZE = 8
+# A mask that is not known up to this length, though it was probed as far, is refused.
+SHORTEST_LIMIT = 33
+# How often a meaning may be refuted and replaced by the next.
+MOST_REFUTATIONS = 4
 
 
 def read_mask_meaning(
@@ -63,6 +72,7 @@ def read_mask_meaning(
     absolute_scores: bool,
     num_heads: int,
     max_length: int | None,
+    acts: str | None,
     expression: MaskExpression | None = None,
 ) -> MaskMeaning | str:
     """The meaning of a mask, or one sentence that says why it has none that could be proven.
@@ -74,6 +84,7 @@ def read_mask_meaning(
         absolute_scores: the softmax has sinks: a constant added to a row counts, and a row may see no key at all.
         num_heads: query heads Hq.
         max_length: length that a tabulated or an unproven bias has to cover; 2048 when None.
+        acts: how the batch or the length acts on the entries; None where it says how large the mask is, nothing else.
         expression: what the graph was read as; None where it could not be read.
 
     Returns:
@@ -82,20 +93,22 @@ def read_mask_meaning(
     sizes = sorted({abs(threshold) for threshold in thresholds if abs(threshold) < ENDLESS})
     try:
         probe = MaskProbe(evaluate, num_heads, absolute_scores)
-        return _read(probe, sizes, max_length, expression)
+        return _read(probe, sizes, max_length, acts, expression)
     except NotProvenError as reason:
         prefix = find_prefix(evaluate, sizes)
         if prefix is None:
             return str(reason)
         probe = MaskProbe(without_prefix(evaluate, prefix), num_heads, absolute_scores)
     try:
-        meaning = _read(probe, [*sizes, prefix], max_length, None)
+        meaning = _read(probe, [*sizes, prefix], max_length, None, None)
     except NotProvenError as reason:
         return str(reason)
-    return with_prefix(meaning, prefix, evaluate, expression, absolute_scores)
+    return with_prefix(meaning, prefix, evaluate, expression, absolute_scores, acts)
 
 
-def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression: MaskExpression | None) -> MaskMeaning:
+def _read(
+    probe: MaskProbe, sizes: list[int], max_length: int | None, acts: str | None, expression: MaskExpression | None
+) -> MaskMeaning:
     lengths = probe_lengths([*sizes, *ROUNDED_FROM], min(LONGEST, probe.longest))
     for length in lengths:
         if length <= LONGEST_COMPARED:
@@ -103,6 +116,8 @@ def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression
     proven = None
     if expression is not None and not _agrees(expression, probe):
         expression = None
+    if expression is None and acts is not None:
+        raise NotProvenError(unproven(acts))
     if expression is not None:
         proven = prove_meaning(expression, probe.num_heads, probe.absolute_scores, max_length)
     heads = len(probe.largest.values)
@@ -116,7 +131,7 @@ def _read(probe: MaskProbe, sizes: list[int], max_length: int | None, expression
         expression = None  # proof and values contradict one another: values alone count
         for length in lengths:
             probe.extend(length)
-    return _probed(probe, sizes, max_length, expression)
+    return _probed(probe, sizes, max_length, acts, expression)
 
 
 def _with_proof(probe: MaskProbe, proven: MaskMeaning, expression: MaskExpression) -> MaskMeaning:
@@ -132,34 +147,68 @@ def _with_proof(probe: MaskProbe, proven: MaskMeaning, expression: MaskExpressio
 
 
 def _probed(
-    probe: MaskProbe, sizes: list[int], max_length: int | None, expression: MaskExpression | None
+    probe: MaskProbe, sizes: list[int], max_length: int | None, acts: str | None, expression: MaskExpression | None
 ) -> MaskMeaning:
-    """The meaning as far as values alone tell, or as far as the expression is proven to go on like that."""
+    """The meaning as far as values tell, or as far as the expression is proven to go on like that."""
     longest = min(LONGEST, probe.longest)
     meaning = recognise(probe.largest)
     if meaning.bias is None:
         farthest = max((size for size in _combined(sizes, meaning.window) if size < longest), default=0)
         if farthest >= probe.largest.length:
             meaning = recognise(probe.extend(min(farthest + BEYOND, longest)))
-    proven_up_to = 0
-    if meaning.bias is None and meaning.slopes is None and expression is not None:
-        found = holds_up_to(expression, meaning, probe.absolute_scores)
-        proven_up_to = ENDLESS if found is None else found
-        if probe.largest.length <= proven_up_to < longest:
-            meaning = recognise(probe.extend(min(proven_up_to + BEYOND, longest)))
     if meaning.bias is None and max_length is not None and probe.largest.length < min(max_length, longest):
         meaning = recognise(probe.extend(min(max_length, longest)))
+    reach = Reach(0)
+    if expression is not None:
+        meaning, reach, expression = _solved(probe, meaning, expression)
+    exact = _exact_up_to(probe, acts, expression)
     if meaning.bias is not None:
         meaning = _tabulated(probe, meaning.bias, max_length)
     slopes = None if meaning.slopes is None else meaning.slopes.repeat(probe.num_heads // len(meaning.slopes))
-    ends = [meaning.limit, max(probe.largest.length, proven_up_to)]
-    if expression is not None:
-        ends.append(expression.limit)
+    largest = probe.largest.length
+    known = max(min(largest, exact), reach.proven)
+    if known < min(largest, SHORTEST_LIMIT):
+        raise NotProvenError(unproven(acts or "its values contradict its graph"))
+    ends = [meaning.limit, known, None if expression is None else expression.limit]
     limit = min(end for end in ends if end is not None)
     beyond = "" if probe.fails_at is None else f"; has no value at {probe.fails_at}"
-    if proven_up_to > probe.largest.length:
-        beyond += f"; proven up to {limit}, and something else beyond"
+    if reach.proven > largest:
+        beyond += f"; proven up to {limit}" + (", and something else beyond" if reach.refuted is not None else "")
+    elif acts is not None:
+        beyond += f"; proven to keep its entries up to {limit}"
     return replace(meaning, slopes=slopes, limit=limit, evidence=probe.evidence() + beyond)
+
+
+def _solved(
+    probe: MaskProbe, meaning: MaskMeaning, expression: MaskExpression
+) -> tuple[MaskMeaning, Reach, MaskExpression | None]:
+    """How far a meaning is proven, evaluated where it is refuted; no expression where the values contradict it."""
+    longest = min(LONGEST, probe.longest)
+    for _ in range(MOST_REFUTATIONS):
+        if meaning.bias is not None or meaning.slopes is not None:
+            break
+        reach = holds_up_to(expression, meaning, probe.absolute_scores)
+        at = reach.refuted
+        if at is None or at > longest or (probe.fails_at is not None and at >= probe.fails_at):
+            return meaning, reach, expression
+        before = probe.largest.length
+        probe.extend(at)
+        if at <= before:  # the values are what was found, and not what the expression says
+            return meaning, Reach(0), None
+        meaning = recognise(probe.extend(min(at + BEYOND, longest)))
+    return meaning, Reach(0), expression
+
+
+def _exact_up_to(probe: MaskProbe, acts: str | None, expression: MaskExpression | None) -> int:
+    """The length up to which each matrix is known to be a corner of the next."""
+    if acts is None:
+        return ENDLESS
+    if expression is None:
+        return 0
+    reach = keeps_entries_up_to(expression)
+    if reach.refuted is not None and reach.refuted <= min(LONGEST, probe.longest):
+        probe.extend(reach.refuted)
+    return reach.proven
 
 
 def _agrees(expression: MaskExpression, probe: MaskProbe) -> bool:

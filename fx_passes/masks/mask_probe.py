@@ -41,6 +41,11 @@ class NotProvenError(Exception):
     """The mask has no meaning that could be proven; the message is the reason given to the user."""
 
 
+def unproven(acts: str) -> str:
+    """Why a mask is refused on whose entries something acts beside their places."""
+    return f"the mask may change with the length of the sequence: {acts}, and no proof for every length was found"
+
+
 class _EvaluationError(Exception):
     """The mask has no value at this batch and length."""
 

@@ -1,7 +1,8 @@
 """Masks of a prefix-LM: the first tokens see one another, and all else is causal (UniLM, arXiv 1905.03197).
 
 What the mask shows of the prefix is taken out and the rest read as any mask is, which then has to be causal. So the
-prefix is known by its values at every length that is probed; for all lengths it is proven of the mask's expression.
+prefix is known by its values up to the longest length that is probed, where these depend on their places alone; for all
+lengths it is proven of the mask's expression.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvpass.fx_passes.masks.mask_probe import HIDDEN_BELOW, NotProvenError, probe_lengths
+from kvpass.fx_passes.masks.mask_probe import HIDDEN_BELOW, NotProvenError, probe_lengths, unproven
 from kvpass.fx_passes.masks.prove_mask import MaskExpression, proves_prefix
 from kvpass.types import MaskMeaning
 
@@ -56,21 +57,32 @@ def without_prefix(evaluate: Evaluate, prefix: int) -> Evaluate:
 
 
 def with_prefix(
-    meaning: MaskMeaning, prefix: int, evaluate: Evaluate, expression: MaskExpression | None, absolute_scores: bool
+    meaning: MaskMeaning,
+    prefix: int,
+    evaluate: Evaluate,
+    expression: MaskExpression | None,
+    absolute_scores: bool,
+    acts: str | None,
 ) -> MaskMeaning | str:
-    """The meaning of a mask of which ``meaning`` is left without its prefix, or why it cannot be used."""
+    """The meaning of a mask of which ``meaning`` is left without its prefix, or why it cannot be used.
+
+    What ``acts`` on its entries beside their places makes a proof necessary.
+    """
     if any(one is not None for one in (meaning.reach, meaning.slopes, meaning.bias)):
         return (
             f"the first {prefix} tokens see one another (prefix-LM), and the rest of the mask is {meaning.describe()}: "
             "only a causal one goes with a prefix"
         )
-    found = replace(meaning, prefix=prefix, evidence=f"{meaning.evidence}, the prefix too")
-    if expression is None or not _agrees(expression, prefix, evaluate):
-        return found
-    if not proves_prefix(expression, prefix, absolute_scores):
-        return found
+    if (
+        expression is None
+        or not _agrees(expression, prefix, evaluate)
+        or not proves_prefix(expression, prefix, absolute_scores)
+    ):
+        if acts is not None:
+            return unproven(acts)
+        return replace(meaning, prefix=prefix, evidence=f"{meaning.evidence}, the prefix too")
     reach = "every length" if expression.limit is None else f"every length up to {expression.limit}"
-    return replace(found, limit=expression.limit, evidence=f"proven for {reach}; {meaning.evidence}")
+    return replace(meaning, prefix=prefix, limit=expression.limit, evidence=f"proven for {reach}; {meaning.evidence}")
 
 
 def _agrees(expression: MaskExpression, prefix: int, evaluate: Evaluate) -> bool:

@@ -1,6 +1,6 @@
 """What a mask means at every length: the meanings that kernels know, each proven of the expression that was read.
 
-A proof speaks of all positions of all sequences below :data:`kvpass.fx_passes.symbolic.index_terms.HORIZON` tokens.
+A proof speaks of all positions of all sequences below :data:`kvpass.fx_passes.graph.HORIZON` tokens.
 Candidates come from the numbers of the expression and are tried out at sampled positions first; what passes is given to
 the solver. What cannot be proven has no meaning here, however much it looks like one.
 """
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, shape_of
+from kvpass.fx_passes.graph import HORIZON, CapturedGraph, shape_of
 from kvpass.fx_passes.masks.mask_probe import HIDDEN_BELOW
 from kvpass.fx_passes.shape_values import ShapeEvaluator
-from kvpass.fx_passes.symbolic.entry_reader import MaskReader
+from kvpass.fx_passes.symbolic.entry_reader import EntryReader
 from kvpass.fx_passes.symbolic.entry_values import Leaf, Number, Scaled, Value
 from kvpass.fx_passes.symbolic.index_terms import (
-    HORIZON,
     KEY,
     QUERY,
     SEQUENCE,
@@ -41,7 +40,7 @@ from kvpass.fx_passes.symbolic.index_terms import (
     weighted_sum,
     whole,
 )
-from kvpass.fx_passes.symbolic.prove_terms import Prover
+from kvpass.fx_passes.symbolic.prove_terms import Prover, Reach
 from kvpass.fx_passes.symbolic.term_values import evaluate
 from kvpass.types import MaskMeaning
 
@@ -81,7 +80,7 @@ class MaskExpression:
     @cached_property
     def limit(self) -> int | None:
         """The longest length at which the graph has a value, as far as its lookups tell; None for every length."""
-        limits = (self.prover.holds_up_to(condition) for condition in dict.fromkeys(self.conditions))
+        limits = (self.prover.holds_up_to(condition).limit for condition in dict.fromkeys(self.conditions))
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
@@ -101,7 +100,7 @@ def read_expression(captured: CapturedGraph, evaluator: ShapeEvaluator, bias: No
         UnreadableError: naming what has no form as an expression.
     """
     prover = Prover()
-    reader = MaskReader(captured, evaluator, prover)
+    reader = EntryReader(captured, evaluator, prover)
     shape = shape_of(bias)
     rank = len(shape)
     heads: dict[int, Value] = {}
@@ -150,20 +149,35 @@ def prove_meaning(
     return replace(found, limit=min((n for n in (found.limit, mask.limit) if n is not None), default=None))
 
 
-def holds_up_to(mask: MaskExpression, meaning: MaskMeaning, absolute_scores: bool) -> int | None:
-    """The longest length at which the expression is proven to hide and show what ``meaning`` does; None for every one.
-
-    Only for a meaning without slopes and bias.
-    """
+def holds_up_to(mask: MaskExpression, meaning: MaskMeaning, absolute_scores: bool) -> Reach:
+    """How far the expression is proven to hide and show what ``meaning`` does, which has no slopes and no bias."""
     try:
         sights = [_sight(head, absolute_scores) for head in mask.heads]
     except UnreadableError:
-        return 0
+        return Reach(0)
     if any(len(sight.leaves) != 1 or not isinstance(sight.leaves[0][1], Number) for sight in sights):
-        return 0
+        return Reach(0)
     wanted = visible_term(meaning.window, meaning.chunk)
-    limits = [mask.prover.holds_up_to(_same(sight.visible, wanted)) for sight in sights]
-    return min((limit for limit in limits if limit is not None), default=None)
+    return _shortest(mask.prover.holds_up_to(_same(sight.visible, wanted)) for sight in sights)
+
+
+def keeps_entries_up_to(mask: MaskExpression) -> Reach:
+    """How far each entry of the expression is proven to be the same at every length that has it."""
+    far = {"S": whole(HORIZON)}
+    found = [Reach(HORIZON)]
+    for condition, leaf in {case for head in mask.heads for case in head.cases}:
+        if "S" in condition.names:
+            found.append(mask.prover.holds_up_to(_same(condition, substitute(condition, far))))
+        inner = _inner(leaf)
+        if inner is not None and "S" in inner.names:
+            found.append(mask.prover.holds_up_to(equals(inner, substitute(inner, far)), [condition]))
+    return _shortest(found)
+
+
+def _shortest(found: Iterable[Reach]) -> Reach:
+    reaches = list(found)
+    refuted = [reach.refuted for reach in reaches if reach.refuted is not None]
+    return Reach(min(reach.proven for reach in reaches), min(refuted, default=None))
 
 
 def proves_prefix(mask: MaskExpression, prefix: int, absolute_scores: bool) -> bool:

@@ -15,6 +15,7 @@ from kvpass.fx_passes.masks.mask_meaning import read_mask_meaning
 from kvpass.fx_passes.masks.mask_probe import NotProvenError
 from kvpass.fx_passes.masks.prove_mask import MaskExpression, read_expression
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify, shape_evaluator
+from kvpass.fx_passes.symbolic.extents import depends_on_extent_only
 from kvpass.types import MaskMeaning, Refusal
 
 MASK = "kvpass_mask"  # key of a site's MaskMeaning in its node's meta
@@ -95,6 +96,7 @@ class ReadMasks:
             absolute_scores=named["sinks"] is not None,
             num_heads=heads,
             max_length=self.max_length or captured.max_length,
+            acts=depends_on_extent_only(evaluator, bias),
             expression=_expression(captured, evaluator, bias, heads),
         )
 

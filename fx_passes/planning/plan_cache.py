@@ -8,7 +8,16 @@ from torch.fx import Node
 
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.attention.canonical_attention import attention_sites
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, is_call, module_path, shape_of
+from kvpass.fx_passes.graph import (
+    DEFAULT_TABLE_LENGTH,
+    CapturedGraph,
+    PassResult,
+    arguments,
+    aten,
+    is_call,
+    module_path,
+    shape_of,
+)
 from kvpass.fx_passes.masks.read_masks import MASK
 from kvpass.fx_passes.planning.absorb import Absorption
 from kvpass.fx_passes.planning.choose_formats import choose_formats, exact_formats, final_formats
@@ -16,13 +25,12 @@ from kvpass.fx_passes.planning.choose_storage import StoredHeads, store_heads
 from kvpass.fx_passes.planning.group_caches import group_caches
 from kvpass.fx_passes.planning.value_numbering import EntryClasses
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, shape_evaluator
-from kvpass.fx_passes.token_axis.find_positions import LONGEST_PROBE, SOURCE, Lookup, Tabulated, longest_valid
+from kvpass.fx_passes.token_axis.find_positions import LONGEST_PROBE, SOURCE, Counting, Lookup, Tabulated, longest_valid
 from kvpass.fx_passes.token_axis.infer_axes import Inference
 from kvpass.fx_passes.token_axis.prove_token_axis import token_axes
 from kvpass.kernels.formats.cache_formats import format_for_dtype
 from kvpass.types import CachePlan, CacheSpec, MaskMeaning
 
-DEFAULT_TABLE_LENGTH = 2048
 LOOKUPS = (aten.embedding, aten.index_select, aten.index, aten.gather)
 
 
@@ -297,6 +305,8 @@ def table_limit(
     source = node.meta.get(SOURCE)
     if isinstance(source, Tabulated):
         return longest_valid(evaluator, node, config.max_length or captured.max_length or DEFAULT_TABLE_LENGTH)
+    if isinstance(source, Counting):
+        return source.limit
     if isinstance(source, Lookup):
         return int(shape_of(source.table)[source.dim]) - source.start
     if not is_call(node, *LOOKUPS) or inference.kinds[node] is not Dependence.SHAPE:

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from kvpass.fx_passes.graph import HORIZON
 from kvpass.fx_passes.symbolic.entry_values import (
     Curve,
     Leaf,
@@ -20,7 +21,6 @@ from kvpass.fx_passes.symbolic.entry_values import (
     within,
 )
 from kvpass.fx_passes.symbolic.index_terms import (
-    HORIZON,
     TRUE,
     Term,
     UnreadableError,

@@ -1,12 +1,12 @@
-"""Ops that move entries, as :class:`kvpass.fx_passes.symbolic.entry_reader.MaskReader` reads them.
+"""Ops that move entries, as :class:`kvpass.fx_passes.symbolic.entry_reader.EntryReader` reads them.
 
 Each translates the place of an entry of the result to the place of the entry of the source that stands there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import sympy
 import torch
@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from kvpass.fx_passes.graph import arguments, aten, expression, shape_of
 from kvpass.fx_passes.symbolic.entry_rules import cast
-from kvpass.fx_passes.symbolic.entry_values import Value, of_number, select
+from kvpass.fx_passes.symbolic.entry_values import Entries, Place, Value, of_number, select
 from kvpass.fx_passes.symbolic.index_terms import (
     Term,
     UnreadableError,
@@ -32,18 +32,13 @@ from kvpass.fx_passes.symbolic.index_terms import (
     whole,
 )
 
-if TYPE_CHECKING:
-    from kvpass.fx_passes.symbolic.entry_reader import MaskReader
 
-Place = tuple[Term, ...]
-
-
-def _unsqueeze(reader: MaskReader, node: Node, place: Place) -> Value:
+def _unsqueeze(reader: Entries, node: Node, place: Place) -> Value:
     dim = int(arguments(node)["dim"]) % len(place)
     return reader.entry(node.args[0], place[:dim] + place[dim + 1 :])  # type: ignore[arg-type]
 
 
-def _squeeze(reader: MaskReader, node: Node, place: Place) -> Value:
+def _squeeze(reader: Entries, node: Node, place: Place) -> Value:
     source: Any = node.args[0]
     shape = shape_of(source)
     dims = arguments(node).get("dim", range(len(shape)))
@@ -54,30 +49,42 @@ def _squeeze(reader: MaskReader, node: Node, place: Place) -> Value:
     )
 
 
-def _same_place(reader: MaskReader, node: Node, place: Place) -> Value:
+def _same_place(reader: Entries, node: Node, place: Place) -> Value:
     return cast(reader.broadcast(node.args[0], place), node.meta["val"].dtype)  # type: ignore[arg-type]
 
 
-def _permute(reader: MaskReader, node: Node, place: Place) -> Value:
+def _permute(reader: Entries, node: Node, place: Place) -> Value:
     source: Any = node.args[0]
     order = [int(d) % len(place) for d in arguments(node)["dims"]]
     return reader.entry(source, tuple(place[order.index(d)] for d in range(len(place))))
 
 
-def _transpose(reader: MaskReader, node: Node, place: Place) -> Value:
+def _transpose(reader: Entries, node: Node, place: Place) -> Value:
     source, a, b = node.args
     moved = list(place)
     moved[a], moved[b] = place[b], place[a]  # type: ignore[index]
     return reader.entry(source, tuple(moved))  # type: ignore[arg-type]
 
 
-def _reshape(reader: MaskReader, node: Node, place: Place) -> Value:
+def _reshape(reader: Entries, node: Node, place: Place) -> Value:
     source: Any = node.args[0]
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        raise UnreadableError("the bits of other numbers")
     old, new = list(shape_of(source)), list(shape_of(node))
     result: list[Term] = []
+    for group, taken in grouped_dims(old, new):
+        result += _regroup(reader, [old[d] for d in group], [new[d] for d in taken], [place[d] for d in taken])
+    return reader.entry(source, tuple(result))
+
+
+def grouped_dims(old: list[Any], new: list[Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """The shortest groups of dims of two shapes that hold equally many entries, in order; new dims of 1 may be left.
+
+    Raises:
+        UnreadableError: if there are none.
+    """
     i = j = 0
     while i < len(old):
-        # The shortest groups of dims, old and new, that hold equally many entries.
         group, have, want = [i], old[i], sympy.Integer(1)
         taken: list[int] = []
         while sympy.simplify(have - want) != 0:
@@ -87,9 +94,8 @@ def _reshape(reader: MaskReader, node: Node, place: Place) -> Value:
                 have, group = have * old[group[-1] + 1], [*group, group[-1] + 1]
             else:
                 raise UnreadableError(f"a reshape of {old} to {new}")
-        result += _regroup(reader, [old[d] for d in group], [new[d] for d in taken], [place[d] for d in taken])
+        yield group, taken
         i = group[-1] + 1
-    return reader.entry(source, tuple(result))
 
 
 def _divides(part: sympy.Expr, total: sympy.Expr) -> bool:
@@ -97,7 +103,7 @@ def _divides(part: sympy.Expr, total: sympy.Expr) -> bool:
     return bool(ratio.is_polynomial() and sympy.denom(ratio) == 1)
 
 
-def _regroup(reader: MaskReader, old: list[Any], new: list[Any], place: list[Term]) -> list[Term]:
+def _regroup(reader: Entries, old: list[Any], new: list[Any], place: list[Term]) -> list[Term]:
     """The place in dims ``old`` of what stands at ``place`` in dims ``new``; both hold equally many entries."""
     flat = whole(0)
     for size, index in zip(new, place, strict=True):
@@ -111,7 +117,7 @@ def _regroup(reader: MaskReader, old: list[Any], new: list[Any], place: list[Ter
     return [flat, *result]
 
 
-def _slice(reader: MaskReader, node: Node, place: Place) -> Value:
+def _slice(reader: Entries, node: Node, place: Place) -> Value:
     named = arguments(node)
     dim, step = int(named["dim"]) % len(place), named["step"]
     start = _from_end(reader, named["self"], dim, named["start"])
@@ -119,7 +125,7 @@ def _slice(reader: MaskReader, node: Node, place: Place) -> Value:
     return reader.entry(named["self"], (*place[:dim], moved, *place[dim + 1 :]))
 
 
-def _from_end(reader: MaskReader, source: Node, dim: int, index: Any) -> Term:
+def _from_end(reader: Entries, source: Node, dim: int, index: Any) -> Term:
     """A start or end as the op takes it: negative ones count from the end."""
     start = whole(0) if index is None else reader.number(index)
     size = reader.size(source, dim)
@@ -127,7 +133,7 @@ def _from_end(reader: MaskReader, source: Node, dim: int, index: Any) -> Term:
     return smaller(counted, size) if counted.op == "int" and counted.args[0] > 0 else counted
 
 
-def _select(reader: MaskReader, node: Node, place: Place) -> Value:
+def _select(reader: Entries, node: Node, place: Place) -> Value:
     named = arguments(node)
     dim = int(named["dim"]) % (len(place) + 1)
     index = reader.number(named["index"])
@@ -136,13 +142,13 @@ def _select(reader: MaskReader, node: Node, place: Place) -> Value:
     return reader.entry(named["self"], (*place[:dim], index, *place[dim:]))
 
 
-def _cat(reader: MaskReader, node: Node, place: Place) -> Value:
+def _cat(reader: Entries, node: Node, place: Place) -> Value:
     parts, dtype = list(node.args[0]), node.meta["val"].dtype  # type: ignore[arg-type]
     dim = int(arguments(node)["dim"]) % len(place)
     return joined(reader, parts, dim, place, dtype)
 
 
-def joined(reader: MaskReader, parts: list[Any], dim: int, place: Place, dtype: torch.dtype) -> Value:
+def joined(reader: Entries, parts: list[Any], dim: int, place: Place, dtype: torch.dtype) -> Value:
     filled = [part for part in parts if 0 not in shape_of(part)]
     starts = [whole(0)]
     for part in filled:
@@ -158,7 +164,7 @@ def joined(reader: MaskReader, parts: list[Any], dim: int, place: Place, dtype: 
     return result
 
 
-def _stack(reader: MaskReader, node: Node, place: Place) -> Value:
+def _stack(reader: Entries, node: Node, place: Place) -> Value:
     parts: Any = node.args[0]
     dim = int(arguments(node)["dim"]) % len(place)
     dtype = node.meta["val"].dtype
@@ -169,14 +175,14 @@ def _stack(reader: MaskReader, node: Node, place: Place) -> Value:
     return result
 
 
-def _flip(reader: MaskReader, node: Node, place: Place) -> Value:
+def _flip(reader: Entries, node: Node, place: Place) -> Value:
     source: Any = node.args[0]
     dims = {int(d) % len(place) for d in arguments(node)["dims"]}
     moved = (minus(minus(reader.size(source, d), whole(1)), p) if d in dims else p for d, p in enumerate(place))
     return reader.entry(source, tuple(moved))
 
 
-def _repeat(reader: MaskReader, node: Node, place: Place) -> Value:
+def _repeat(reader: Entries, node: Node, place: Place) -> Value:
     source: Any = node.args[0]
     shape = shape_of(source)
     own = place[len(place) - len(shape) :]
@@ -188,7 +194,7 @@ def _repeat(reader: MaskReader, node: Node, place: Place) -> Value:
     return reader.entry(source, tuple(moved))
 
 
-def _index(reader: MaskReader, node: Node, place: Place) -> Value:
+def _index(reader: Entries, node: Node, place: Place) -> Value:
     named = arguments(node)
     source, indices = named["self"], named["indices"]
     used = [d for d, index in enumerate(indices) if index is not None]
@@ -205,7 +211,7 @@ def _index(reader: MaskReader, node: Node, place: Place) -> Value:
     return reader.entry(source, tuple(moved))
 
 
-def _position(reader: MaskReader, source: Node, dim: int, index: Term) -> Term:
+def _position(reader: Entries, source: Node, dim: int, index: Term) -> Term:
     """An index into a dim; one that may be negative, or past the end, is a condition of the graph having a value."""
     size = reader.size(source, dim)
     if index.op == "int" and index.args[0] < 0:
@@ -214,7 +220,7 @@ def _position(reader: MaskReader, source: Node, dim: int, index: Term) -> Term:
     return index
 
 
-def _index_select(reader: MaskReader, node: Node, place: Place) -> Value:
+def _index_select(reader: Entries, node: Node, place: Place) -> Value:
     named = arguments(node)
     dim = int(named["dim"]) % len(place)
     index = reader.entry(named["index"], (place[dim],)).term
@@ -222,21 +228,21 @@ def _index_select(reader: MaskReader, node: Node, place: Place) -> Value:
     return reader.entry(named["self"], (*place[:dim], moved, *place[dim + 1 :]))
 
 
-def _gather(reader: MaskReader, node: Node, place: Place) -> Value:
+def _gather(reader: Entries, node: Node, place: Place) -> Value:
     named = arguments(node)
     dim = int(named["dim"]) % len(place)
     moved = _position(reader, named["self"], dim, reader.entry(named["index"], place).term)
     return reader.entry(named["self"], (*place[:dim], moved, *place[dim + 1 :]))
 
 
-def _embedding(reader: MaskReader, node: Node, place: Place) -> Value:
+def _embedding(reader: Entries, node: Node, place: Place) -> Value:
     named = arguments(node)
     index = _position(reader, named["weight"], 0, reader.entry(named["indices"], place[:-1]).term)
     return reader.entry(named["weight"], (index, place[-1]))
 
 
-def _triangle(upper: bool) -> Callable[[MaskReader, Node, Place], Value]:
-    def read(reader: MaskReader, node: Node, place: Place) -> Value:
+def _triangle(upper: bool) -> Callable[[Entries, Node, Place], Value]:
+    def read(reader: Entries, node: Node, place: Place) -> Value:
         named = arguments(node)
         dtype = node.meta["val"].dtype
         diagonal, distance = reader.number(named["diagonal"]), minus(place[-1], place[-2])
@@ -246,7 +252,7 @@ def _triangle(upper: bool) -> Callable[[MaskReader, Node, Place], Value]:
     return read
 
 
-MOVES: dict[object, Callable[[MaskReader, Node, Place], Value]] = {
+MOVES: dict[object, Callable[[Entries, Node, Place], Value]] = {
     aten.unsqueeze: _unsqueeze,
     aten.squeeze: _squeeze,
     **dict.fromkeys((aten.expand, aten._to_copy, aten.clone, aten.alias, aten.contiguous, aten.to), _same_place),

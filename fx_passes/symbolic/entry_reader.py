@@ -1,8 +1,8 @@
-"""Read the graph of a mask as an expression in query, key and length.
+"""Read the graph of a mask, or of positions, as an expression in query, key and length.
 
-:class:`MaskReader` answers what one entry of a shape-only node is, given the place of the entry as terms. Ops that move
-entries translate the place; elementwise ops are in :mod:`kvpass.fx_passes.symbolic.entry_rules`; constants are looked
-up.
+:class:`EntryReader` answers what one entry of a shape-only node is, given the place of the entry as terms. Ops that
+move entries translate the place; elementwise ops are in :mod:`kvpass.fx_passes.symbolic.entry_rules`; constants are
+looked up.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, expression, is_symbolic_scalar, shape_of
-from kvpass.fx_passes.shape_values import LIKES, NEW, Dependence, ShapeEvaluator
+from kvpass.fx_passes.shape_values import LIKES, NEW, Dependence, ShapeEvaluator, is_elementwise
 from kvpass.fx_passes.symbolic.constant_lookup import look_up
-from kvpass.fx_passes.symbolic.entry_moves import MOVES, Place, joined
+from kvpass.fx_passes.symbolic.entry_moves import MOVES, joined
 from kvpass.fx_passes.symbolic.entry_rules import LOGIC, RULES, cast, pointwise
-from kvpass.fx_passes.symbolic.entry_values import Value, of_number, of_term, of_truth, select
+from kvpass.fx_passes.symbolic.entry_values import Place, Value, counted, of_number, of_term, of_truth, select
 from kvpass.fx_passes.symbolic.index_terms import (
     BATCH,
     LENGTH,
+    RANGES,
     Term,
     UnreadableError,
+    at_most,
     choose,
     equals,
     floor_divide,
     larger,
+    less,
     minus,
     plus,
     remainder,
@@ -41,7 +44,7 @@ from kvpass.fx_passes.symbolic.index_terms import (
 from kvpass.fx_passes.symbolic.prove_terms import Prover
 
 
-class MaskReader:
+class EntryReader:
     """What the entries of shape-only nodes are.
 
     Attributes:
@@ -106,7 +109,7 @@ class MaskReader:
             return reader(self, node, place)
         if packet in NEW or packet in LIKES or packet in FULL:
             return self._filled(node, packet)
-        if packet in RULES or packet in LOGIC or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        if packet in RULES or packet in LOGIC or is_elementwise(node):
             return self._pointwise(node, place, dtype)
         raise UnreadableError(f"{node.target} has no reader")
 
@@ -176,7 +179,7 @@ def _literal(value: float) -> Value:
     return of_number({bool: torch.bool, int: torch.int64}.get(type(value), torch.float64), value)
 
 
-def _arange(reader: MaskReader, node: Node, place: Place) -> Value:
+def _arange(reader: EntryReader, node: Node, place: Place) -> Value:
     named = arguments(node)
     dtype = node.meta["val"].dtype
     start, step = named.get("start", 0), named.get("step", 1)
@@ -188,7 +191,7 @@ def _arange(reader: MaskReader, node: Node, place: Place) -> Value:
     return cast(of_term(torch.int64, term), dtype)
 
 
-def _where(reader: MaskReader, node: Node, place: Place) -> Value:
+def _where(reader: EntryReader, node: Node, place: Place) -> Value:
     named = arguments(node)
     dtype = node.meta["val"].dtype
     condition = reader.broadcast(named["condition"], place).truth
@@ -196,7 +199,7 @@ def _where(reader: MaskReader, node: Node, place: Place) -> Value:
     return select(condition, shown, other, dtype)
 
 
-def _masked_fill(reader: MaskReader, node: Node, place: Place) -> Value:
+def _masked_fill(reader: EntryReader, node: Node, place: Place) -> Value:
     named = arguments(node)
     dtype = node.meta["val"].dtype
     condition = reader.broadcast(named["mask"], place).truth
@@ -204,7 +207,7 @@ def _masked_fill(reader: MaskReader, node: Node, place: Place) -> Value:
     return select(condition, filled, kept, dtype)
 
 
-def _cast_operand(reader: MaskReader, operand: Any, place: Place, dtype: torch.dtype) -> Value:
+def _cast_operand(reader: EntryReader, operand: Any, place: Place, dtype: torch.dtype) -> Value:
     if not isinstance(operand, Node):
         return of_number(dtype, operand)
     if is_symbolic_scalar(operand):
@@ -212,7 +215,7 @@ def _cast_operand(reader: MaskReader, operand: Any, place: Place, dtype: torch.d
     return cast(reader.broadcast(operand, place), dtype)
 
 
-def _diff(reader: MaskReader, node: Node, place: Place) -> Value:
+def _diff(reader: EntryReader, node: Node, place: Place) -> Value:
     """The step from each entry to the next, as masks take it of position ids to find packed sequences."""
     named = arguments(node)
     source, dtype = named["self"], node.meta["val"].dtype
@@ -225,20 +228,19 @@ def _diff(reader: MaskReader, node: Node, place: Place) -> Value:
     return of_term(dtype, minus(*values))
 
 
-def _cumsum(reader: MaskReader, node: Node, place: Place) -> Value:
+def _cumsum(reader: EntryReader, node: Node, place: Place) -> Value:
     """A sum of entries that are all equal, as in counted positions, or all 0, as in the ids of one packed sequence."""
     source: Any = node.args[0]
     dtype = node.meta["val"].dtype
     dim = int(arguments(node)["dim"]) % len(place)
-    counted = reader.fresh()
-    (name,) = counted.names
-    entry = reader.entry(source, (*place[:dim], counted, *place[dim + 1 :]))
-    term = choose(entry.truth, whole(1), whole(0)) if entry.dtype == torch.bool else entry.term
+    summed = reader.fresh()
+    (name,) = summed.names
+    entry = reader.entry(source, (*place[:dim], summed, *place[dim + 1 :]))
+    term = counted(entry)
     if name in term.names:
         if reader.size(source, dim) != LENGTH:
             raise UnreadableError("a running sum over something else than the tokens")
-        first = reader.entry(source, (*place[:dim], whole(0), *place[dim + 1 :]))
-        start = choose(first.truth, whole(1), whole(0)) if first.dtype == torch.bool else first.term
+        start = counted(reader.entry(source, (*place[:dim], whole(0), *place[dim + 1 :])))
         constant = start if start.op == "int" else whole(0)
         if not reader.prover.proves(equals(term, constant)):
             raise UnreadableError("a running sum of entries that differ")
@@ -248,7 +250,29 @@ def _cumsum(reader: MaskReader, node: Node, place: Place) -> Value:
     return cast(of_term(torch.int64, times(term, plus(place[dim], whole(1)))), dtype)
 
 
-def _any_or_all(reader: MaskReader, node: Node, place: Place) -> Value:
+def _sum(reader: EntryReader, node: Node, place: Place) -> Value:
+    """A sum of entries that are all equal, or that are 1 up to a place and 0 behind it, as keys that are seen."""
+    named = arguments(node)
+    source, dims = named["self"], named.get("dim")
+    if isinstance(dims, list | tuple) and len(dims) == 1:
+        (dims,) = dims
+    if not isinstance(dims, int):
+        raise UnreadableError("a sum over several dims")
+    dim, summed = dims % len(shape_of(source)), reader.fresh()
+    rest = [p for d, p in enumerate(place) if not (named.get("keepdim") and d == dim)]
+    term = counted(reader.entry(source, (*rest[:dim], summed, *rest[dim:])))
+    size, dtype = reader.size(source, dim), node.meta["val"].dtype
+    if not term.names & summed.names:
+        return cast(of_term(torch.int64, times(term, size)), dtype)
+    for other in rest if size == LENGTH else []:
+        if other.op == "var" and other.args[0] not in RANGES:
+            shown = choose(at_most(summed, other), whole(1), whole(0))
+            if reader.prover.proves(equals(term, shown)):
+                return cast(of_term(torch.int64, plus(other, whole(1))), dtype)
+    raise UnreadableError("a sum of entries that differ")
+
+
+def _any_or_all(reader: EntryReader, node: Node, place: Place) -> Value:
     """``any`` and ``all`` of entries that are all equal."""
     source: Any = node.args[0]
     shape = shape_of(source)
@@ -262,6 +286,8 @@ def _any_or_all(reader: MaskReader, node: Node, place: Place) -> Value:
         else iter([p for d, p in enumerate(place) if d not in reduced])
     )
     inner = tuple(reader.fresh() if d in reduced else next(rest) for d in range(len(shape)))
+    if not all(reader.prover.proves(less(whole(0), reader.size(source, d))) for d in reduced):
+        raise UnreadableError("any or all of entries that may be none")
     truth = reader.entry(source, inner).truth
     if truth.names & {name for d in reduced for name in inner[d].names}:
         raise UnreadableError("any or all of entries that differ")
@@ -276,13 +302,14 @@ FILLS: dict[object, float] = {
 # Arguments of elementwise ops that are operands, though they may be numbers.
 OPERANDS = {"self", "other", "input", "min", "max", "exponent", "end", "weight"}
 
-READERS: dict[object, Callable[[MaskReader, Node, Place], Value]] = {
+READERS: dict[object, Callable[[EntryReader, Node, Place], Value]] = {
     **MOVES,
     aten.arange: _arange,
     aten.where: _where,
     aten.masked_fill: _masked_fill,
     aten.diff: _diff,
     aten.cumsum: _cumsum,
+    aten.sum: _sum,
     **dict.fromkeys((aten.any, aten.all), _any_or_all),
 }
 
@@ -293,7 +320,6 @@ SIZE_FUNCTIONS: dict[str, Callable[[Term, Term], Term]] = {
     "Min": smaller,
     "FloorDiv": floor_divide,
     "CleanDiv": floor_divide,
-    "IntTrueDiv": floor_divide,
     "Mod": remainder,
     "PythonMod": remainder,
 }

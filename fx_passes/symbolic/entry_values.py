@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import gcd, inf, isfinite
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from kvpass.fx_passes.graph import HORIZON
 from kvpass.fx_passes.symbolic.index_terms import (
     FALSE,
-    HORIZON,
     TRUE,
     Term,
     UnreadableError,
@@ -35,6 +36,7 @@ from kvpass.fx_passes.symbolic.index_terms import (
 )
 from kvpass.fx_passes.symbolic.term_values import evaluate, fit, runs
 
+Place = tuple[Term, ...]
 MOST_CASES = 512
 MOST_RUNS = 64
 MODERATE = 1e20
@@ -138,6 +140,22 @@ class Value:
             part = evaluate_leaf(leaf, places, known)
             result = torch.where(evaluate(condition, places, known).expand(shape), part, result)
         return result
+
+
+class Entries(Protocol):
+    """What readers of single ops ask of :class:`kvpass.fx_passes.symbolic.entry_reader.EntryReader`."""
+
+    conditions: list[Term]
+
+    def entry(self, node: Node, place: Place) -> Value: ...
+    def broadcast(self, node: Node, place: Place) -> Value: ...
+    def size(self, node: Node, dim: int) -> Term: ...
+    def number(self, value: Any) -> Term: ...
+
+
+def counted(value: Value) -> Term:
+    """A whole number, or a truth value as 0 or 1, as a term."""
+    return choose(value.truth, whole(1), whole(0)) if value.dtype == torch.bool else value.term
 
 
 def evaluate_leaf(leaf: Leaf, places: Mapping[str, Tensor], known: dict[str, Tensor]) -> Tensor:

@@ -16,8 +16,8 @@ from itertools import product
 from math import gcd
 from typing import Any
 
-# Terms speak of sequences shorter than this, 4 Mi tokens.
-HORIZON = 2**22
+from kvpass.fx_passes.graph import HORIZON
+
 LONGEST_TEXT = 20_000
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
 from typing import Any
 
 import z3
 
-from kvpass.fx_passes.symbolic.index_terms import HORIZON, RANGES, Term, negate, operands
+from kvpass.fx_passes.graph import HORIZON
+from kvpass.fx_passes.symbolic.index_terms import RANGES, Term, negate, operands
 
 # A query ends after this much of the solver's own work, which does not depend on how busy the machine is; it is a
 # few hundred milliseconds. The clock is the second line of defence.
@@ -23,6 +25,24 @@ Example = dict[str, int]
 
 class UndecidedError(Exception):
     """The solver did not come to an end."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a claim holds.
+
+    Attributes:
+        proven: it is proven up to this length; HORIZON for every length, 0 for none.
+        refuted: the shortest length found at which it does not hold; None where it is proven, or the solver gave up.
+    """
+
+    proven: int
+    refuted: int | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """The length up to which it is proven; None for every one."""
+        return None if self.proven == HORIZON else self.proven
 
 
 class Prover:
@@ -78,10 +98,11 @@ class Prover:
         except UndecidedError:
             return False
 
-    def holds_up_to(self, claim: Term, given: Iterable[Term] = ()) -> int | None:
-        """The longest length up to which ``claim`` is proven; None for every length, 0 for none."""
-        works, fails, undecided = 0, HORIZON + 1, 0
-        longest = HORIZON
+    def holds_up_to(self, claim: Term, given: Iterable[Term] = (), longest: int = HORIZON) -> Reach:
+        """How far ``claim`` is proven, of lengths up to ``longest``."""
+        works, fails, undecided = 0, longest + 1, 0
+        refuted: int | None = None
+        end = longest
         while fails - works > 1 and undecided < PATIENCE:
             try:
                 example = self.refute(claim, given, longest)
@@ -92,9 +113,9 @@ class Prover:
                 if example is None:
                     works = longest
                 else:
-                    fails = example["S"]
+                    fails = refuted = example["S"]
             longest = (works + fails) // 2
-        return None if works == HORIZON else works
+        return Reach(HORIZON if works == end else works, refuted)
 
     def _variable(self, name: str) -> Any:
         if name not in self._variables:

@@ -10,32 +10,40 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import (
+    HORIZON,
     CapturedGraph,
     arguments,
     aten,
     emit,
     expression,
     is_call,
-    numbers_in,
     shape_of,
     tensor_value,
 )
-from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, reads_shape_only
+from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
+from kvpass.fx_passes.symbolic.entry_reader import EntryReader
+from kvpass.fx_passes.symbolic.extents import depends_on_extent_only
+from kvpass.fx_passes.symbolic.index_terms import QUERY, SEQUENCE, Term, equals, weighted_sum, whole
+from kvpass.fx_passes.symbolic.prove_terms import Prover
+from kvpass.fx_passes.symbolic.term_values import evaluate
 from kvpass.fx_passes.token_axis.axes import Axes, Factor, Kind, Mixed, label_by_size, plain
 from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
-from kvpass.fx_passes.token_axis.infer_axes import Inference, computes_with_sizes, infer_axes
+from kvpass.fx_passes.token_axis.infer_axes import Inference, infer_axes
 
 PROBES = ((1, 3), (2, 8), (3, 17), (1, 2051))  # (batch, length)
+USUAL = 33  # a length at which a count is taken for what it is meant to be
 LONGEST_PROBE = 8192
 SOURCE = "kvpass_positions"  # key in a node's meta: how its value follows from positions
+NO_SOURCE = "kvpass_no_positions"  # key in a node's meta: why it, or what follows from it, is no such value
 
 
 @dataclass(frozen=True)
 class Counting:
-    """A node whose value at token i is ``start + step * i``."""
+    """A node whose value at token i is ``start + step * i``, in sequences of up to ``limit`` tokens."""
 
     start: float
     step: float
+    limit: int | None = None
 
     def rebuild(self, captured: CapturedGraph, node: Node, positions: Node) -> Node:
         """The same for given positions, int64 ``[T]``."""
@@ -92,8 +100,8 @@ def position_sources(
     """Nodes that count positions, with their axes; how they follow from positions is left in ``meta``.
 
     ``arange`` over the length and slices of tables by the length are read off the op. Everything else that no rule
-    can follow (a cumulative sum of ones) is evaluated: when it counts, it is a source; when it is some other function
-    of the position alone, it is tabulated.
+    can follow (a cumulative sum of ones) is a source where it is proven to count, and is tabulated where the length
+    says how large it is and nothing else, so that it is a function of the position alone.
     """
     found: dict[Node, Axes] = {}
     failed: set[Node] = set()
@@ -114,10 +122,14 @@ def position_sources(
         if not origins:
             return found
         for node in origins:
-            if _by_value(captured, evaluator, node):
+            why = _prove(captured, evaluator, node)
+            if why is None:
                 found[node] = _axes_of(captured, node)
-            else:
-                failed.add(node)
+                continue
+            failed.add(node)
+            for one in (node, _blamed(inference, node)):
+                if one is not None:
+                    one.meta.setdefault(NO_SOURCE, why)
 
 
 def longest_valid(evaluator: ShapeEvaluator, node: Node, upper: int) -> int:
@@ -195,43 +207,68 @@ def _has_one_length(captured: CapturedGraph, node: Node) -> bool:
     return symbols.count(captured.length) == 1 and symbols.count(captured.batch) == len(symbols) - 1 <= 1
 
 
-def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) -> bool:
-    """Establish a source from the values at several sizes, some of them beyond every constant that is involved."""
-    needed = evaluator.needed(node)
-    numbers = numbers_in(needed, captured)
-    thresholds = sorted(n for n in numbers if n <= LONGEST_PROBE)
-    # it may count on until a bound that no probe reaches, and as slowly as the length tells
-    beyond = max(numbers, default=0) > LONGEST_PROBE or any(_takes_length(n) for n in needed)
-    upper = captured.max_length or LONGEST_PROBE + 3
-    probes = [(b, min(n, upper)) for b, n in (*PROBES, *((1, n + 3) for n in thresholds[-3:]))]
-    dim = next(i for i, s in enumerate(shape_of(node)) if s == captured.length)
+def _prove(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) -> str | None:
+    """Establish a source, by proof; else say why there is none."""
+    counted = _counted(captured, evaluator, node)
+    if isinstance(counted, Counting):
+        node.meta[SOURCE] = counted
+        return None
+    acts = depends_on_extent_only(evaluator, node)
+    if acts is not None:
+        return counted or f"it may change with the length of the sequence: {acts}"
     rows: list[Tensor] = []
-    for batch, length in probes:
+    for batch, length in PROBES:
         try:
-            value = evaluator.evaluate(node, batch, length)
+            value = evaluator.evaluate(node, batch, min(length, captured.max_length or length))
         except (IndexError, RuntimeError, ValueError):
             continue
         row = _one_sequence(captured, node, value)
         if row is None:
-            return False
+            return "it is no number at some place, or differs between the sequences of a batch"
         rows.append(row)
     if not rows:
-        return False
+        return "it has no value"
+    dim = next(i for i, s in enumerate(shape_of(node)) if s == captured.length)
     longest = max(rows, key=lambda r: r.shape[dim])
     if any(not torch.equal(longest.narrow(dim, 0, r.shape[dim]), r) for r in rows):
-        return False
-    node.meta[SOURCE] = (None if beyond else _counting(longest)) or Tabulated(longest, dim)
-    return True
+        return "it changes with the length of the sequence"
+    node.meta[SOURCE] = Tabulated(longest, dim)
+    return None
 
 
-def _takes_length(node: Node) -> bool:
-    """Whether the batch size or length takes part in the arithmetic, as a number or as a sum over all tokens."""
-    if node.op != "call_function" or tensor_value(node) is None or reads_shape_only(node):
-        return False
-    lengths = [
-        any(not s.is_number for s in shape_of(n)) for n in (node, *node.all_input_nodes) if tensor_value(n) is not None
-    ]
-    return computes_with_sizes(arguments(node)) or (any(lengths) and not lengths[0])
+def _counted(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) -> Counting | str | None:
+    """How a node counts, proven for every length; where that is refuted, a sentence that says at which."""
+    prover = Prover()
+    reader = EntryReader(captured, evaluator, prover)
+    places = {1: whole(0), captured.batch: SEQUENCE, captured.length: QUERY}
+    if any(size not in places for size in shape_of(node)):
+        return None
+    longest = captured.max_length or HORIZON
+    try:
+        value = reader.entry(node, tuple(places[size] for size in shape_of(node)))
+        term = value.term
+        if value.dtype == torch.bool or not term.names <= {"q", "S"}:
+            return None
+        usual = {"q": torch.arange(2), "S": torch.tensor(min(USUAL, longest))}
+        start, following = (int(n) for n in evaluate(term, usual).expand(2))
+        wanted = weighted_sum([(QUERY, following - start)], start)
+        reach = prover.holds_up_to(equals(term, wanted), longest=longest)
+        if reach.refuted is not None:
+            return _refutation(prover, term, wanted, reach.refuted)
+        limits = [prover.holds_up_to(condition, longest=longest).limit for condition in reader.conditions]
+    except Exception:  # the graph is the user's, and torch may raise anything where it is computed piece by piece
+        return None
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    return Counting(start, following - start, limit) if reach.limit is None and limit != 0 else None
+
+
+def _refutation(prover: Prover, term: Term, wanted: Term, longest: int) -> str | None:
+    example = prover.refute(equals(term, wanted), longest=longest)
+    if example is None:
+        return None
+    at = {name: torch.tensor(example.get(name, 0)) for name in ("q", "S")}
+    found, usual = int(evaluate(term, at)), int(evaluate(wanted, at))
+    return f"at a length of {example['S']} tokens position {example.get('q', 0)} is {found}, and not {usual}"
 
 
 def _one_sequence(captured: CapturedGraph, node: Node, value: Tensor) -> Tensor | None:
@@ -243,15 +280,6 @@ def _one_sequence(captured: CapturedGraph, node: Node, value: Tensor) -> Tensor 
                 return None
             value = first
     return value if value.dtype.is_complex or not torch.isnan(value).any() else None
-
-
-def _counting(value: Tensor) -> Counting | None:
-    flat = value.flatten()
-    if value.dtype == torch.bool or value.dtype.is_complex or max(value.shape) != flat.numel():
-        return None
-    start = flat[0].item()
-    counted = torch.arange(flat.numel(), device=flat.device) + start
-    return Counting(start, 1) if torch.equal(counted.to(flat.dtype), flat) else None
 
 
 def _in_shape(captured: CapturedGraph, node: Node, current: Node, rest: tuple[int, ...]) -> Node:

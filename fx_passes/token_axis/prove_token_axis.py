@@ -10,7 +10,7 @@ from kvpass.fx_passes.graph import CapturedGraph, PassResult, refuse
 from kvpass.fx_passes.shape_values import classify, shape_evaluator
 from kvpass.fx_passes.token_axis.axes import Axes, Kind, Mixed, kinds_in
 from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
-from kvpass.fx_passes.token_axis.find_positions import position_sources
+from kvpass.fx_passes.token_axis.find_positions import NO_SOURCE, position_sources
 from kvpass.fx_passes.token_axis.infer_axes import Inference, infer_axes
 
 
@@ -37,7 +37,8 @@ class ProveTokenAxis:
             return PassResult(0, (refuse(captured, captured.output, reason, self.name),))
         assert isinstance(axes, Mixed)
         op = str(axes.node.target) if axes.node.op == "call_function" else axes.node.op
-        return PassResult(0, (refuse(captured, axes.node, f"{op} {axes.reason}", self.name),))
+        why = f"; {axes.node.meta[NO_SOURCE]}" if NO_SOURCE in axes.node.meta else ""
+        return PassResult(0, (refuse(captured, axes.node, f"{op} {axes.reason}{why}", self.name),))
 
 
 def positions_of(captured: CapturedGraph) -> dict[Node, Axes]:

@@ -14,7 +14,10 @@ HEADS = 4
 
 
 def read(evaluate: Evaluate, *sizes: int, sinks: bool = False, max_length: int | None = None) -> MaskMeaning | str:
-    return read_mask_meaning(evaluate, thresholds=sizes, absolute_scores=sinks, num_heads=HEADS, max_length=max_length)
+    """The meaning of a mask on whose entries nothing acts but their places."""
+    return read_mask_meaning(
+        evaluate, thresholds=sizes, absolute_scores=sinks, num_heads=HEADS, max_length=max_length, acts=None
+    )
 
 
 def meaning_of(evaluate: Evaluate, *thresholds: int, **options) -> MaskMeaning:

@@ -10,6 +10,7 @@ from kvpass.fx_passes.graph import ROLE, CapturedGraph, Role, expression, number
 from kvpass.fx_passes.masks.mask_meaning import read_mask_meaning
 from kvpass.fx_passes.masks.prove_mask import MaskExpression, read_expression
 from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
+from kvpass.fx_passes.symbolic.extents import depends_on_extent_only
 from kvpass.types import MaskMeaning
 
 Mask = Callable[[int, int], Tensor]
@@ -57,5 +58,6 @@ class TracedMask:
             absolute_scores=sinks,
             num_heads=num_heads,
             max_length=max_length,
+            acts=depends_on_extent_only(self.evaluator, self.bias),
             expression=self.expression(num_heads) if read else None,
         )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._sympy.functions import FloorDiv, IntTrueDiv, Mod, ModularIndexing, PowByNatural, PythonMod
 
-from kvpass.fx_passes.capture.length_conditions import HORIZON, failing_lengths
+from kvpass.fx_passes.capture.length_conditions import failing_lengths
+from kvpass.fx_passes.graph import HORIZON
 from tests.fx_passes.tracing import VOCAB, captured
 
 B, S = sympy.symbols("b s", integer=True, positive=True)

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvpass.fx_passes.graph import HORIZON
 from kvpass.fx_passes.masks import mask_meaning
 from kvpass.fx_passes.masks.mask_meaning import read_mask_meaning
-from kvpass.fx_passes.symbolic.index_terms import HORIZON, UnreadableError
+from kvpass.fx_passes.symbolic.index_terms import UnreadableError
 from kvpass.types import MaskMeaning
 from tests.fx_passes.mask_tracing import TracedMask
 
@@ -235,6 +236,7 @@ def test_an_expression_that_is_not_the_mask_is_not_used() -> None:
         absolute_scores=False,
         num_heads=1,
         max_length=None,
+        acts=None,
         expression=mask_of(causal).expression(),
     )
     assert (meaning.describe(), meaning.evidence) == (
@@ -252,6 +254,7 @@ def test_values_that_contradict_a_proof_count_alone() -> None:
         absolute_scores=False,
         num_heads=1,
         max_length=450,
+        acts=None,
         expression=mask_of(causal).expression(),
     )
     assert meaning.evidence.startswith("probed") and meaning.bias.shape == (1, 450, 450)

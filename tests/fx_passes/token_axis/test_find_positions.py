@@ -11,7 +11,14 @@ from kvpass.fx_passes.graph import CapturedGraph, is_call
 from kvpass.fx_passes.planning.plan_cache import table_limit
 from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
 from kvpass.fx_passes.token_axis.axes import Mixed
-from kvpass.fx_passes.token_axis.find_positions import SOURCE, Counting, Lookup, Tabulated, largest, longest_valid
+from kvpass.fx_passes.token_axis.find_positions import (
+    NO_SOURCE,
+    SOURCE,
+    Counting,
+    Lookup,
+    Tabulated,
+    largest,
+)
 from kvpass.fx_passes.token_axis.infer_axes import Inference
 from kvpass.fx_passes.token_axis.prove_token_axis import token_axes
 from tests.fx_passes.tracing import Cases, captured, outputs, show
@@ -56,22 +63,25 @@ POSITIONS = {
         lambda m, x: column(((distances(x) >= 0) & (distances(x) < 20000)).sum(-1)),
         Tabulated,
     ),
-    "slowed down where no probe reaches": (
-        lambda m, x: column(torch.arange(s(x)) / torch.sym_max(1, s(x) // 3000)),
-        Tabulated,
-    ),
-    "slowed down by a sum of ones": (
-        lambda m, x: column(torch.arange(s(x)) // (torch.ones(s(x)).sum() // 3000).clamp(min=1)),
-        Tabulated,
-    ),
     "clamped at 20": (lambda m, x: column(torch.arange(s(x)).clamp(max=20)), Counting(0, 1)),
     "modulo 7": (lambda m, x: column(torch.arange(s(x)) % 7), Counting(0, 1)),
     "logarithm": (lambda m, x: column((torch.arange(s(x)) + 1.0).log()), Counting(0, 1)),
     "sinusoids": (lambda m, x: torch.outer(torch.arange(s(x)).double(), m.vector).sin(), Counting(0, 1)),
 }
 
-# Functions of the length, of the sequence, or of the tokens.
+# Functions of the length, of the sequence, or of the tokens; some of them count at most lengths.
 OTHERS = {
+    "slowed down where no probe reaches": lambda m, x: column(torch.arange(s(x)) / torch.sym_max(1, s(x) // 3000)),
+    "slowed down by a sum of ones": lambda m, x: column(
+        torch.arange(s(x)) // (torch.ones(s(x)).sum() // 3000).clamp(min=1)
+    ),
+    "nothing at 67, 127, ...": lambda m, x: column(torch.arange(s(x)) * (torch.full((), s(x)) % 60 != 7)),
+    "shifted from 50 on": lambda m, x: column(torch.arange(s(x)) + 3 * (torch.full((), s(x)) // 50)),
+    "shifted at 60": lambda m, x: column(torch.ones(s(x)).long().cumsum(0) - 1 + (torch.full((), s(x)) == 60)),
+    "rolled by the length": lambda m, x: column(torch.arange(s(x)).roll(s(x) // 3000)),
+    "sorted": lambda m, x: column(
+        torch.argsort(torch.arange(s(x)) * (1 - 2 * (torch.full((), s(x)) // 80 == 5).long()))
+    ),
     "distance from the end": lambda m, x: column(torch.arange(s(x)).flip(0)),
     "length less position": lambda m, x: column(s(x) - torch.arange(s(x))),
     "position over length": lambda m, x: column(torch.arange(s(x)) / s(x)),
@@ -166,13 +176,30 @@ def test_a_count_that_stops_where_no_constant_says_so_is_not_taken_for_counting(
     assert [type(n.meta[SOURCE]) for n in sources_of(nodes["stops at 100"])] == [Tabulated]
 
 
-@pytest.mark.parametrize("name", [name for name in POSITIONS if name.startswith("slowed")])
-def test_a_table_ends_where_its_rows_become_others(positions, name: str) -> None:
-    graph, _, nodes = positions
-    (source,) = sources_of(nodes[name])
-    evaluator = ShapeEvaluator(graph, classify(graph))
-    assert longest_valid(evaluator, source, 5000) == 5000
-    assert longest_valid(evaluator, source, 20_000) == 5999
+REASONS = {
+    "nothing at 67, 127, ...": (
+        lambda m, x: column(torch.arange(s(x)) * (torch.full((), s(x)) % 60 != 7)),
+        "at a length of 7 tokens position 1 is 0, and not 1",
+    ),
+    "shifted from 100 on": (
+        lambda m, x: column(torch.arange(s(x)) + 3 * (torch.full((), s(x)) // 100)),
+        "at a length of 100 tokens position 0 is 3, and not 0",
+    ),
+    "shifted by an unread op": (
+        lambda m, x: column(torch.arange(s(x)) + torch.ones(s(x)).norm().long() // 9),
+        "it may change with the length of the sequence: `linalg_vector_norm` is an op of which nothing is known",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_refusal_says_where_positions_are_others(name: str) -> None:
+    function, reason = REASONS[name]
+    graph = captured(Cases({name: lambda m, x: x + function(m, x)}))
+    Canonicalize().apply(graph)
+    (node,) = outputs(graph)[1:]
+    assert isinstance(token_axes(graph).results[node], Mixed)
+    assert next(n.meta[NO_SOURCE] for n in graph.graph.nodes if NO_SOURCE in n.meta) == reason
 
 
 @pytest.mark.parametrize(("name", "rows"), [("a row for four positions", 4 * 64), ("a row from before", 64 + 5)])
