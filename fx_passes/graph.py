@@ -8,7 +8,7 @@ two symbols of the capture, batch and length.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from kvpass.fx_passes.value_ledger import ValueLedger
 from kvpass.types import Refusal
 
 aten = torch.ops.aten
@@ -53,6 +54,7 @@ class CapturedGraph:
         export_seconds: time that torch.export took.
         forbidden_tokens: ids that no sequence may contain: what was proven holds without them.
         rows: which rows of logits the model returns; the graph returns all of them.
+        ledger: the tensors whose values decided something.
     """
 
     module: GraphModule
@@ -66,6 +68,7 @@ class CapturedGraph:
     export_seconds: float = 0.0
     forbidden_tokens: frozenset[int] = frozenset()
     rows: LogitsRows = LogitsRows.EVERY
+    ledger: ValueLedger = field(default_factory=ValueLedger)
 
     @property
     def graph(self) -> Graph:
@@ -102,7 +105,14 @@ class CapturedGraph:
             renamed[node] = graph.node_copy(node, lambda n: renamed[n])
         position_ids = self.position_ids and renamed[self.position_ids]
         module = GraphModule(self.module, graph)
-        return replace(self, module=module, input_ids=renamed[self.input_ids], position_ids=position_ids, size_nodes={})
+        return replace(
+            self,
+            module=module,
+            input_ids=renamed[self.input_ids],
+            position_ids=position_ids,
+            size_nodes={},
+            ledger=self.ledger.copy(),
+        )
 
     def tidy(self) -> None:
         """Drop dead nodes and recompile; the graph is checked to be well formed."""
@@ -206,6 +216,25 @@ def read_attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
     value = operator.attrgetter(path)(module)
     assert isinstance(value, torch.Tensor)
     return value
+
+
+def record_values(captured: CapturedGraph, nodes: Iterable[Node], decided: str) -> None:
+    """Note in the ledger that the values of those of ``nodes`` that read a tensor decided something."""
+    for node in nodes:
+        if node.op == "get_attr" and tensor_value(node) is not None:
+            name = str(node.target)
+            captured.ledger.record(name, read_attribute(captured.module, name), decided)
+
+
+def constants_of(node: Node) -> set[Node]:
+    """The nodes that a constant is computed from, itself included."""
+    found, stack = {node}, [node]
+    while stack:
+        for used in stack.pop().all_input_nodes:
+            if used not in found:
+                found.add(used)
+                stack.append(used)
+    return found
 
 
 def reads_parameter(captured: CapturedGraph, node: Node) -> bool:

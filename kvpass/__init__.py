@@ -16,6 +16,7 @@ from kvpass.errors import (
     KvpassWarning,
     RefusedError,
     VerificationError,
+    WeightsChangedError,
 )
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.report import RewriteReport, SiteReport
@@ -64,6 +65,7 @@ __all__ = [
     "StepInputs",
     "TokenLogprobs",
     "VerificationError",
+    "WeightsChangedError",
     "compile",
     "sample_seed",
 ]

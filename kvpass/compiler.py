@@ -19,6 +19,7 @@ from kvpass.fx_passes.capture.capture import capture
 from kvpass.fx_passes.capture.diagnose_capture import convolutions_over_tokens
 from kvpass.fx_passes.capture.logits_rows import every_row
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
+from kvpass.fx_passes.ledger_check import LedgerCheck
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.fx_passes.lowering.exact_formats import with_exact_formats
 from kvpass.fx_passes.lowering.insert_cache import insert_cache
@@ -235,6 +236,7 @@ def rewrite(
     if report.verification is not None and not report.verification.passed:
         lines = "\n".join(report.verification.checks)
         raise VerificationError(f"the rewritten model differs from the original, and is not used:\n{lines}", report)
+    module.guard = LedgerCheck(model.model, captured.ledger, captured.path_prefix, model.copied)
     return module, report
 
 

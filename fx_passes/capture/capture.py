@@ -20,7 +20,8 @@ from kvpass.errors import CaptureError
 from kvpass.fx_passes.capture.diagnose_capture import token_mixers
 from kvpass.fx_passes.capture.length_conditions import longest_valid
 from kvpass.fx_passes.capture.logits_rows import return_every_row, rows_returned
-from kvpass.fx_passes.graph import CapturedGraph, aten, expression
+from kvpass.fx_passes.graph import CapturedGraph, aten, expression, read_attribute
+from kvpass.fx_passes.value_ledger import ValueLedger
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
 
@@ -145,7 +146,10 @@ def _to_graph(program: ExportedProgram, path_prefix: str) -> CapturedGraph:
     for name, child in program.graph_module.named_children():
         module.add_module(name, child)
     graph_module = GraphModule(module, graph)
-    captured = CapturedGraph(graph_module, *_symbols(inputs), *_named(inputs), path_prefix=path_prefix)
+    held = {name: read_attribute(graph_module, name) for name in attributes.values()}
+    captured = CapturedGraph(
+        graph_module, *_symbols(inputs), *_named(inputs), path_prefix=path_prefix, ledger=ValueLedger(held)
+    )
     return _with_every_row(captured)
 
 

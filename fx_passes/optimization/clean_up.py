@@ -9,7 +9,17 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from kvpass.fx_passes.graph import CapturedGraph, aten, expression, is_call, read_attribute, shape_of, tensor_value
+from kvpass.fx_passes.graph import (
+    CapturedGraph,
+    aten,
+    constants_of,
+    expression,
+    is_call,
+    read_attribute,
+    record_values,
+    shape_of,
+    tensor_value,
+)
 
 LARGEST_CONSTANT = 1 << 16  # elements that a folded constant may have
 VIEWS = (
@@ -86,6 +96,7 @@ def _fold_constants(captured: CapturedGraph) -> None:
     for node, value in values.items():
         if node.op == "get_attr" or all(user in values for user in node.users):
             continue
+        record_values(captured, constants_of(node), "a constant that was folded")
         name = f"_folded_{folded}"
         folded += 1
         captured.module.register_buffer(name, value.contiguous(), persistent=False)

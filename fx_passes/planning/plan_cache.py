@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.attention.canonical_attention import attention_sites
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of, tensor_value
 from kvpass.fx_passes.masks.read_masks import MASK
 from kvpass.fx_passes.planning.absorb import Absorption
 from kvpass.fx_passes.planning.choose_formats import choose_formats, exact_formats, final_formats
@@ -91,6 +91,8 @@ def plan_cache(captured: CapturedGraph, config: CacheConfig, vocab_size: int) ->
             stored.append(reading.stored)
             readers.append([])
             windows.append([])
+        elif stored[index].structure != reading.stored.structure:
+            classes.note_equal(stored[index].nodes, reading.stored.nodes)
         name = _unique(module_path(node, captured) or "attention", {s.name for s in sites})
         readers[index].append(name)
         windows[index].append(mask.reach)
@@ -206,5 +208,9 @@ def table_limit(
     assert isinstance(table, Node)
     rows = max(int(s) for s in shape_of(table)) if all(s.is_number for s in shape_of(table)) else 0
     upper = max(2 * rows + 1, LONGEST_PROBE)  # it may be looked up at an offset, or once for several positions
-    found = longest_valid(evaluator, node, upper)
+    with evaluator.deciding(None):  # of the table nothing counts but its shape
+        found = longest_valid(evaluator, node, upper)
+    for index in node.all_input_nodes:
+        if index is not table and tensor_value(index) is not None:
+            evaluator.record(index, "the longest sequence")
     return found if found < upper else None

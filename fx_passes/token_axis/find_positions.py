@@ -208,7 +208,8 @@ def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) ->
     rows: list[Tensor] = []
     for batch, length in probes:
         try:
-            value = evaluator.evaluate(node, batch, length)
+            with evaluator.deciding(None):
+                value = evaluator.evaluate(node, batch, length)
         except (IndexError, RuntimeError, ValueError):
             continue
         row = _one_sequence(captured, node, value)
@@ -220,6 +221,7 @@ def _by_value(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) ->
     longest = max(rows, key=lambda r: r.shape[dim])
     if any(not torch.equal(longest.narrow(dim, 0, r.shape[dim]), r) for r in rows):
         return False
+    evaluator.record(node, "the positions")
     node.meta[SOURCE] = (None if beyond else _counting(longest)) or Tabulated(longest, dim)
     return True
 
