@@ -52,7 +52,9 @@ def compile(
         model: a decoder whose forward takes token ids int64 ``[batch, length]`` (and ``position_ids``, where it
             demands them) and returns logits ``[batch, length, V]``: a tensor, an object with ``.logits``, a dict, or a
             tuple. In eval mode, on one device. Its parameters are used as they are, not copied, but for those that
-            rotations of int4 and k4v2 caches are folded into, see ``CacheConfig(fold_rotations=...)``.
+            rotations of int4 and k4v2 caches are folded into, see ``CacheConfig(fold_rotations=...)``. They may change
+            in place later; where one is replaced, or its value decided something (a mask, heads that were equal), the
+            engine raises :class:`kvpass.WeightsChangedError` from then on.
         config: formats and size of the cache.
         example_inputs: token ids ``[B, S]``, or a pair of token ids and position ids when the model should be captured
             with position ids that it takes but does not demand. The token ids are also what fp8 caches are

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from kvpass.config import CacheConfig
 from kvpass.fx_passes.attention.canonical_attention import attention_sites
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of, tensor_value
+from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, is_call, module_path, shape_of
 from kvpass.fx_passes.masks.read_masks import MASK
 from kvpass.fx_passes.planning.absorb import Absorption
 from kvpass.fx_passes.planning.choose_formats import choose_formats, exact_formats, final_formats
@@ -199,7 +199,8 @@ def table_limit(
     """The longest sequence for which a table of positions has rows; None where the node reads none that ends."""
     source = node.meta.get(SOURCE)
     if isinstance(source, Tabulated):
-        return longest_valid(evaluator, node, config.max_length or captured.max_length or DEFAULT_TABLE_LENGTH)
+        with evaluator.deciding("the positions"):
+            return longest_valid(evaluator, node, config.max_length or captured.max_length or DEFAULT_TABLE_LENGTH)
     if isinstance(source, Lookup):
         return int(shape_of(source.table)[source.dim]) - source.start
     if not is_call(node, *LOOKUPS) or inference.kinds[node] is not Dependence.SHAPE:
@@ -208,9 +209,6 @@ def table_limit(
     assert isinstance(table, Node)
     rows = max(int(s) for s in shape_of(table)) if all(s.is_number for s in shape_of(table)) else 0
     upper = max(2 * rows + 1, LONGEST_PROBE)  # it may be looked up at an offset, or once for several positions
-    with evaluator.deciding(None):  # of the table nothing counts but its shape
+    with evaluator.deciding(None):  # what ends a table raises: its values decide nothing
         found = longest_valid(evaluator, node, upper)
-    for index in node.all_input_nodes:
-        if index is not table and tensor_value(index) is not None:
-            evaluator.record(index, "the longest sequence")
     return found if found < upper else None
