@@ -1,4 +1,4 @@
-"""Decoders that have a value read of them when they are compiled, and changes of it: one for each feed of the ledger."""
+"""Decoders that have a value read of them at compile time, and a change of it: one for each feed of the ledger."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ CASES = {
     "one-hot": Case(Picked, lambda m: m.pick.add_(0.1), "pick", ("a product that only picks",)),
     "order": Case(Ordered, lambda m: m.order.copy_(torch.tensor([0, 1])), "order", ("the order of",)),
     "buffers": Case(TwoGains, lambda m: m.second.neg_(), "second", ("buffers that are held once",)),
-    "heads": Case(Changing, lambda m: m.k.weight.data[WIDTH:].neg_(), "k.weight", ("heads that are stored",), equal_heads),
+    "heads": Case(Changing, lambda m: m.k.weight.data[WIDTH:].neg_(), "k.weight", ("heads that",), equal_heads),
     "layers": Case(TwoLayers, lambda m: m.k2.weight.data.neg_(), "k2.weight", ("keys and values that",), equal_layers),
     "positions": Case(Tabled, lambda m: m.step.mul_(4), "step", ("the positions",)),
     "rotations": Case(

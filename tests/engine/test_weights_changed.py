@@ -141,13 +141,13 @@ def test_the_error_reaches_who_waits_and_putting_the_value_back_goes_on() -> Non
     engine.step()
     table = model.table.clone()
     quietly(case.change, model)
-    with pytest.raises(kvpass.WeightsChangedError, match="^table "):
+    with pytest.raises(kvpass.WeightsChangedError, match=r"^table "):
         handle.result()
     model.table.copy_(table)
     assert handle.result() == wanted
     handle = engine.submit(PROMPT, 6)
     model.table.mul_(2)
-    with engine.serving(), pytest.raises(kvpass.WeightsChangedError, match="^table "):
+    with engine.serving(), pytest.raises(kvpass.WeightsChangedError, match=r"^table "):
         handle.result()
     assert handle.finish_reason == "error"
     assert is_empty(engine)
@@ -214,7 +214,7 @@ def test_said_by_the_caller() -> None:
     model = case.build()
     engine = case.compile(model)
     model.table.data[3, 1] = 7.0  # type: ignore[union-attr, operator]
-    with pytest.raises(kvpass.WeightsChangedError, match="^table "):
+    with pytest.raises(kvpass.WeightsChangedError, match=r"^table "):
         engine.weights_changed()
 
 
@@ -251,7 +251,7 @@ def test_a_draft_engine_looks_after_its_own_weights() -> None:
     quietly(lambda m: [p.data.mul_(1.1) for p in m.parameters()], model)
     assert engine.generate([PROMPT], 8) == [naive(model, PROMPT, 8)[0]]
     quietly(CASES["mask"].change, small)
-    with pytest.raises(kvpass.WeightsChangedError, match="^table "):
+    with pytest.raises(kvpass.WeightsChangedError, match=r"^table "):
         draft.generate([PROMPT], 8)
     engine.speculate(None)
     assert engine.generate([PROMPT], 8) == [naive(model, PROMPT, 8)[0]]
@@ -262,5 +262,5 @@ def test_a_recompiler_watches_its_model() -> None:
     model = case.build()
     engine = kvpass.compiler.Recompiler(model).compile(kvpass.CacheConfig(block_size=8, num_blocks=16), verify=False)
     quietly(case.change, model)
-    with pytest.raises(kvpass.WeightsChangedError, match="^table "):
+    with pytest.raises(kvpass.WeightsChangedError, match=r"^table "):
         engine.generate([PROMPT], 2)

@@ -61,7 +61,7 @@ def test_a_ledger_keeps_the_first_reason_and_leaves_out_the_own_tensors_of_the_r
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64])
 def test_a_digest_sees_each_entry_and_the_order(dtype: torch.dtype) -> None:
-    tensor = (torch.arange(60).view(6, 10) % 7 > 3).to(dtype)
+    tensor = (torch.arange(60).view(6, 10) % 7 > 4).to(dtype)
     for change in (lambda t: t.T, lambda t: t.flip(0), lambda t: torch.zeros_like(t)):
         assert digests([change(tensor)]) != digests([tensor])
     assert digests([tensor.clone()]) == digests([tensor])
