@@ -163,19 +163,6 @@ class LastRow(Changing):
         return self.head(x[:, self.last])
 
 
-class SinkOfQueries(Changing):
-    """The same sink twice over, of which one row is taken for all queries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sink = nn.Parameter(torch.full((1, HEADS, 1, 1), 0.5))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        b, _, s, _ = q.shape
-        scores = torch.cat((self.sink.expand(b, -1, s, 1), hiding(q @ k.mT, s)), -1)
-        return scores.softmax(-1)[..., 1:] @ v
-
-
 class Kept(Changing):
     """A tensor that is neither parameter nor buffer."""
 
@@ -212,7 +199,7 @@ class Case:
         torch.manual_seed(1)
         model = self.make().eval()
         for name, p in model.named_parameters():
-            if p.dim() > 1 and name != "table" and name != "sink":
+            if p.dim() > 1 and name != "table":
                 p.copy_(torch.randn(p.shape) * (1.0 if "embed" in name else 0.25))
         self.setting(model)
         return model
