@@ -8,7 +8,7 @@ two symbols of the capture, batch and length.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from kvpass.fx_passes.op_facts.table import facts_of
+from kvpass.fx_passes.value_ledger import ValueLedger
 from kvpass.types import Refusal
 
 aten = torch.ops.aten
@@ -74,6 +75,7 @@ class CapturedGraph:
         forbidden_tokens: ids that no sequence may contain: what was proven holds without them.
         rows: which rows of logits the model returns; the graph returns all of them.
         declared: ops that are taken for what their owner declared them to be.
+        ledger: the tensors whose values decided something.
     """
 
     module: GraphModule
@@ -87,6 +89,7 @@ class CapturedGraph:
     forbidden_tokens: frozenset[int] = frozenset()
     rows: LogitsRows = LogitsRows.EVERY
     declared: tuple[str, ...] = ()
+    ledger: ValueLedger = field(default_factory=ValueLedger)
     analyses: dict[Callable[[CapturedGraph], Any], Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -146,7 +149,8 @@ class CapturedGraph:
         for node in self.graph.nodes:
             renamed[node] = graph.node_copy(node, lambda n: renamed[n])
         inputs = {role: renamed[node] for role, node in self.inputs.items()}
-        return replace(self, module=GraphModule(self.module, graph), inputs=inputs, size_nodes={}, analyses={})
+        module, ledger = GraphModule(self.module, graph), self.ledger.copy()
+        return replace(self, module=module, inputs=inputs, size_nodes={}, analyses={}, ledger=ledger)
 
     def tidy(self) -> None:
         """Drop dead nodes and recompile; the graph is checked to be well formed."""
@@ -253,6 +257,25 @@ def read_attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
     value = operator.attrgetter(path)(module)
     assert isinstance(value, torch.Tensor)
     return value
+
+
+def record_values(captured: CapturedGraph, nodes: Iterable[Node], decided: str) -> None:
+    """Note in the ledger that the values of those of ``nodes`` that read a tensor decided something."""
+    for node in nodes:
+        if node.op == "get_attr" and tensor_value(node) is not None:
+            name = str(node.target)
+            captured.ledger.record(name, read_attribute(captured.module, name), decided)
+
+
+def constants_of(node: Node) -> set[Node]:
+    """The nodes that a constant is computed from, itself included."""
+    found, stack = {node}, [node]
+    while stack:
+        for used in stack.pop().all_input_nodes:
+            if used not in found:
+                found.add(used)
+                stack.append(used)
+    return found
 
 
 def reads_parameter(captured: CapturedGraph, node: Node) -> bool:

@@ -6,6 +6,8 @@ and length without running the model: that is how kvpass learns what they mean.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -22,7 +24,9 @@ from kvpass.fx_passes.graph import (
     aten,
     expression,
     is_call,
+    module_path,
     read_attribute,
+    record_values,
     role_of,
     tensor_value,
 )
@@ -99,12 +103,34 @@ def shape_evaluator(captured: CapturedGraph) -> ShapeEvaluator:
 
 
 class ShapeEvaluator:
-    """Evaluates shape-only nodes at a batch size and length of choice."""
+    """Evaluates shape-only nodes at a batch size and length of choice.
+
+    Every tensor that is read on the way is noted in the ledger of the graph, but where :meth:`deciding` says that its
+    values decide nothing.
+    """
 
     def __init__(self, captured: CapturedGraph, kinds: dict[Node, Dependence]) -> None:
         self.captured = captured
         self.kinds = kinds
         self.order = {node: i for i, node in enumerate(captured.graph.nodes)}
+        self._decides: str | None = "a constant"
+
+    @contextmanager
+    def deciding(self, what: str | None) -> Iterator[None]:
+        """Say what the values that are read meanwhile decide; None where nothing, or what is recorded later does."""
+        before, self._decides = self._decides, what
+        try:
+            yield
+        finally:
+            self._decides = before
+
+    def record(self, node: Node, what: str) -> None:
+        """Note in the ledger that all that a shape-only node is computed from decided something."""
+        self._record(node, self.needed(node), what)
+
+    def _record(self, node: Node, needed: set[Node], what: str) -> None:
+        path = module_path(node, self.captured)
+        record_values(self.captured, needed, f"{what} of {path}" if path else what)
 
     def evaluate(self, node: Node, batch: int, length: int) -> Tensor:
         """Value of a shape-only tensor node.
@@ -119,7 +145,10 @@ class ShapeEvaluator:
         """Values of several shape-only tensor nodes, their common part computed once."""
         needed: set[Node] = set()
         for node in nodes:
-            needed |= self.needed(node)
+            own = self.needed(node)
+            needed |= own
+            if self._decides is not None:
+                self._record(node, own, self._decides)
         ordered = sorted(needed, key=self.order.__getitem__)
         uses = {n: sum(m in needed for m in n.users) + (n in nodes) for n in ordered}
         env: dict[Node, Any] = {}

@@ -17,6 +17,7 @@ from kvpass.errors import (
     KvpassWarning,
     RefusedError,
     VerificationError,
+    WeightsChangedError,
 )
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.report import RewriteReport, SiteReport
@@ -65,6 +66,7 @@ __all__ = [
     "StepInputs",
     "TokenLogprobs",
     "VerificationError",
+    "WeightsChangedError",
     "compile",
     "declare_meaning",
     "declare_tokenwise",

@@ -26,11 +26,15 @@ class LogitsModel(nn.Module):
     """Calls the user's model and hands out its logits.
 
     ``forward(input_ids [B, S], position_ids [B, S] | None) -> logits [B, S, V]``.
+
+    Attributes:
+        copied: tensors that are neither parameters nor buffers, as copies that captures saw, and the model's own.
     """
 
     def __init__(self, model: nn.Module, takes_positions: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.copied: list[tuple[Tensor, Tensor]] = []
         self.ids_name, self.positions_name, self.fixed = _call_form(model, takes_positions)
         self.train(model.training)
 
@@ -135,7 +139,11 @@ def for_capture(model: LogitsModel) -> nn.Module:
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
-        copied = copy.deepcopy(model, dict(shared))
+        model.copied = []
+        memo: dict[int, Any] = dict(shared)
+        copied = copy.deepcopy(model, memo)
+        originals = [tensor for tensor in memo.get(id(memo), ()) if isinstance(tensor, Tensor)]
+        model.copied = [(memo[id(tensor)], tensor) for tensor in originals]
     except Exception:  # a module that cannot be copied is captured as it is
         copied = model
     return TwoInputs(copied) if model.takes_positions else OneInput(copied)

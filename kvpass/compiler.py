@@ -21,6 +21,7 @@ from kvpass.fx_passes.capture.capture import capture
 from kvpass.fx_passes.capture.diagnose_capture import convolutions_over_tokens
 from kvpass.fx_passes.capture.logits_rows import every_row
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
+from kvpass.fx_passes.ledger_check import LedgerCheck
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.fx_passes.lowering.exact_formats import with_exact_formats
 from kvpass.fx_passes.optimization.clean_up import count_nodes
@@ -52,7 +53,9 @@ def compile(
         model: a decoder whose forward takes token ids int64 ``[batch, length]`` (and ``position_ids``, where it
             demands them) and returns logits ``[batch, length, V]``: a tensor, an object with ``.logits``, a dict, or a
             tuple. In eval mode, on one device. Its parameters are used as they are, not copied, but for those that
-            rotations of int4 and k4v2 caches are folded into, see ``CacheConfig(fold_rotations=...)``.
+            rotations of int4 and k4v2 caches are folded into, see ``CacheConfig(fold_rotations=...)``. They may change
+            in place later; where one is replaced, or its value decided something (a mask, heads that were equal), the
+            engine raises :class:`kvpass.WeightsChangedError` from then on.
         config: formats and size of the cache.
         example_inputs: token ids ``[B, S]``, or a pair of token ids and position ids when the model should be captured
             with position ids that it takes but does not demand. The token ids are also what fp8 caches are
@@ -248,6 +251,7 @@ def rewrite(
     if report.verification is not None and not report.verification.passed:
         lines = "\n".join(report.verification.checks)
         raise VerificationError(f"the rewritten model differs from the original, and is not used:\n{lines}", report)
+    module.guard = LedgerCheck(model.model, captured.ledger, captured.path_prefix, model.copied)
     return module, report
 
 

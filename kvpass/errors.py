@@ -39,6 +39,13 @@ class KvpassWarning(RuntimeWarning):
     """kvpass goes on, but slower, or without something that was asked for; the message says why."""
 
 
+class WeightsChangedError(KvpassError):
+    """A parameter or buffer was changed after the model was compiled, in a way that the rewrite cannot follow.
+
+    The message names it, says what its value decided, and what to do.
+    """
+
+
 class RefusedError(KvpassError):
     """The rewrite could not be proven equal to the original, so nothing was rewritten.
 

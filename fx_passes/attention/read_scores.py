@@ -133,7 +133,8 @@ class ScoreReader:
             return False
         if not is_fixed(self.evaluator, fill):
             return False
-        return bool(self.evaluator.evaluate(fill, 2, 5).max() <= HIDDEN)
+        with self.evaluator.deciding("what a mask fills scores with"):
+            return bool(self.evaluator.evaluate(fill, 2, 5).max() <= HIDDEN)
 
     def constant(self, value: Any, learned: bool = False) -> float | None:
         """A number, where the argument is one or is a constant tensor of one entry; a parameter if ``learned``."""
@@ -144,7 +145,8 @@ class ScoreReader:
         tensor = tensor_value(value)
         if tensor is None or tensor.numel() != 1 or (not learned and reads_parameter(self.captured, value)):
             return None
-        return float(self.evaluator.evaluate(value, 2, 5).item())
+        with self.evaluator.deciding("a factor of the scores"):
+            return float(self.evaluator.evaluate(value, 2, 5).item())
 
 
 Reader = Callable[[ScoreReader, Node, dict[str, Any]], Scores]

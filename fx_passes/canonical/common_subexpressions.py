@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, read_attribute, tensor_value
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, read_attribute, record_values, tensor_value
 from kvpass.fx_passes.shape_values import Dependence, classify, is_random
 
 
@@ -73,11 +73,15 @@ def _equal_buffer(captured: CapturedGraph, node: Node, known: dict[Hashable, lis
         return node
     alike = known.setdefault((value.shape, value.dtype, value.device), [])
     for other in alike:
-        if _equal(read_attribute(captured.module, str(other.target)), value):
+        known_value = read_attribute(captured.module, str(other.target))
+        if known_value is value:
+            return other
+        if _equal(known_value, value):
+            record_values(captured, (other, node), "buffers that are held once")
             return other
     alike.append(node)
     return node
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)
+    return (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)

@@ -134,7 +134,9 @@ def _blocks_agree(captured: CapturedGraph, blocks: Sequence[Any], mask: Node) ->
     if any(kinds[n] is Dependence.DATA for n in nodes):
         return kinds[mask] is Dependence.DATA  # a mask by token values is refused where it is read
     try:
-        values = captured.analysis(shape_evaluator).evaluate_all(nodes, 2, longest)
+        evaluator = captured.analysis(shape_evaluator)
+        with evaluator.deciding("the blocks that a mask leaves out"):
+            values = evaluator.evaluate_all(nodes, 2, longest)
     except Exception:  # lists made for one length
         return False
     partial, full = (_listed(*(values.get(n) for n in pair)) for pair in (lists[:2], lists[2:]))

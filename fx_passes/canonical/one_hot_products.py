@@ -43,6 +43,7 @@ class OneHotProducts:
             with captured.graph.inserting_before(node):
                 replacement = _selection(captured, evaluator, node, constants[0])
             if replacement is not None and replacement.meta["val"].dtype == node.meta["val"].dtype:
+                evaluator.record(constants[0], "a product that only picks entries")
                 node.replace_all_uses_with(replacement)
                 captured.graph.erase_node(node)
                 rewritten += 1
@@ -59,7 +60,8 @@ def _selection(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node, c
     contraction = contraction_of(node)
     if contraction is None and not is_call(node, aten.mul):
         return None
-    value = evaluator.evaluate(constant, 1, 2)
+    with evaluator.deciding(None):
+        value = evaluator.evaluate(constant, 1, 2)
     if not _is_zeros_and_ones(value.flatten()[:SAMPLE]) or not _is_zeros_and_ones(value):
         return None
     if contraction is not None:

@@ -21,8 +21,9 @@ from kvpass.fx_passes.capture.declarations import check_declarations
 from kvpass.fx_passes.capture.diagnose_capture import token_mixers
 from kvpass.fx_passes.capture.length_conditions import longest_valid
 from kvpass.fx_passes.capture.logits_rows import return_every_row, rows_returned
-from kvpass.fx_passes.graph import ROLE, CapturedGraph, Role, aten, expression
+from kvpass.fx_passes.graph import ROLE, CapturedGraph, Role, aten, expression, read_attribute
 from kvpass.fx_passes.op_facts.declared import MEANINGS
+from kvpass.fx_passes.value_ledger import ValueLedger
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
 
@@ -153,7 +154,9 @@ def _to_graph(program: ExportedProgram, path_prefix: str) -> CapturedGraph:
     for name, child in program.graph_module.named_children():
         module.add_module(name, child)
     graph_module = GraphModule(module, graph)
-    captured = CapturedGraph(graph_module, *_symbols(inputs), _with_roles(inputs), path_prefix=path_prefix)
+    held = {name: read_attribute(graph_module, name) for name in attributes.values()}
+    roles, ledger = _with_roles(inputs), ValueLedger(held)
+    captured = CapturedGraph(graph_module, *_symbols(inputs), roles, path_prefix=path_prefix, ledger=ledger)
     return _with_every_row(captured)
 
 

@@ -24,6 +24,7 @@ from kvpass.fx_passes.graph import (
     is_call,
     is_symbolic_scalar,
     read_attribute,
+    record_values,
     shape_of,
 )
 
@@ -124,7 +125,10 @@ def _picks_last(captured: CapturedGraph, node: Node) -> bool:
             index = index.args[0]
         one = none is None and isinstance(index, Node) and index.op == "get_attr" and len(named["indices"]) == 2
         places = read_attribute(captured.module, str(index.target)) if one else torch.zeros(0)
-        return places.dtype == torch.int64 and places.dim() <= 1 and places.flatten().tolist() == [-1]
+        if places.dtype != torch.int64 or places.dim() > 1 or places.flatten().tolist() != [-1]:
+            return False
+        record_values(captured, (index,), "which token's logits are returned")
+        return True
     place = expression(named["index"] if is_call(node, aten.select) else named["start"] or 0)
     one = is_call(node, aten.select) or (shape_of(node)[1] == 1 and named.get("step", 1) == 1)
     return named["dim"] % len(shape_of(named["self"])) == 1 and one and place in (-1, captured.length - 1)

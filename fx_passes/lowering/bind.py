@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from kvpass.errors import InputError
 from kvpass.fx_passes.graph import aten, is_call
+from kvpass.fx_passes.ledger_check import LedgerCheck
 from kvpass.fx_passes.lowering.insert_cache import PagedGraph
 from kvpass.fx_passes.lowering.mass_steps import with_mass
 from kvpass.fx_passes.lowering.prefix_steps import show_prefix
@@ -28,12 +29,14 @@ class PagedModule(nn.Module):
     Attributes:
         graph_module: the rewritten graph.
         plan: what is cached, in the order of the ``caches`` argument.
+        guard: looks whether the model's tensors are those that it was compiled with; None where nobody does.
     """
 
     def __init__(self, paged: PagedGraph) -> None:
         super().__init__()
         self.graph_module = paged.module
         self.plan: CachePlan = paged.plan
+        self.guard: LedgerCheck | None = None
         tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         inputs = [node.name for node in self.graph_module.graph.nodes if node.op == "placeholder"]
@@ -64,7 +67,9 @@ class PagedModule(nn.Module):
 
         Raises:
             InputError: if the step has a tree mask, and :attr:`tree_step` is a refusal; or a part of a prefix.
+            WeightsChangedError: if a value that was read at compile time has changed since, before anything is written.
         """
+        self._check_weights(step)
         if self.plan.prefix:
             step = show_prefix(step, self.plan.prefix)
         graph: GraphModule | Refusal = self.graph_module if step.tree_mask is None else self.tree_step
@@ -86,9 +91,17 @@ class PagedModule(nn.Module):
         Returns:
             logits ``[R, V]``; and float32 ``[N, W]``: for each entry of the block tables the weights that its tokens
             got in this step, summed over tokens, query heads and attentions.
+
+        Raises:
+            WeightsChangedError: as :meth:`forward`.
         """
+        self._check_weights(step)
         (logits, *_), mass = self.mass_step(*self.arguments(step, caches))
         return logits[0], mass
+
+    def _check_weights(self, step: StepInputs) -> None:
+        if self.guard is not None:
+            self.guard.check_step(len(step.token_ids), len(step.seq_lens))
 
     def arguments(self, step: StepInputs, caches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """The step as its graph takes it: token ids ``[1, T]``, the step's tensors, the caches' tensors."""

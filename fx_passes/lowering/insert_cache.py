@@ -168,7 +168,8 @@ def _covering(plan: GraphPlan, node: Node) -> PositionSource:
     if not isinstance(source, Tabulated):
         return source
     assert length is not None
-    return Tabulated(plan.evaluator.evaluate(node, 1, length).contiguous(), source.dim)
+    with plan.evaluator.deciding("the positions"):
+        return Tabulated(plan.evaluator.evaluate(node, 1, length).contiguous(), source.dim)
 
 
 def _write(

@@ -104,14 +104,16 @@ class ReadMasks:
 def _expression(captured: CapturedGraph, evaluator: ShapeEvaluator, bias: Node, heads: int) -> MaskExpression | None:
     """The bias as an expression; None where its graph cannot be read, so that its meaning rests on values alone."""
     try:
-        return read_expression(captured, evaluator, bias, heads)
+        with evaluator.deciding("the mask"):
+            return read_expression(captured, evaluator, bias, heads)
     except Exception:  # the graph is the user's, and torch may raise anything where it is computed piece by piece
         return None
 
 
 def _bias_function(evaluator: ShapeEvaluator, bias: Node) -> Callable[[int, int], Tensor]:
     def evaluate(batch: int, length: int) -> Tensor:
-        value = evaluator.evaluate(bias, batch, length)
+        with evaluator.deciding("the mask"):
+            value = evaluator.evaluate(bias, batch, length)
         expected = [evaluator.number(s, batch, length) for s in bias.meta["val"].shape]
         if list(value.shape) != expected:
             raise ValueError(f"the mask has shape {list(value.shape)} instead of {expected}")

@@ -14,9 +14,11 @@ from kvpass.fx_passes.graph import (
     CapturedGraph,
     PassResult,
     aten,
+    constants_of,
     expression,
     is_call,
     read_attribute,
+    record_values,
     shape_of,
     tensor_value,
 )
@@ -106,6 +108,7 @@ def _fold_constants(captured: CapturedGraph) -> None:
     for node, value in values.items():
         if node.op == "get_attr" or all(user in values for user in node.users):
             continue
+        record_values(captured, constants_of(node), "a constant that was folded")
         name = f"_folded_{folded}"
         folded += 1
         captured.module.register_buffer(name, value.contiguous(), persistent=False)

@@ -20,6 +20,7 @@ from kvpass.fx_passes.graph import (
     emit,
     is_call,
     module_path,
+    record_values,
 )
 from kvpass.fx_passes.optimization.merge_projections import drop_unread
 from kvpass.fx_passes.optimization.step_graph import RowRotation, StepGraph
@@ -339,6 +340,8 @@ def _replace(captured: CapturedGraph, derived: _Derived, known: dict[tuple[objec
     """Put a linear map with the derived parameters in the place of the projection; equal ones are held once."""
     old = derived.projection.node
     if derived.key not in known:
+        replaced = [derived.projection.weight, *([] if derived.bias is None else [derived.projection.bias])]
+        record_values(captured, [n for n in replaced if n is not None], "a rotated copy of it")
         known[derived.key] = f"_rotated_{len(known)}"
         for tensor, part in ((derived.weight, "weight"), (derived.bias, "bias")):
             if tensor is not None:

@@ -74,6 +74,8 @@ def _merge(captured: CapturedGraph, group: Sequence[Projection]) -> int:
         whole = emit(captured, aten.linear.default, like.source, *joined, like=like.node)
         parts = emit(captured, aten.split_with_sizes.default, whole, sizes, -1, like=like.node)
         for place, projection in enumerate(projections):
+            for read in _reads(projection):
+                captured.ledger.join(str(read.target), read_attribute(captured.module, str(read.target)))
             part = captured.graph.call_function(operator.getitem, (parts, place))
             part.meta = dict(projection.node.meta)
             projection.node.replace_all_uses_with(part)
@@ -89,8 +91,11 @@ def _that_pay(group: Sequence[Projection]) -> list[Projection]:
 
 
 def _parameters(captured: CapturedGraph, projection: Projection) -> list[Tensor]:
-    reads = [node for node in (projection.weight, projection.bias) if node is not None]
-    return [read_attribute(captured.module, str(node.target)) for node in reads]
+    return [read_attribute(captured.module, str(node.target)) for node in _reads(projection)]
+
+
+def _reads(projection: Projection) -> list[Node]:
+    return [node for node in (projection.weight, projection.bias) if node is not None]
 
 
 def _columns(captured: CapturedGraph, projections: Sequence[Projection]) -> list[tuple[Tensor, ...]]:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, describe, expression, is_call, read_attribute, tensor_value
+from kvpass.fx_passes.graph import (
+    CapturedGraph,
+    describe,
+    expression,
+    is_call,
+    read_attribute,
+    record_values,
+    tensor_value,
+)
 from kvpass.fx_passes.op_facts.facts import is_item_of
 from kvpass.fx_passes.planning.minimum_cut import MOVES
 
@@ -129,6 +137,7 @@ class StepMoves:
                 self._random[node] = torch.randn(self.shape(node), dtype=torch.float64, generator=self.generator)
             return self._random[node]
         if node.op == "get_attr":
+            record_values(self.captured, (node,), "the order of stored entries")
             return read_attribute(self.captured.module, str(node.target)).cpu()
         if node.op == "placeholder" and node.name == "logits_index":
             return torch.arange(int(value.shape[0])) % TOKENS

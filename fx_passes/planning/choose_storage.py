@@ -42,6 +42,7 @@ class StoredHeads:
         joint: values are the first Dv entries of the key rows, and are not stored a second time.
         content: classes of the entries of keys and values, see
             :class:`~kvpass.fx_passes.planning.value_numbering.EntryClasses`.
+        structure: the same, of entries that are equal whatever the values of the weights are.
     """
 
     nodes: tuple[Node, ...]
@@ -51,6 +52,7 @@ class StoredHeads:
     value_places: Tensor
     joint: bool = False
     content: tuple[tuple[int, ...], ...] = ()
+    structure: tuple[tuple[int, ...], ...] = ()
 
     def same(self, other: StoredHeads) -> bool:
         """Whether the same numbers are stored in the same places."""
@@ -224,9 +226,10 @@ def _reading(chosen: _Candidate, reads: list[int], classes: EntryClasses) -> Rea
     order = tuple(sorted(range(len(reads)), key=lambda h: (heads.index(reads[h]), h)))
     places, kept = chosen.stored, list(chosen.kept)
     rows = [part[kept] for part in (places.key_places, places.value_places)]
-    held = classes.of_row(places.nodes)
-    content = tuple(tuple(held[row].flatten().tolist()) for row in rows)
-    stored = replace(places, key_places=rows[0], value_places=rows[1], content=content)
+    content, structure = (
+        tuple(tuple(held[row].flatten().tolist()) for row in rows) for held in classes.with_structure(places.nodes)
+    )
+    stored = replace(places, key_places=rows[0], value_places=rows[1], content=content, structure=structure)
     forms = []
     for form, columns in ((chosen.key, places.key_places), (chosen.value, places.value_places)):
         at = {tuple(column): i for i, column in enumerate(columns.T.tolist())}

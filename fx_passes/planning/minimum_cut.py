@@ -212,7 +212,8 @@ def _run_move(inference: Inference, evaluator: ShapeEvaluator, node: Node, env: 
             return env[n]
         if _is_number(n):
             return evaluator.number(n.meta["val"], BATCH, LENGTH)
-        value = evaluator.evaluate(n, BATCH, LENGTH)
+        with evaluator.deciding("the order of heads" if n in indices else None):
+            value = evaluator.evaluate(n, BATCH, LENGTH)
         return value if n in indices else torch.full(value.shape, -1, dtype=torch.int64)
 
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), resolve)

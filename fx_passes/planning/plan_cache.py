@@ -149,6 +149,8 @@ class ChooseStorage:
                 planning.stored.append(reading.stored)
                 planning.readers.append([])
                 planning.windows.append([])
+            elif planning.stored[index].structure != reading.stored.structure:
+                classes.note_equal(planning.stored[index].nodes, reading.stored.nodes)
             path = module_path(node, planning.captured) or "attention"
             name = _unique(path, {site.name for site in planning.sites})
             planning.readers[index].append(name)
@@ -304,7 +306,8 @@ def table_limit(
     """The longest sequence for which a table of positions has rows; None where the node reads none that ends."""
     source = node.meta.get(SOURCE)
     if isinstance(source, Tabulated):
-        return longest_valid(evaluator, node, config.max_length or captured.max_length or DEFAULT_TABLE_LENGTH)
+        with evaluator.deciding("the positions"):
+            return longest_valid(evaluator, node, config.max_length or captured.max_length or DEFAULT_TABLE_LENGTH)
     if isinstance(source, Counting):
         return source.limit
     if isinstance(source, Lookup):
@@ -315,5 +318,6 @@ def table_limit(
     assert isinstance(table, Node)
     rows = max(int(s) for s in shape_of(table)) if all(s.is_number for s in shape_of(table)) else 0
     upper = max(2 * rows + 1, LONGEST_PROBE)  # it may be looked up at an offset, or once for several positions
-    found = longest_valid(evaluator, node, upper)
+    with evaluator.deciding(None):  # what ends a table raises: its values decide nothing
+        found = longest_valid(evaluator, node, upper)
     return found if found < upper else None

@@ -4,6 +4,9 @@ A model whose grouped heads were repeated in its weights computes the same keys 
 class when they are the same op of the same classes and of equal constants, down to products with equal rows of weights,
 compared bit by bit (by their SHA-256). What no rule knows is equal to nothing but itself, so two entries of one class
 are equal whatever the tokens are.
+
+Entries may be equal whatever the constants are, such as heads that the graph itself repeats. Only where they are equal
+because the constants are now, does that go into the ledger: the constants must stay as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +20,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import arguments, aten, expression, is_call, read_attribute, tensor_value
+from kvpass.fx_passes.graph import (
+    arguments,
+    aten,
+    constants_of,
+    expression,
+    is_call,
+    read_attribute,
+    record_values,
+    tensor_value,
+)
 from kvpass.fx_passes.op_facts.facts import OpKind
 from kvpass.fx_passes.op_facts.table import facts_of
 from kvpass.fx_passes.planning.linear_forms import FormReader, NotLinear, is_linear
@@ -36,29 +48,82 @@ class EntryClasses:
     Args:
         inference: axes of the graph's nodes.
         evaluator: gives the values of constants.
+        by_value: constants with equal entries are equal; else no two are.
+
+    Attributes:
+        by_structure: the same, not by value: what is equal whatever the constants are. None where this is it.
     """
 
-    def __init__(self, inference: Inference, evaluator: ShapeEvaluator) -> None:
+    def __init__(self, inference: Inference, evaluator: ShapeEvaluator, by_value: bool = True) -> None:
         self.reader = FormReader(inference, evaluator, ())
         self.inference = inference
         self.evaluator = evaluator
         self.known: dict[Node, Tensor] = {}
         self.numbers: dict[Any, int] = {}
         self.values = _value_numbers(inference)
+        self.by_structure = EntryClasses(inference, evaluator, by_value=False) if by_value else None
+        # What the classes of a node rest on: those of other nodes, and the values of constants.
+        self._behind: dict[Node, set[Node]] = {}
+        self._compared: dict[Node, set[Node]] = {}
+        self._reading: list[Node] = []
 
     def of_row(self, nodes: Sequence[Node]) -> Tensor:
         """Class of every entry of a row, int64 ``[entries]``, one node after the other."""
-        return torch.cat([self.of(node) for node in nodes])
+        classes = torch.cat([self.of(node) for node in nodes])
+        if self.by_structure is not None:
+            self._record(nodes, classes, self.by_structure.of_row(nodes))
+        return classes
+
+    def with_structure(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
+        """As :meth:`of_row`, by value and by structure."""
+        classes = self.of_row(nodes)
+        return classes, classes if self.by_structure is None else self.by_structure.of_row(nodes)
+
+    def note_equal(self, one: Sequence[Node], other: Sequence[Node]) -> None:
+        """Note in the ledger that two rows are held once, for which their constants have to stay as they are."""
+        constants = set().union(*(self._constants_behind(node) for node in (*one, *other)))
+        record_values(self.inference.captured, constants, "keys and values that are stored once for several layers")
+
+    def _record(self, nodes: Sequence[Node], classes: Tensor, structural: Tensor) -> None:
+        """Note in the ledger the constants behind entries of one class that are equal by their values alone."""
+        if len(classes.unique()) == len(structural.unique()):
+            return
+        held: dict[int, set[int]] = {}
+        for number, own in zip(classes.tolist(), structural.tolist(), strict=True):
+            held.setdefault(number, set()).add(own)
+        merged = torch.tensor([len(held[number]) > 1 for number in classes.tolist()])
+        sizes = [entries_per_token(self.inference, node) for node in nodes]
+        for node, part in zip(nodes, merged.split(sizes), strict=True):
+            if part.any():
+                constants = self._constants_behind(node)
+                record_values(self.inference.captured, constants, "heads that are stored once")
+
+    def _constants_behind(self, node: Node) -> set[Node]:
+        """Constants whose values the classes of a node rest on, through all that they were computed from."""
+        found: set[Node] = set()
+        seen, stack = {node}, [node]
+        while stack:
+            current = stack.pop()
+            for constant in self._compared.get(current, ()):
+                found |= constants_of(constant)
+            stack += self._behind.get(current, set()) - seen
+            seen |= self._behind.get(current, set())
+        return found
 
     def of(self, node: Node, depth: int = 0) -> Tensor:
         """Class of every entry of a token, int64 ``[entries]``, by its place."""
+        if self._reading:
+            self._behind.setdefault(self._reading[-1], set()).add(node)
         if node not in self.known:
             found: Tensor | None = None
             if depth < DEEPEST and has_tokens(self.inference, node) and not is_random(node):
+                self._reading.append(node)
                 try:
                     found = self._read(node, depth + 1)
                 except (NotLinear, CannotEvaluate):
                     found = None
+                finally:
+                    self._reading.pop()
             places = range(entries_per_token(self.inference, node))
             self.known[node] = (
                 self._numbered([(self.values[node], place) for place in places]) if found is None else found
@@ -88,7 +153,10 @@ class EntryClasses:
             return None
         product = self.reader.product(node, contraction)
         matrix = self._value(product.weights).movedim(product.summed, -1).flatten(0, -2)
-        columns, rows = _digests(matrix), _digests(product.rows)
+        columns: Sequence[Any] = _digests(matrix)
+        if self.by_structure is None:
+            columns = [(self.values[product.weights], column) for column in range(len(matrix))]
+        rows = _digests(product.rows)
         kind = (node.meta["val"].dtype, matrix.dtype, self.values[product.source], contraction.alpha, contraction.beta)
         added: list[Any] = [None] * len(product.row_of)
         if contraction.added is not None:
@@ -140,15 +208,18 @@ class EntryClasses:
             return [("number", self.values[value])] * len(where)
         sizes = self.reader.shape(value)
         index = torch.arange(torch.Size(sizes).numel()).view(sizes).expand(shape).flatten()[where]
-        if self.inference.kinds[value] is Dependence.CONSTANT:
+        if self.inference.kinds[value] is Dependence.CONSTANT and self.by_structure is not None:
             entries = self._value(value).flatten()[index]
             return [(entries.dtype, digest) for digest in _digests(entries.unsqueeze(1))]
         return [
             (self.values[value], place) for place in index.tolist()
         ]  # one and the same entry of what depends on positions
 
-    def _value(self, node: Node) -> Tensor:
-        return self.evaluator.evaluate(node, BATCH, LENGTH)
+    def _value(self, constant: Node) -> Tensor:
+        """The value of a constant that the classes of the node being read rest on."""
+        self._compared.setdefault(self._reading[-1], set()).add(constant)
+        with self.evaluator.deciding(None):
+            return self.evaluator.evaluate(constant, BATCH, LENGTH)
 
 
 def _value_numbers(inference: Inference) -> dict[Node, int]:

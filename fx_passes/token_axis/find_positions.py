@@ -219,7 +219,8 @@ def _prove(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) -> st
     rows: list[Tensor] = []
     for batch, length in PROBES:
         try:
-            value = evaluator.evaluate(node, batch, min(length, captured.max_length or length))
+            with evaluator.deciding(None):
+                value = evaluator.evaluate(node, batch, min(length, captured.max_length or length))
         except (IndexError, RuntimeError, ValueError):
             continue
         row = _one_sequence(captured, node, value)
@@ -232,6 +233,7 @@ def _prove(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) -> st
     longest = max(rows, key=lambda r: r.shape[dim])
     if any(not torch.equal(longest.narrow(dim, 0, r.shape[dim]), r) for r in rows):
         return "it changes with the length of the sequence"
+    evaluator.record(node, "the positions")
     node.meta[SOURCE] = Tabulated(longest, dim)
     return None
 

@@ -33,12 +33,14 @@ class CacheHandle:
         prefix_cache: PrefixCache | None,
         moves: BlockMoves,
         exclusive: Callable[[], AbstractContextManager[None]],
+        open_disk: Callable[[], DiskStore | None] = lambda: None,
     ) -> None:
         self._plan = plan
         self._prefix_cache = prefix_cache
         self._moves = moves
         # Between two steps of the engine.
         self._exclusive = exclusive
+        self._open_disk = open_disk
 
     def pin(self, tokens: Ordered[int], ttl: float | None = None, namespace: str = "") -> Pin:
         """Hold the longest cached prefix of ``tokens`` for ``ttl`` seconds, whatever else wants its blocks.
@@ -91,6 +93,16 @@ class CacheHandle:
                 self._prefix_cache.clear()
                 self._moves.flush()
 
+    def forget_weights(self) -> None:
+        """Forget all that was computed with weights that have changed; between two steps.
+
+        On disk it stays, for who has those weights: there, each state of the weights has a folder of its own.
+        """
+        if self._prefix_cache is not None:
+            self._moves.change_disk(None)
+            self._prefix_cache.clear()
+            self._moves.change_disk(self._open_disk())
+
     def save(self) -> None:
         """Write all that is kept to the disk of ``CacheConfig(disk=...)``, for a later engine of the same model."""
         cache = self._require_sharing()
@@ -138,12 +150,17 @@ def make_moves(
     """What moves blocks between ``caches`` and the tiers that ``config`` asks for, if any; then the tree's shelf."""
     if not config.host_bytes or prefix_cache is None:
         return BlockMoves(plan, caches, pool, wide=wide)
-    disk = None
-    if config.disk is not None:
-        # Each model has a folder of its own, so that none ever looks at what another one stored.
-        folder = Path(config.disk) / fingerprint(module, plan)
-        disk = DiskStore(folder, parse_bytes(config.disk_memory), wipe=config.scrub)
+    disk = open_disk(module, plan, config)
     tiers = Tiers(config.host_bytes // 2, disk, plan.block_size, plan.group_windows)
     moves = BlockMoves(plan, caches, pool, tiers, config.host_bytes // 2, wide)
     prefix_cache.shelf = moves
     return moves
+
+
+def open_disk(module: object, plan: CachePlan, config: CacheConfig) -> DiskStore | None:
+    """The disk that ``config`` asks for, if any, with what was stored for a module and its weights as they are now."""
+    if config.disk is None or not config.host_bytes:
+        return None
+    # Each model has a folder of its own, so that none ever looks at what another one stored.
+    folder = Path(config.disk) / fingerprint(module, plan)
+    return DiskStore(folder, parse_bytes(config.disk_memory), wipe=config.scrub)

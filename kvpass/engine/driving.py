@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
@@ -52,6 +52,24 @@ class Driver:
                     # Another thread's step may have brought something while this one waited for the lock.
                     if not ready():
                         self._loop.step()
+
+    def stream(self, requests: list[Request]) -> Generator[tuple[int, int], None, None]:
+        """Submit the requests of one call, and yield ``(index, token)`` for each token as it comes."""
+        news = requests[0].news
+        arrived = news.arrived
+        assert arrived is not None
+        try:
+            self._loop.submit(requests)
+            while True:
+                self.wait(news, lambda: bool(arrived) or news.failure is not None or news.pending == 0)
+                while arrived:
+                    yield arrived.popleft()
+                if news.failure is not None:
+                    raise news.failure
+                if news.pending == 0 and not arrived:
+                    return
+        finally:
+            self._loop.cancel(requests)
 
     def complete(self, request: Request) -> None:
         """Submit a request and wait for its end; an exception cancels it.

@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection, Generator
 from collections.abc import Sequence as Ordered
 from contextlib import AbstractContextManager, closing
 from copy import deepcopy
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from kvpass.config import CacheConfig
-from kvpass.engine.cache_handle import CacheHandle, make_moves, shares_prefixes
+from kvpass.engine.cache_handle import CacheHandle, make_moves, open_disk, shares_prefixes
 from kvpass.engine.draft_checks import check_drafter
 from kvpass.engine.driving import Driver
 from kvpass.engine.handle import Handle
@@ -26,6 +27,7 @@ from kvpass.engine.request import News, Request
 from kvpass.engine.settling_module import SettlingModule, make_wide_blocks
 from kvpass.engine.step_loop import StepLoop
 from kvpass.engine.step_module import StepModule, weighing_module
+from kvpass.engine.weights_watch import WeightsWatch
 from kvpass.errors import InputError
 from kvpass.runtime.pool.block_pool import BlockPool
 from kvpass.runtime.pool.capacity import allocate_caches, bytes_per_block, divide_memory
@@ -99,7 +101,9 @@ class Engine:
         module = module if self._wide is None else SettlingModule(module, plan, self._wide)
         weighing = weighing_module(self.module, config)
         self._loop = StepLoop(module, plan, caches, self._scheduler, moves, weighing, states)
-        self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive)
+        reopened = partial(open_disk, self.module, plan, config)
+        self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive, reopened)
+        self._weights = WeightsWatch(getattr(self.module, "guard", None), self._loop, self.cache.forget_weights)
         self._driver = Driver(self._loop)
         self._closed = False
         self.speculate(draft)
@@ -144,7 +148,7 @@ class Engine:
         if on_token is not None and not callable(on_token):
             raise InputError(f"on_token={on_token!r} cannot be called: give a function of an index and a token")
         requests = self._prepare(prompts, max_new_tokens, sampling, n)
-        with closing(self._run(requests)) as tokens:
+        with closing(self._driver.stream(requests)) as tokens:
             for index, token in tokens:
                 if on_token is not None:
                     on_token(index, token)
@@ -165,7 +169,7 @@ class Engine:
         early, leave the loop and call ``close()`` on the generator (which happens by itself once nothing refers to
         it): its requests are dropped and their blocks given back.
         """
-        return self._run(self._prepare(prompts, max_new_tokens, sampling, n))
+        return self._driver.stream(self._prepare(prompts, max_new_tokens, sampling, n))
 
     def submit(
         self,
@@ -283,6 +287,7 @@ class Engine:
         news = News(pending=len(sequences))
         requests = [Request(sequence, 0, news, sequence.num_output) for sequence in sequences]
         before = [sequence.num_output for sequence in sequences]
+        self._weights.check()
         try:
             self._loop.submit(requests)
             self._driver.wait(news, lambda: news.pending == 0)
@@ -333,6 +338,20 @@ class Engine:
         with self._loop.exclusive():
             self._scheduler.clear_prefix_cache()
 
+    def weights_changed(self) -> None:
+        """Say that parameters or buffers were changed in place, so that nothing of before is reused.
+
+        The engine sees most changes by itself when it is next asked for tokens: all that PyTorch counts, and those
+        through ``.data`` that change a small tensor, or a large one in many places. To be called after one that changes
+        few entries of a large tensor through ``.data``, or that is made while requests are under way. What is kept for
+        reuse is forgotten, on the device and in host memory; on disk it stays, for engines with the weights of before.
+        Requests under way go on with what they have computed, and the new weights; no other request gets their blocks.
+
+        Raises:
+            WeightsChangedError: if the value of one of them decided something when the model was compiled.
+        """
+        self._weights.forget()
+
     def check_integrity(self) -> None:
         """Assert every invariant of pool, prefix cache and scheduler.
 
@@ -376,21 +395,4 @@ class Engine:
             raise InputError("the engine was closed: compile the model again")
         for sequence in sequences:
             self._scheduler.check_fits(sequence)
-
-    def _run(self, requests: list[Request]) -> Generator[tuple[int, int], None, None]:
-        """Submit the requests of one call, and yield their tokens until all of them have ended."""
-        news = requests[0].news
-        arrived = news.arrived
-        assert arrived is not None
-        try:
-            self._loop.submit(requests)
-            while True:
-                self._driver.wait(news, lambda: bool(arrived) or news.failure is not None or news.pending == 0)
-                while arrived:
-                    yield arrived.popleft()
-                if news.failure is not None:
-                    raise news.failure
-                if news.pending == 0 and not arrived:
-                    return
-        finally:
-            self._loop.cancel(requests)
+        self._weights.check()

@@ -22,7 +22,7 @@ from torch import Tensor
 from kvpass.engine.request import Request
 from kvpass.engine.settling_module import SettlingModule
 from kvpass.engine.step_module import StepModule, WeighingModule
-from kvpass.errors import InputError, IntegrityError, KvpassError
+from kvpass.errors import InputError, IntegrityError, KvpassError, WeightsChangedError
 from kvpass.kernels.row_moves import move_rows
 from kvpass.runtime.pool.state_slots import move_states
 from kvpass.runtime.schedule.batch import BatchBuilder
@@ -47,6 +47,7 @@ class StepLoop:
         latencies: how long tokens took.
         requests: those that have not ended, each in the scheduler or about to be cancelled.
         on_submit: called, with no lock held, when there is something new to do.
+        before_admission: called, with the lock held, before requests are taken in; with whether none is under way.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class StepLoop:
         # Those of them that are searched with beams.
         self._searching: list[Request] = []
         self.on_submit: Callable[[], object] = lambda: None
+        self.before_admission: Callable[[bool], object] = lambda idle: None
         self._closed = False
         # Held by whoever touches the scheduler. Not reentrant: see cancel.
         self._lock = Lock()
@@ -236,6 +238,8 @@ class StepLoop:
             # An interrupt may have come between a step's end and the delivery of its tokens.
             for request in list(self.requests.values()):
                 self._deliver(request)
+        if self._submitted:
+            self.before_admission(not self.requests)
         while self._submitted:
             request = self._submitted[0]
             self.requests[request.sequence] = request
@@ -357,6 +361,9 @@ class StepLoop:
 
 
 def _step_failed(error: BaseException) -> KvpassError:
-    failure = KvpassError(f"a step that this request took part in failed: {error!r}; its cause is chained")
+    if isinstance(error, WeightsChangedError):
+        failure: KvpassError = WeightsChangedError(str(error))
+    else:
+        failure = KvpassError(f"a step that this request took part in failed: {error!r}; its cause is chained")
     failure.__cause__ = error
     return failure

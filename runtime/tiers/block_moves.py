@@ -17,6 +17,7 @@ from torch import Tensor
 from kvpass.runtime.pool.block_pool import BlockPool
 from kvpass.runtime.pool.wide_blocks import WideBlocks, may_settle
 from kvpass.runtime.tiers.block_bytes import BlockBytes
+from kvpass.runtime.tiers.disk_store import DiskStore
 from kvpass.runtime.tiers.host_memory import TOKEN_BYTES, BlockKey, Payload, StoredBlock
 from kvpass.runtime.tiers.tiers import Prefetch, TierCounts, Tiers, Wanted
 from kvpass.types import CachePlan
@@ -87,6 +88,12 @@ class BlockMoves:
         self._leaving = [entry for entry in self._leaving if namespace not in (None, entry[0].namespace)]
         if self._tiers is not None:
             self._tiers.drop(namespace)
+
+    def change_disk(self, disk: DiskStore | None) -> None:
+        """Forget all content beside the device, and go on with another disk; what is on the one before stays there."""
+        self._leaving = []
+        if self._tiers is not None:
+            self._tiers.change_disk(disk)
 
     def flush(self) -> None:
         """Read what is being evicted, then wipe what is free. To be called before anything is written to blocks."""

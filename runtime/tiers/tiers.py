@@ -223,6 +223,18 @@ class Tiers:
             if self._disk is not None:
                 self._disk.drop(namespace)
 
+    def change_disk(self, disk: DiskStore | None) -> None:
+        """Forget all blocks in host memory, and go on with another disk; what is on the one before stays there."""
+        with self._lock:
+            self._drops += 1
+            self._host.drop(None)
+            self._writes.clear()
+            self._write_bytes = 0
+            self._lock.wait_for(lambda: not self._busy)
+            before, self._disk = self._disk, disk
+        if before is not None:
+            before.close()
+
     def write(self, blocks: list[StoredBlock]) -> None:
         """Write blocks to disk at once."""
         if self._disk is not None:
