@@ -11,10 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kvpass.adapters import MODEL, LogitsModel, check_example, end_of_sequence, example_for, example_ids, for_capture
+from kvpass.adapters import (
+    MODEL,
+    LogitsModel,
+    check_example,
+    end_of_sequence,
+    example_for,
+    example_ids,
+    for_capture,
+    locate_logits,
+)
 from kvpass.config import CacheConfig
 from kvpass.engine.engine import Engine
 from kvpass.errors import CaptureError, InputError, RefusedError, VerificationError
+from kvpass.fail_closed import fail_closed
+from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.capture.capture import capture
 from kvpass.fx_passes.capture.diagnose_capture import convolutions_over_tokens
 from kvpass.fx_passes.capture.logits_rows import every_row
@@ -26,6 +37,7 @@ from kvpass.fx_passes.optimization.clean_up import count_nodes
 from kvpass.fx_passes.passes import passes, run_passes
 from kvpass.fx_passes.planning.plan_cache import GraphPlan, plan_cache
 from kvpass.fx_passes.validation.calibrate import calibrate, calibration_ids
+from kvpass.fx_passes.validation.compare_capture import compare_capture
 from kvpass.fx_passes.validation.verify import format_bound, reference_graph, verify
 from kvpass.fx_passes.validation.verify_mass import verify_mass
 from kvpass.kernels.backends import has_kernel
@@ -127,6 +139,7 @@ def check_model(model: nn.Module) -> torch.device:
     return device
 
 
+@alone()
 def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
     """The graph of an adapted model.
 
@@ -134,6 +147,7 @@ def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
         RefusedError: if it cannot be captured.
     """
     example, prefix = example_for(model, device), f"{MODEL}.{MODEL}"
+    locate_logits(model, example)
     convolutions = convolutions_over_tokens(for_capture(model), example, prefix)
     if convolutions:
         raise _refused(convolutions)
@@ -175,6 +189,7 @@ def _refused(refusals: Sequence[Refusal], seconds: dict[str, float] | None = Non
     return RefusedError(message, RewriteReport(refusals=tuple(refusals), seconds=seconds or {}))
 
 
+@alone()
 def rewrite(
     model: LogitsModel,
     config: CacheConfig,
@@ -192,24 +207,28 @@ def rewrite(
     spent = time.perf_counter() - start
     seconds = {"export": captured.export_seconds, "capture": max(0.0, spent - captured.export_seconds)}
     before = count_nodes(captured.graph)
+    untouched = captured.copy()
     log = run_passes(captured, passes(config))
     seconds |= log.seconds
     if log.refusals:
         raise _refused(log.refusals, seconds) from log.error
     start = time.perf_counter()
-    plan = plan_cache(captured, config, _vocabulary(captured))
-    if config.forgetting is not None:
-        check_forgetting(plan)
-    reference = reference_graph(captured, [site.node.name for site in plan.sites])
-    report = RewriteReport(
-        sites=site_reports(captured, plan),
-        max_length=plan.cache_plan.max_length,
-        max_length_reason=plan.cache_plan.max_length_reason,
-        forbidden_tokens=plan.cache_plan.forbidden_tokens,
-    )
-    fuse = has_kernel("norm_rotary_write", device.type)
-    paged = exact = insert_cache(captured, plan, fuse, config.fold_rotations)
-    module = PagedModule(paged)
+    with fail_closed("plan-cache", seconds):
+        plan = plan_cache(captured, config, _vocabulary(captured))
+        if config.forgetting is not None:
+            check_forgetting(plan)
+        reference = reference_graph(captured, [site.node.name for site in plan.sites])
+        report = RewriteReport(
+            sites=site_reports(captured, plan),
+            max_length=plan.cache_plan.max_length,
+            max_length_reason=plan.cache_plan.max_length_reason,
+            forbidden_tokens=plan.cache_plan.forbidden_tokens,
+        )
+    with fail_closed("insert-cache", seconds):
+        fuse = has_kernel("norm_rotary_write", device.type)
+        paged = exact = insert_cache(captured, plan, fuse, config.fold_rotations)
+    with fail_closed("bind", seconds):
+        module = PagedModule(paged)
     if paged.plan.prefix and isinstance(module.tree_step, Refusal):
         raise _refused([module.tree_step], seconds)
     after = count_nodes(paged.module.graph)
@@ -217,19 +236,22 @@ def rewrite(
     report = replace(report, rotations=paged.rotations, derived_bytes=paged.derived_bytes)
     lossy = paged.plan != plan.cache_plan
     if lossy:
-        exact = with_exact_formats(paged, plan.cache_plan)
         ids = calibration_ids(paged.plan, device) if examples is None else list(examples[:, : paged.plan.max_length])
-        report = replace(report, calibration=calibrate(exact, paged.plan, ids))
+        with fail_closed("calibrate", seconds):
+            exact = with_exact_formats(paged, plan.cache_plan)
+            report = replace(report, calibration=calibrate(exact, paged.plan, ids))
     seconds["insert-cache"] = time.perf_counter() - start
     if check:
         start = time.perf_counter()
         original = every_row(model, captured.rows)
-        report = with_verification(report, verify(original, reference, exact, PagedModule(exact)))
-        if lossy and report.verification is not None and report.verification.passed:
-            found = verify(original, reference, paged, module, format_bound(paged.plan))
-            report = with_format_errors(report, found)
-        if isinstance(config.forgetting, HeavyHitters) and report.verification is not None:
-            check_mass(module, report)
+        with fail_closed("verify", seconds):
+            found = verify(original, reference, exact, PagedModule(exact))
+            report = with_verification(report, compare_capture(model, untouched, exact.plan, found))
+            if lossy and report.verification is not None and report.verification.passed:
+                found = verify(original, reference, paged, module, format_bound(paged.plan))
+                report = with_format_errors(report, found)
+            if isinstance(config.forgetting, HeavyHitters) and report.verification is not None:
+                check_mass(module, report)
         seconds["verify"] = time.perf_counter() - start
     report = replace(report, seconds=seconds)
     if report.verification is not None and not report.verification.passed:
