@@ -19,15 +19,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from kvpass.fx_passes.op_facts.table import facts_of
 from kvpass.types import Refusal
 
 aten = torch.ops.aten
 FULL = 2**63 - 1  # how ATen writes "to the end" in a slice
-ARRANGING = {
-    aten.reshape, aten.expand, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.repeat, aten.full,
-    aten.full_like, aten.new_full, aten.zeros, aten.ones, aten.new_ones, aten.new_zeros, aten.where, aten.masked_fill,
-    aten._to_copy, aten.cat, aten.stack, aten.cumsum, aten.sym_size,
-}  # fmt: skip
 
 
 class LogitsRows(Enum):
@@ -53,6 +49,7 @@ class CapturedGraph:
         export_seconds: time that torch.export took.
         forbidden_tokens: ids that no sequence may contain: what was proven holds without them.
         rows: which rows of logits the model returns; the graph returns all of them.
+        declared: ops that are taken for what their owner declared them to be.
     """
 
     module: GraphModule
@@ -66,6 +63,7 @@ class CapturedGraph:
     export_seconds: float = 0.0
     forbidden_tokens: frozenset[int] = frozenset()
     rows: LogitsRows = LogitsRows.EVERY
+    declared: tuple[str, ...] = ()
 
     @property
     def graph(self) -> Graph:
@@ -194,7 +192,8 @@ def numbers_in(nodes: set[Node], captured: CapturedGraph) -> set[int]:
             found.update(int(s) for s in tensor.shape)
             if tensor.numel() == 1 and not tensor.dtype.is_complex:
                 found.update(_whole(tensor.item()))
-        if getattr(node.target, "overloadpacket", None) in ARRANGING:
+        facts = facts_of(node.target)
+        if facts is not None and facts.arranges:
             continue
         for value in _leaves((node.args, dict(node.kwargs))):
             found.update(_whole(value))

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, expression, read_attribute, tensor_value
+from kvpass.fx_passes.graph import (
+    CapturedGraph,
+    arguments,
+    aten,
+    expression,
+    is_call,
+    read_attribute,
+    tensor_value,
+)
+from kvpass.fx_passes.op_facts.table import facts_of
 
 
 class Dependence(Enum):
@@ -25,10 +34,8 @@ class Dependence(Enum):
     DATA = 2  # the tokens, or random numbers
 
 
-SHAPE_READERS = {aten.sym_size, aten.sym_numel, aten.sym_stride}
 NEW = {aten.new_ones, aten.new_zeros, aten.new_full, aten.new_empty, aten.new_empty_strided}
 LIKES = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
-RANDOM = {aten.rand_like, aten.randn_like, aten.bernoulli, aten.rand, aten.randn, aten.randint, aten.randperm}
 
 
 class CannotEvaluate(Exception):
@@ -37,16 +44,16 @@ class CannotEvaluate(Exception):
 
 def reads_shape_only(node: Node) -> bool:
     """Whether the op takes nothing from its tensor input but shape, dtype and device."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet in SHAPE_READERS or packet in NEW or packet in LIKES
+    facts = facts_of(node.target)
+    return facts is not None and facts.fresh
 
 
 def is_random(node: Node) -> bool:
     """Whether the op draws random numbers."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is aten.scaled_dot_product_attention and not arguments(node)["dropout_p"]:
+    if is_call(node, aten.scaled_dot_product_attention) and not arguments(node)["dropout_p"]:
         return False
-    return packet in RANDOM or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    facts = facts_of(node.target)
+    return (facts is not None and facts.random) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def classify(captured: CapturedGraph) -> dict[Node, Dependence]:

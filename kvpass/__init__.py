@@ -3,6 +3,7 @@
 import kvpass.kernels.ops  # noqa: F401 - registers the kvpass:: ops
 from kvpass.compiler import compile
 from kvpass.config import CacheConfig
+from kvpass.declarations import declare_meaning, declare_tokenwise
 from kvpass.engine.draft_engine import DraftEngine
 from kvpass.engine.engine import Engine
 from kvpass.engine.handle import Handle
@@ -65,5 +66,7 @@ __all__ = [
     "TokenLogprobs",
     "VerificationError",
     "compile",
+    "declare_meaning",
+    "declare_tokenwise",
     "sample_seed",
 ]

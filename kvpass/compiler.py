@@ -22,6 +22,7 @@ from kvpass.adapters import (
     locate_logits,
 )
 from kvpass.config import CacheConfig
+from kvpass.declarations import declare_known_ops
 from kvpass.engine.engine import Engine
 from kvpass.errors import CaptureError, InputError, RefusedError, VerificationError
 from kvpass.fail_closed import fail_closed
@@ -146,6 +147,7 @@ def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
     Raises:
         RefusedError: if it cannot be captured.
     """
+    declare_known_ops()
     example, prefix = example_for(model, device), f"{MODEL}.{MODEL}"
     locate_logits(model, example)
     convolutions = convolutions_over_tokens(for_capture(model), example, prefix)
@@ -223,6 +225,7 @@ def rewrite(
             max_length=plan.cache_plan.max_length,
             max_length_reason=plan.cache_plan.max_length_reason,
             forbidden_tokens=plan.cache_plan.forbidden_tokens,
+            declared=captured.declared,
         )
     with fail_closed("insert-cache", seconds):
         fuse = has_kernel("norm_rotary_write", device.type)

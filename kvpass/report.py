@@ -105,6 +105,8 @@ class RewriteReport:
         calibration: scales of the heads of fp8 caches, by cache and part.
         rotations: around int4 and k4v2 caches, each in the weights or, with the reason, in every step.
         derived_bytes: weights that rotations are part of, beside the model's own.
+        declared: custom ops that were taken for what :func:`kvpass.declare_tokenwise` or
+            :func:`kvpass.declare_meaning` says of them: checked on the model's tensors, not proven.
     """
 
     sites: tuple[SiteReport, ...] = ()
@@ -119,6 +121,7 @@ class RewriteReport:
     calibration: dict[str, list[float]] = field(default_factory=dict)
     rotations: tuple[FoldedRotation, ...] = ()
     derived_bytes: int = 0
+    declared: tuple[str, ...] = ()
 
     @property
     def bytes_per_token(self) -> int:
@@ -144,6 +147,8 @@ class RewriteReport:
             parts.append(self._table())
             parts.append(Text(self._totals()))
             parts += [Text(line) for line in self._rotations()]
+        if self.declared:
+            parts.append(Text(f"declared, not proven: {', '.join(self.declared)}", style="yellow"))
         for refusal in self.refusals:
             parts.append(Text(f"refused by {refusal.pass_name}: {refusal}", style="bold red"))
         if self.verification is not None:

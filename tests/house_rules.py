@@ -31,8 +31,8 @@ MAY_IMPORT = {
 # files that lie in the room itself, but for those that have a place of their own.
 ORDER = {
     "fx_passes": (
-        "", "capture", "symbolic", "token_axis", "attention", "canonical", "masks", "planning", "optimization",
-        "lowering", "validation", "passes.py",
+        "op_facts", "", "capture", "symbolic", "token_axis", "attention", "canonical", "masks", "planning",
+        "optimization", "lowering", "validation", "passes.py",
     ),
     "kernels": ("formats", "", "reference", "cpu", "triton_kernels/device", "triton_kernels/launch"),
     "runtime": ("", "pool", "tiers", "prefix", "sequences", "sampling", "speculation", "schedule"),

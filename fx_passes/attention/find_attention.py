@@ -13,7 +13,7 @@ from kvpass.fx_passes.attention.rewrite_softmax import key_side, rewrite_softmax
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, is_call, refuse
 from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
 from kvpass.fx_passes.token_axis.axes import Mixed, MixesTokens, is_free, is_score
-from kvpass.fx_passes.token_axis.axis_rules import RULES
+from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
 from kvpass.fx_passes.token_axis.contraction import contraction_of
 from kvpass.fx_passes.token_axis.find_positions import position_sources
 from kvpass.fx_passes.token_axis.infer_axes import Blocked, Inference, infer_axes
@@ -38,7 +38,7 @@ class FindAttention:
         kinds = classify(captured)
         evaluator = ShapeEvaluator(captured, kinds)
         inference = Inference(captured, kinds, position_sources(captured, kinds, evaluator), with_scores=True)
-        infer_axes(inference, RULES)
+        infer_axes(inference, AXIS_RULES)
         refusals = self._broken_scores(captured, inference)
         found = 0
         for node in list(captured.graph.nodes):

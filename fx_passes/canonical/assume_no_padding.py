@@ -12,7 +12,7 @@ from torch.fx import Node
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, emit, is_call
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
 from kvpass.fx_passes.token_axis.axes import Mixed, is_score
-from kvpass.fx_passes.token_axis.axis_rules import RULES
+from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
 from kvpass.fx_passes.token_axis.find_positions import position_sources
 from kvpass.fx_passes.token_axis.infer_axes import Inference, infer_axes
 
@@ -93,7 +93,7 @@ def _mixes_tokens(captured: CapturedGraph, comparisons: set[Node]) -> bool:
     kinds = classify(captured)
     evaluator = ShapeEvaluator(captured, kinds)
     inference = Inference(captured, kinds, position_sources(captured, kinds, evaluator), with_scores=True)
-    infer_axes(inference, RULES)
+    infer_axes(inference, AXIS_RULES)
     derived = _derived(captured, kinds, comparisons)
     for node in captured.graph.nodes:
         if not derived & set(node.all_input_nodes):

@@ -33,14 +33,8 @@ from kvpass.fx_passes.graph import (
     shape_of,
     tensor_value,
 )
-
-DEAD = (
-    "aten._assert_tensor_metadata",
-    "aten._assert_scalar",
-    "aten._assert_async",
-    "aten.sym_constrain_range",
-    "aten.sym_constrain_range_for_size",
-)
+from kvpass.fx_passes.op_facts.facts import OpKind
+from kvpass.fx_passes.op_facts.table import facts_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +74,9 @@ class Canonicalize:
 def _drop_assertions(captured: CapturedGraph) -> int:
     dropped = 0
     for node in reversed(list(captured.graph.nodes)):
-        name = str(node.target).rsplit(".", 1)[0] if node.op == "call_function" else ""
-        if (name in DEAD or (node.op == "call_module" and "guards" in str(node.target))) and not node.users:
+        facts = facts_of(node.target)
+        dead = facts is not None and facts.kind is OpKind.ASSERTION
+        if (dead or (node.op == "call_module" and "guards" in str(node.target))) and not node.users:
             captured.graph.erase_node(node)
             dropped += 1
     return dropped

@@ -15,15 +15,12 @@ from torch.fx import GraphModule, Node
 
 from kvpass.fx_passes.attention.layouts import size_node
 from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call, shape_of, tensor_value
+from kvpass.fx_passes.op_facts.facts import OpKind
+from kvpass.fx_passes.op_facts.table import facts_of
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify
 
 BLOCKS_TRIED = 2  # the block lists of a mask are compared with the mask itself at a little more than so many blocks
 LONGEST_TRIED = 2048
-POINTWISE = (  # beside those that torch tags so
-    aten._to_copy, aten.clone, aten.alias, aten.detach, aten.__and__, aten.__or__, aten.__xor__, aten.where,
-    aten.masked_fill, aten.clamp,
-)  # fmt: skip
-SHAPELESS = (aten.full, aten.scalar_tensor, aten.new_ones, aten.new_zeros, aten.new_full, aten.ones, aten.zeros)
 
 
 def expand_flex_attention(captured: CapturedGraph) -> int:
@@ -121,9 +118,9 @@ def _broadcasts(inner: Node) -> bool:
         table, indices = inner.args
         assert isinstance(table, Node) and isinstance(indices, (tuple, list))
         return len(shape_of(table)) == len(indices) and None not in indices
-    if is_call(inner, *SHAPELESS, *POINTWISE):
-        return True
-    return torch.Tag.pointwise in getattr(inner.target, "tags", ())
+    facts = facts_of(inner.target)
+    made = facts is not None and facts.kind is OpKind.CREATION and not facts.random
+    return made or (facts is not None and (facts.kind is OpKind.POINTWISE or facts.spreads))
 
 
 def _blocks_agree(captured: CapturedGraph, blocks: Sequence[Any], mask: Node) -> bool:

@@ -24,9 +24,10 @@ from kvpass.fx_passes.graph import (
     shape_of,
     tensor_value,
 )
+from kvpass.fx_passes.op_facts.facts import OpKind
+from kvpass.fx_passes.op_facts.table import facts_of
 
 SOFTMAXES = (aten.softmax, aten._softmax, aten._safe_softmax)
-ELEMENTWISE = (aten.masked_fill, aten._to_copy, aten.where, aten.nan_to_num, aten.clamp)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def _may_sink(captured: CapturedGraph, source: Node, d: int) -> bool:
         return bool(arguments(source)["dim"] % len(shape) != d)
     if is_call(source, aten.matmul) or _product_of_batches(source) is not None:
         return d < len(shape) - 2
-    pointwise = torch.Tag.pointwise in getattr(source.target, "tags", ()) or is_call(source, *ELEMENTWISE)
+    facts = facts_of(source.target)
+    pointwise = facts is not None and facts.kind is OpKind.POINTWISE
     return pointwise and not any(is_symbolic_scalar(n) for n in source.all_input_nodes)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import FULL, CapturedGraph, arguments, aten, emit, is_call, shape_of, tensor_value
+from kvpass.fx_passes.op_facts.facts import is_item_of
 from kvpass.fx_passes.shape_values import Dependence, classify
 
 ROUNDINGS = 16  # what is added to a sum of at least 1, in units of its rounding, and is left out
@@ -215,7 +216,7 @@ def _above(captured: CapturedGraph, node: Node, weights: _Weights, bottom: Node)
 def _is_largest(shift: Node, of: object, dim: int) -> bool:
     """Whether a node holds the largest entries along a dim: then ``exp(x - largest)`` sums to 1 or more."""
     rank = len(shape_of(shift))
-    if getattr(shift.target, "__name__", "") == "getitem" and shift.args[1] == 0:
+    if is_item_of(shift.target) and shift.args[1] == 0:
         shift = shift.args[0]  # type: ignore[assignment]
     if not is_call(shift, aten.amax, aten.max) or "dim" not in arguments(shift):
         return False

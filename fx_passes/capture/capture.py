@@ -17,11 +17,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from kvpass.errors import CaptureError
 from kvpass.fx_passes.capture.alone import alone, plain_attention_modules
+from kvpass.fx_passes.capture.declarations import check_declarations
 from kvpass.fx_passes.capture.diagnose_capture import token_mixers
 from kvpass.fx_passes.capture.explain_failure import why_not_captured
 from kvpass.fx_passes.capture.length_conditions import longest_valid
 from kvpass.fx_passes.capture.logits_rows import return_every_row, rows_returned
 from kvpass.fx_passes.graph import CapturedGraph, aten, expression
+from kvpass.fx_passes.op_facts.declared import MEANINGS
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 11  # a batch of 1 would pin the batch
 
@@ -44,7 +46,9 @@ def _decompositions() -> dict[OpOverload, Callable[..., Any]]:
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     packets = [getattr(aten, name) for name in COMPOSITES if hasattr(aten, name)]
     overloads = [getattr(packet, name) for packet in packets for name in packet.overloads()]
-    return {overload: partial(overload._op_dk, composite) for overload in overloads if _is_composite(overload)}
+    taken_apart = {overload: partial(overload._op_dk, composite) for overload in overloads if _is_composite(overload)}
+    declared = {getattr(packet, name): meaning for packet, meaning in MEANINGS.items() for name in packet.overloads()}
+    return taken_apart | declared
 
 
 def _is_composite(overload: OpOverload) -> bool:
@@ -89,13 +93,17 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str) -> 
     try:
         with plain_attention_modules():
             program = export(model, inputs, dynamic_shapes=(dims,) if _takes_varargs(model) else dims, strict=False)
+            declared = check_declarations(program, inputs)
             program = program.run_decompositions(_decompositions())
+    except CaptureError:
+        raise
     except Exception as error:
         reason = why_not_captured(error, model, inputs)
         raise CaptureError(f"torch.export could not capture the model: {reason}") from error
     seconds = time.perf_counter() - start
     captured = _to_graph(program, path_prefix)
     captured.export_seconds = seconds
+    captured.declared = declared
     captured.max_length = longest_valid(captured, model, EXAMPLE_LENGTH)
     return captured
 

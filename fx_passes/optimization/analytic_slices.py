@@ -13,18 +13,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, expression, is_call, shape_of, tensor_value
+from kvpass.fx_passes.op_facts.table import ops_that
 
-# Ops that are analytic functions of their operands, or move them: two such functions that agree at a random point agree
-# wherever they are defined. A clamp or a comparison is none, and may differ where no random number falls.
-MOVES = (
-    aten.reshape, aten.view, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand, aten.slice,
-    aten.select, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.cat, aten.stack, aten.flatten,
-    aten.unflatten, aten.view_as_complex, aten.view_as_real, aten._to_copy, aten.clone, aten.roll, aten.flip,
-)  # fmt: skip
-ANALYTIC = (
-    *MOVES, aten.mul, aten.add, aten.sub, aten.neg, aten.div, aten.pow, aten.mean, aten.sum, aten.rsqrt, aten.sqrt,
-    aten.reciprocal, aten.square, aten.addcmul,
-)  # fmt: skip
+ANALYTIC = ops_that("analytic")
 
 
 class Origin(enum.IntEnum):

@@ -10,13 +10,10 @@ import torch
 from torch.fx import Graph, Node
 
 from kvpass.fx_passes.graph import CapturedGraph, aten, expression, is_call, read_attribute, shape_of, tensor_value
+from kvpass.fx_passes.op_facts.table import ops_that
 
 LARGEST_CONSTANT = 1 << 16  # elements that a folded constant may have
-VIEWS = (
-    aten.reshape, aten.view, aten._unsafe_view, aten.transpose, aten.permute, aten.t, aten.expand, aten.unsqueeze,
-    aten.squeeze, aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.alias,
-    aten.detach, aten.sym_size,
-)  # fmt: skip
+VIEWS = ops_that("view")
 
 
 def clean_up(captured: CapturedGraph) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, describe, expression, is_call, read_attribute, tensor_value
+from kvpass.fx_passes.op_facts.facts import is_item_of
 from kvpass.fx_passes.planning.minimum_cut import MOVES
 
 aten = torch.ops.aten
@@ -26,7 +27,7 @@ def is_step_move(node: Node) -> bool:
     """Whether a node only moves entries of its inputs, or casts them between floats."""
     if is_call(node, aten._to_copy):
         return all(n.meta["val"].dtype.is_floating_point for n in (*node.all_input_nodes, node))
-    return is_call(node, *MOVES) or getattr(node.target, "__name__", "") == "getitem"
+    return is_call(node, *MOVES) or is_item_of(node.target)
 
 
 class StepMoves:

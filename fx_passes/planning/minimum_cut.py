@@ -19,17 +19,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import arguments, aten, is_call, shape_of
+from kvpass.fx_passes.op_facts.facts import is_item_of
+from kvpass.fx_passes.op_facts.table import ops_that
 from kvpass.fx_passes.shape_values import ShapeEvaluator
 from kvpass.fx_passes.token_axis.axes import Kind
 from kvpass.fx_passes.token_axis.infer_axes import Inference
 from kvpass.fx_passes.token_axis.prove_token_axis import token_axes_of
 
-MOVES = (
-    aten.reshape, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand, aten.slice, aten.narrow,
-    aten.select, aten.repeat, aten.repeat_interleave, aten.cat, aten.stack, aten.split, aten.split_with_sizes,
-    aten.chunk, aten.unbind, aten.index_select, aten.index, aten.gather, aten.flip, aten.slice_scatter,
-    aten.select_scatter,
-)  # fmt: skip
+MOVES = ops_that("numbered")
 BATCH, LENGTH = 2, 3  # at which the moves are run
 UNIT = 4096  # weight of one byte; what is below breaks ties
 
@@ -60,7 +57,7 @@ def is_move(node: Node) -> bool:
         assert isinstance(source, Node)
         before, after = source.meta["val"].dtype, node.meta["val"].dtype
         return bool(before.is_floating_point and torch.promote_types(before, after) == after and before != after)
-    return is_call(node, *MOVES) or getattr(node.target, "__name__", "") == "getitem"
+    return is_call(node, *MOVES) or is_item_of(node.target)
 
 
 def narrowest_cut(inference: Inference, evaluator: ShapeEvaluator, key: Node, value: Node) -> Cut:

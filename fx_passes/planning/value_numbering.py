@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import arguments, aten, expression, is_call, read_attribute, tensor_value
+from kvpass.fx_passes.op_facts.facts import OpKind
+from kvpass.fx_passes.op_facts.table import facts_of
 from kvpass.fx_passes.planning.linear_forms import FormReader, NotLinear, is_linear
 from kvpass.fx_passes.planning.minimum_cut import BATCH, LENGTH, entries_per_token, has_tokens, is_move
 from kvpass.fx_passes.shape_values import CannotEvaluate, Dependence, ShapeEvaluator, is_random
@@ -74,7 +76,8 @@ class EntryClasses:
             return self._product(node)
         if is_call(node, *REDUCTIONS):
             return self._reduction(node, depth)
-        if torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_call(node, aten._to_copy):
+        facts = facts_of(node.target)
+        if facts is not None and facts.kind is OpKind.POINTWISE:
             return self._pointwise(node, depth)
         return None
 

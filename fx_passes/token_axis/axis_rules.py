@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import aten, expression, is_call, shape_of
+from kvpass.fx_passes.op_facts.declared import DeclaredFacts
+from kvpass.fx_passes.op_facts.table import facts_of
 from kvpass.fx_passes.shape_values import Dependence
 from kvpass.fx_passes.token_axis.axes import (
     Axes,
@@ -200,113 +203,41 @@ def outer(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
 
 def first_operand(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     """Elementwise in the first operand; the others are parameters of the op."""
-    if any(inference.kinds[n] is not Dependence.CONSTANT for n in inference.tensors(node)[1:]):
-        raise MixesTokens("takes its parameters from the tokens or their number")
     return inference.axes(node.args[0])
 
 
-RULES: dict[str, AxisRule] = {
-    "pointwise": pointwise,
-    **dict.fromkeys(
-        (
-            "aten::masked_fill",
-            "aten::_to_copy",
-            "aten::copy",
-            "aten::fill",
-            "aten::to",
-            "aten::clone",
-            "aten::polar",
-            "aten::complex",
-            "aten::real",
-            "aten::imag",
-            "aten::__and__",
-            "aten::__or__",
-            "aten::__xor__",
-            "aten::floor_divide",
-            "aten::true_divide",
-            "aten::clamp",
-            "aten::softplus",
-            "aten::hardswish",
-            "aten::rsub",
-            "aten::ldexp",
-        ),
-        pointwise,
-    ),
-    **dict.fromkeys(("aten::bucketize", "aten::prelu"), first_operand),
+def declared_rows(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | Several:
+    """An op that was declared to compute each row of its operands by itself, along dims that hold no tokens."""
+    facts = facts_of(node.target)
+    assert isinstance(facts, DeclaredFacts)
+    operands = [inference.axes(named[name]) for name in facts.tokens or () if isinstance(named.get(name), Node)]
+    rank = max(map(len, operands))
+    for axes in operands:
+        along(inference, node, axes, [d for d in facts.dims if -d <= len(axes)])
+    rows = [tuple(() if i - len(axes) in facts.dims else dim for i, dim in enumerate(axes)) for axes in operands]
+    kept = broadcast(rows, rank)
+
+    def of(value: torch.Tensor) -> Axes:
+        if value.dim() != rank:
+            raise MixesTokens("was declared to keep its rows, and gives a result of another rank")
+        sizes = [expression(size) for size in value.shape]
+        return tuple(plain(sizes[i]) if i - rank in facts.dims else dim for i, dim in enumerate(kept))
+
+    val = node.meta["val"]
+    return Several(tuple(map(of, val))) if isinstance(val, (tuple, list)) else of(val)
+
+
+# Rules by the names that the facts of ops call them by.
+AXIS_RULES: dict[str, AxisRule] = {
+    **{
+        rule.__name__: rule
+        for rule in (
+            pointwise, where, first_operand, log_sigmoid, reduction, along_dim, pool, one_hot, normalise_last,
+            group_norm, batch_norm, product, outer, grouped_product, attention, convolution, pad, as_complex,
+            as_real, filled, declared_rows,
+        )
+    },
     **MOVING_RULES,
-    **dict.fromkeys(
-        (
-            "aten::sum",
-            "aten::mean",
-            "aten::amax",
-            "aten::amin",
-            "aten::max",
-            "aten::min",
-            "aten::argmax",
-            "aten::argmin",
-            "aten::var",
-            "aten::std",
-            "aten::var_mean",
-            "aten::std_mean",
-            "aten::norm",
-            "aten::linalg_vector_norm",
-            "aten::logsumexp",
-            "aten::prod",
-            "aten::any",
-            "aten::all",
-            "aten::nansum",
-            "aten::median",
-            "aten::count_nonzero",
-            "aten::kthvalue",
-            "aten::mode",
-        ),
-        reduction,
-    ),
-    **dict.fromkeys(
-        (
-            "aten::softmax",
-            "aten::_softmax",
-            "aten::log_softmax",
-            "aten::_log_softmax",
-            "aten::_safe_softmax",
-            "aten::cumsum",
-            "aten::cumprod",
-            "aten::cummax",
-            "aten::cummin",
-            "aten::logcumsumexp",
-            "aten::sort",
-            "aten::argsort",
-            "aten::topk",
-            "aten::flip",
-            "aten::roll",
-            "aten::glu",
-            "aten::fft_fft",
-            "aten::fft_ifft",
-            "aten::fft_rfft",
-            "aten::fft_irfft",
-        ),
-        along_dim,
-    ),
-    **dict.fromkeys(
-        ("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm"), normalise_last
-    ),
-    "aten::group_norm": group_norm,
-    "aten::outer": outer,
-    **dict.fromkeys(("aten::batch_norm", "aten::_native_batch_norm_legit_no_training"), batch_norm),
-    **dict.fromkeys(
-        ("aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::mv"), product
-    ),
-    **dict.fromkeys(("kvpass::dense_attention", "aten::scaled_dot_product_attention"), attention),
-    **dict.fromkeys(("aten::convolution", "aten::conv1d", "aten::conv2d"), convolution),
-    **dict.fromkeys(("aten::constant_pad_nd", "aten::pad"), pad),
-    "aten::view_as_complex": as_complex,
-    **dict.fromkeys(("aten::view_as_real", "aten::view_as_real_copy"), as_real),
-    **dict.fromkeys(("aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::scalar_tensor"), filled),
-    "aten::one_hot": one_hot,
-    "aten::log_sigmoid_forward": log_sigmoid,
-    **dict.fromkeys(("aten::avg_pool1d", "aten::max_pool1d", "aten::adaptive_avg_pool1d"), pool),
     **INDEXING_RULES,
     **ROUTING_RULES,
-    "aten::where": where,
-    "grouped_product": grouped_product,
-}
+}  # fmt: skip

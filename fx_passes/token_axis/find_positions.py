@@ -22,7 +22,7 @@ from kvpass.fx_passes.graph import (
 )
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, reads_shape_only
 from kvpass.fx_passes.token_axis.axes import Axes, Factor, Kind, Mixed, label_by_size, plain
-from kvpass.fx_passes.token_axis.axis_rules import RULES
+from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
 from kvpass.fx_passes.token_axis.infer_axes import Inference, computes_with_sizes, infer_axes
 
 PROBES = ((1, 3), (2, 8), (3, 17), (1, 2051))  # (batch, length)
@@ -106,7 +106,7 @@ def position_sources(
             found[node] = _axes_of(captured, node)
     while True:
         inference = Inference(captured, kinds, dict(found), with_scores=True)
-        infer_axes(inference, RULES)
+        infer_axes(inference, AXIS_RULES)
         candidates = [n for n in captured.graph.nodes if n not in failed and _may_count(inference, kinds, n)]
         # what rules cannot follow and has not one row per token (a mask) may still be summed up to one that does
         opaque = {n for n in inference.results if n in failed or not _has_one_length(captured, n)}

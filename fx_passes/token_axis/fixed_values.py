@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import arguments, aten, expression, is_call, tensor_value
-from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, reads_shape_only
+from kvpass.fx_passes.op_facts.facts import OpKind
+from kvpass.fx_passes.op_facts.table import facts_of
+from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
 from kvpass.fx_passes.token_axis.infer_axes import computes_with_sizes
-
-FILLS = (aten.zeros, aten.ones, aten.full, aten.scalar_tensor)
-SPREADS = (
-    aten.expand, aten.reshape, aten.view, aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten._to_copy,
-    aten.clone, aten.alias, aten.detach,
-)  # fmt: skip
 
 
 def is_fixed(evaluator: ShapeEvaluator, node: Node) -> bool:
@@ -32,5 +27,5 @@ def _is_fixed(evaluator: ShapeEvaluator, node: Node) -> bool:
         return all(evaluator.captured.length not in expression(count).free_symbols for count in node.args[1])  # type: ignore[union-attr]
     if node.op != "call_function" or computes_with_sizes(arguments(node)):
         return False
-    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return pointwise or reads_shape_only(node) or is_call(node, *FILLS, *SPREADS)
+    facts = facts_of(node.target)
+    return facts is not None and (facts.kind is OpKind.POINTWISE or facts.fresh or facts.spreads)

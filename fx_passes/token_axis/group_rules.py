@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import arguments, aten, expression, is_call, shape_of
+from kvpass.fx_passes.op_facts.facts import is_item_of
 from kvpass.fx_passes.token_axis.axes import Axes, Dim, Factor, Kind, MixesTokens, is_free, plain
 from kvpass.fx_passes.token_axis.infer_axes import Inference, Part
 from kvpass.fx_passes.token_axis.routing_rules import CASTS, row_index
@@ -72,7 +73,7 @@ def _listed(sizes: list[Any] | tuple[Any, ...]) -> Node | None:
         if is_call(entry, aten.select) and entry.args[1:] == (0, i):
             tensor = entry.args[0]
         elif (
-            getattr(entry.target, "__name__", "") == "getitem"
+            is_item_of(entry.target)
             and entry.args[1] == i
             and is_call(entry.args[0], aten.unbind)
             and arguments(entry.args[0])["dim"] == 0
@@ -126,7 +127,7 @@ def _marked(marks: Node) -> Node | None:
         return None
     # entries of one row differ, so that none is marked twice over: those of topk do
     keys = named["index"]
-    top: Any = keys.args[0] if getattr(keys.target, "__name__", "") == "getitem" and keys.args[1] == 1 else None
+    top: Any = keys.args[0] if is_item_of(keys.target) and keys.args[1] == 1 else None
     along = is_call(top, aten.topk) and arguments(top)["dim"] % len(shape_of(keys)) == len(shape_of(keys)) - 1
     empty = _uncast(named["self"])
     zeros = is_call(empty, aten.zeros, aten.zeros_like, aten.new_zeros) or (
@@ -145,7 +146,7 @@ def _flat(node: Node) -> Node:
 def _sort_of_keys(inference: Inference, keys: Node) -> int | None:
     """The sort of which these are the keys, before or after it."""
     source = keys.args[0] if keys.args else None
-    if getattr(keys.target, "__name__", "") == "getitem" and is_call(source, aten.sort) and keys.args[1] == 0:
+    if is_item_of(keys.target) and is_call(source, aten.sort) and keys.args[1] == 0:
         descending = arguments(source).get("descending")  # type: ignore[arg-type]
         return None if descending else inference.picks.get(source)  # type: ignore[arg-type]
     for sort, tag in inference.picks.items():

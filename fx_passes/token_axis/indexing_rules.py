@@ -84,9 +84,5 @@ def _line_up(operands: list[Axes], result: Axes, d: int) -> Axes:
 
 
 INDEXING_RULES: dict[str, AxisRule] = {
-    "aten::embedding": embedding,
-    "aten::index_select": index_select,
-    "aten::index": index,
-    "aten::gather": gather,
-    **dict.fromkeys(("aten::scatter", "aten::scatter_add", "aten::scatter_reduce"), scatter),
+    rule.__name__: rule for rule in (embedding, index_select, index, gather, scatter)
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, arguments, expression, is_symbolic_scalar, shape_of, tensor_value
+from kvpass.fx_passes.op_facts.facts import OpFacts
+from kvpass.fx_passes.op_facts.table import facts_of
 from kvpass.fx_passes.shape_values import Dependence, is_random, reads_shape_only
 from kvpass.fx_passes.token_axis.axes import (
     Axes,
@@ -132,12 +135,9 @@ SIZE_ARGUMENTS = {
     "output_size",
 }
 
-# One matrix per group of rows, groups given by where they end; libraries register the op under names of their own.
-GROUPED_PRODUCTS = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
-
 
 def infer_axes(inference: Inference, rules: dict[str, AxisRule]) -> dict[Node, Axes | Several | Mixed]:
-    """Axes of every tensor node, or why it has none. ``rules`` maps schema names such as ``aten::softmax``."""
+    """Axes of every tensor node, or why it has none. ``rules`` has the rules that op facts name."""
     for node in inference.captured.graph.nodes:
         if node.op == "output" or not _is_tensor_node(node):
             continue
@@ -168,12 +168,9 @@ def _axes_of(inference: Inference, node: Node, rules: dict[str, AxisRule]) -> Ax
         return _constant_axes(node)
     if is_random(node):
         raise MixesTokens("draws random numbers")
-    name = _schema_name(node)
-    if name.rsplit("::", 1)[-1] in GROUPED_PRODUCTS:
-        name = "grouped_product"
     if reads_shape_only(node):
         return _filled(inference, node)
-    if name == "getitem":
+    if node.target is operator.getitem:
         several = inference.results[node.args[0]]  # type: ignore[index]
         if isinstance(several, Mixed):
             raise Blocked(several)
@@ -182,10 +179,31 @@ def _axes_of(inference: Inference, node: Node, rules: dict[str, AxisRule]) -> Ax
     named = arguments(node)
     if computes_with_sizes(named):
         raise MixesTokens("computes with the batch size or the length of the sequence")
-    rule = rules.get(name) or (rules["pointwise"] if _is_pointwise(node) else None)
-    if rule is None:
+    facts = facts_of(node.target)
+    if facts is None or not facts.axes:
         raise MixesTokens("is an op for which kvpass has no proof that it treats tokens one by one")
-    return rule(inference, node, named)
+    check_operands(inference, named, facts)
+    return rules[facts.axes](inference, node, named)
+
+
+def check_operands(inference: Inference, named: dict[str, Any], facts: OpFacts) -> None:
+    """Whatever an op takes beside the operands that may carry tokens is a constant, for every op alike.
+
+    Raises:
+        MixesTokens: naming the operand that depends on the tokens, on positions, on the length or on the batch.
+    """
+    if facts.tokens is None:
+        return
+    for name, value in named.items():
+        if name in facts.tokens:
+            continue
+        for operand in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(operand, Node) or tensor_value(operand) is None:
+                continue
+            if inference.is_data(operand):
+                raise MixesTokens(f"takes its {name} from the tokens: it must be a constant")
+            if any(factor.kind is not Kind.PLAIN for dim in inference.axes(operand) for factor in dim):
+                raise MixesTokens(f"takes its {name} from positions, or in the size of the sequence or the batch")
 
 
 def _constant_axes(node: Node) -> Axes | Several:
@@ -193,15 +211,6 @@ def _constant_axes(node: Node) -> Axes | Several:
     if isinstance(val, torch.Tensor):
         return uniform(shape_of(node))
     return Several(tuple(tuple(plain(int(s)) for s in v.shape) for v in val))
-
-
-def _schema_name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return str(schema.name) if schema is not None else getattr(node.target, "__name__", str(node.target))
-
-
-def _is_pointwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _filled(inference: Inference, node: Node) -> Axes:

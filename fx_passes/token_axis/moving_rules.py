@@ -192,20 +192,9 @@ def slice_scatter(inference: Inference, node: Node, named: dict[str, Any]) -> Ax
 
 
 MOVING_RULES: dict[str, AxisRule] = {
-    **dict.fromkeys(("aten::reshape", "aten::view", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"), reshape),
-    "aten::permute": permute,
-    "aten::transpose": transpose,
-    "aten::unsqueeze": unsqueeze,
-    "aten::squeeze": squeeze,
-    "aten::expand": expand,
-    "aten::repeat": repeat,
-    "aten::repeat_interleave": repeat_interleave,
-    "aten::cat": cat,
-    "aten::stack": stack,
-    **dict.fromkeys(("aten::slice", "aten::narrow", "aten::unfold"), narrow),
-    "aten::select": select,
-    **dict.fromkeys(
-        ("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"), split
-    ),
-    **dict.fromkeys(("aten::slice_scatter", "aten::select_scatter"), slice_scatter),
-}
+    rule.__name__: rule
+    for rule in (
+        reshape, permute, transpose, unsqueeze, squeeze, expand, repeat, repeat_interleave, cat, stack, narrow, select,
+        split, slice_scatter,
+    )
+}  # fmt: skip

@@ -9,7 +9,7 @@ from torch.fx import Node
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, refuse
 from kvpass.fx_passes.shape_values import ShapeEvaluator, classify
 from kvpass.fx_passes.token_axis.axes import Axes, Kind, Mixed, kinds_in
-from kvpass.fx_passes.token_axis.axis_rules import RULES
+from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
 from kvpass.fx_passes.token_axis.find_positions import position_sources
 from kvpass.fx_passes.token_axis.infer_axes import Inference, infer_axes
 
@@ -45,7 +45,7 @@ def token_axes(captured: CapturedGraph) -> Inference:
     kinds = classify(captured)
     evaluator = ShapeEvaluator(captured, kinds)
     inference = Inference(captured, kinds, position_sources(captured, kinds, evaluator))
-    infer_axes(inference, RULES)
+    infer_axes(inference, AXIS_RULES)
     return inference
 
 

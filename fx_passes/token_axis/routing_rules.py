@@ -13,6 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import arguments, aten, expression, is_call, shape_of
+from kvpass.fx_passes.op_facts.facts import is_item_of
 from kvpass.fx_passes.token_axis.axes import Axes, Dim, Factor, Kind, MixesTokens, is_free, kinds_in, plain
 from kvpass.fx_passes.token_axis.infer_axes import AxisRule, Inference, Several
 
@@ -72,7 +73,7 @@ def row_index(inference: Inference, node: Any) -> RowIndex | None:
     if is_call(node, aten.argsort):
         return _sorted_from(inference, node)
     source = node.args[0] if node.args else None
-    if getattr(node.target, "__name__", "") == "getitem" and isinstance(source, Node):
+    if is_item_of(node.target) and isinstance(source, Node):
         if is_call(source, aten.sort) and node.args[1] == 1:
             return _sorted_from(inference, source)
         if is_call(source, aten.nonzero_numpy, aten.where):
@@ -204,9 +205,4 @@ def counted(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
     raise MixesTokens("counts over all tokens")
 
 
-ROUTING_RULES: dict[str, AxisRule] = {
-    **dict.fromkeys(("aten::nonzero", "aten::nonzero_numpy"), nonzero),
-    "aten::index_put": index_put,
-    "aten::index_add": index_add,
-    **dict.fromkeys(("aten::histc", "aten::bincount"), counted),
-}
+ROUTING_RULES: dict[str, AxisRule] = {rule.__name__: rule for rule in (nonzero, index_put, index_add, counted)}

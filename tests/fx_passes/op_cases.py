@@ -377,7 +377,7 @@ REFUSED = {
     ),
     "bounds of buckets from the length": (
         lambda m, x: torch.bucketize(x * 5, torch.arange(x.size(1)).double()),
-        "parameters from the tokens or their number",
+        "takes its boundaries from positions, or in the size of the sequence",
     ),
     "positions from the end": (lambda m, x: x + torch.arange(x.size(1)).flip(0)[:, None], "works along the token axis"),
     "number of the sequence": (lambda m, x: x + torch.arange(x.size(0))[:, None, None], ""),

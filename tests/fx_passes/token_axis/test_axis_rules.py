@@ -5,16 +5,20 @@ another batch; a result that they refuse must change somewhere, or stand in `CON
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 from kvpass.fx_passes.canonical.canonicalize import Canonicalize
-from kvpass.fx_passes.capture.capture import capture
+from kvpass.fx_passes.capture import capture
+from kvpass.fx_passes.op_facts.facts import packet_of
+from kvpass.fx_passes.op_facts.table import FACTS
 from kvpass.fx_passes.token_axis.axes import Axes, Kind, Mixed
-from kvpass.fx_passes.token_axis.axis_rules import RULES
-from kvpass.fx_passes.token_axis.infer_axes import Several, _schema_name
+from kvpass.fx_passes.token_axis.axis_rules import AXIS_RULES
+from kvpass.fx_passes.token_axis.infer_axes import Several
 from kvpass.fx_passes.token_axis.prove_token_axis import token_axes
 from tests.fx_passes.op_cases import ACCEPTED, REFUSED
 from tests.fx_passes.tracing import VOCAB, Cases, captured, outputs, show
@@ -29,17 +33,18 @@ CONSERVATIVE = {
     "causal attention to constants": "the place among the queries is the position, until the graph is one step's",
 }
 
-# Names in RULES that torch.export takes apart before a pass could see them, or that another table covers.
+# Ops of the table that torch.export takes apart before a pass could see them, or that another test covers.
 NOT_SEEN = {
     **dict.fromkeys(
-        ("batch_norm", "chunk", "convolution", "flatten", "imag", "narrow", "real", "tensor_split", "to", "unflatten"),
+        (
+            "batch_norm", "chunk", "convolution", "flatten", "narrow", "nonzero_numpy", "tensor_split", "to",
+            "unflatten", "view",
+        ),
         "export writes it with other ops",
     ),
-    "nonzero_numpy": "export writes it with other ops",
-    "pointwise": "the rule of every op tagged so",
-    "grouped_product": "the rule of the grouped products, which libraries register under names of their own",
-    "kvpass::dense_attention": "made by find-attention; proven in test_find_attention",
-}
+    "_grouped_mm": "its groups are known by the sort that they come from: tests/decoders/experts.py",
+    "kvpass.dense_attention": "made by find-attention; proven in test_find_attention",
+}  # fmt: skip
 
 
 @dataclass
@@ -58,9 +63,9 @@ class Traced:
 
 def traced(table: dict[str, tuple]) -> Traced:
     graph = captured(Cases({name: case[0] for name, case in table.items()}))
-    names = {_schema_name(n) for n in graph.graph.nodes if n.op == "call_function"}
+    names = {str(packet_of(n.target)) for n in graph.graph.nodes if n.op == "call_function"}
     Canonicalize().apply(graph)
-    names |= {_schema_name(n) for n in graph.graph.nodes if n.op == "call_function"}
+    names |= {str(packet_of(n.target)) for n in graph.graph.nodes if n.op == "call_function"}
     results = token_axes(graph).results
     return Traced(dict(zip(table, (results[n] for n in outputs(graph)[1:]), strict=True)), names, graph.module)
 
@@ -157,7 +162,68 @@ def test_what_is_refused_deserves_it(refused: Traced, ids: Tensor, name: str) ->
     assert bool(reaches or by_length or by_batch or by_chance) != (name in CONSERVATIVE)
 
 
-def test_every_rule_has_a_case(accepted: Traced, refused: Traced) -> None:
+def test_every_op_with_a_rule_has_a_case(accepted: Traced, refused: Traced) -> None:
     seen = accepted.names | refused.names
-    missing = {name.removeprefix("aten::") for name in set(RULES) - seen}
-    assert missing == set(NOT_SEEN), "add a case to op_cases.py for a new rule"
+    known = {str(op) for op, facts in FACTS.items() if facts.axes and facts.axes != "pointwise" and not facts.fresh}
+    missing = {name.removeprefix("aten.") for name in known - seen}
+    assert missing == set(NOT_SEEN), "add a case to op_cases.py for a new row"
+
+
+def test_every_rule_is_named_by_an_op_and_every_name_is_a_rule() -> None:
+    assert {facts.axes for facts in FACTS.values() if facts.axes} == set(AXIS_RULES) - {"declared_rows"}
+
+
+def test_operands_are_named_as_the_schemas_name_them() -> None:
+    for op, facts in FACTS.items():
+        names = {a.name for overload in op.overloads() for a in getattr(op, overload)._schema.arguments}
+        assert set(facts.tokens or ()) & names or not facts.tokens, op
+
+
+@pytest.mark.parametrize("op", [op for op, f in FACTS.items() if f.axes == "pointwise"], ids=str)
+def test_what_is_called_pointwise_is(op: OpOverloadPacket) -> None:
+    """Each entry of a result moves with the entries at its place alone, for every overload that takes tensors."""
+    tried = 0
+    for overload in (getattr(op, name) for name in op.overloads()):
+        arguments = example_arguments(overload)
+        tensors = [i for i, value in enumerate(arguments or ()) if isinstance(value, Tensor)]
+        try:
+            before = overload(*arguments)
+        except (RuntimeError, TypeError, NotImplementedError):
+            continue
+        for place in tensors:
+            changed = list(arguments)
+            changed[place] = changed[place].clone()
+            changed[place][1, 2] = 1 if changed[place].dtype == torch.bool else changed[place][1, 2] + 1
+            after = overload(*changed)
+            moved = (after != before) & ~(after.isnan() & before.isnan())
+            moved[1, 2] = False
+            assert moved.shape == (3, 4) and not moved.any(), f"{overload}: operand {place}"
+            tried += 1
+    assert tried, f"{op} could not be tried"
+
+
+def example_arguments(overload: OpOverload) -> list[Any] | None:
+    """Small tensors, numbers and defaults for a functional overload; None where it takes something else."""
+    schema = overload._schema
+    if schema.is_mutable or len(schema.returns) != 1:
+        return None
+    whole = any(word in schema.name for word in ("bitwise", "gcd", "lcm", "shift", "__and__", "__or__", "__xor__"))
+    logical, complex_parts = "logical" in schema.name, any(w in schema.name for w in ("complex", "polar"))
+    generator, given = torch.Generator().manual_seed(3), []
+    for argument in schema.arguments:
+        kind = str(argument.type)
+        if argument.kwarg_only:
+            continue
+        if kind in ("Tensor", "Optional[Tensor]"):
+            values = torch.rand(3, 4, generator=generator, dtype=torch.float32 if complex_parts else torch.float64)
+            values = values * 0.4 + 0.3
+            values = torch.complex(values, values) if "imag" in schema.name else values
+            truth = logical or argument.name == "mask"
+            given.append((values * 9).long() + 1 if whole else values > 0.5 if truth else values)
+        elif argument.has_default_value():
+            given.append(argument.default_value)
+        elif "number" in kind or kind in ("float", "int"):
+            given.append(1)
+        else:
+            return None
+    return given
