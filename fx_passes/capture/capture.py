@@ -22,6 +22,7 @@ from kvpass.fx_passes.capture.diagnose_capture import token_mixers
 from kvpass.fx_passes.capture.explain_failure import why_not_captured
 from kvpass.fx_passes.capture.length_conditions import longest_valid
 from kvpass.fx_passes.capture.logits_rows import return_every_row, rows_returned
+from kvpass.fx_passes.capture.squeezed_dims import name_squeezed_dims
 from kvpass.fx_passes.graph import CapturedGraph, aten, expression
 from kvpass.fx_passes.op_facts.declared import MEANINGS
 
@@ -194,6 +195,7 @@ def _named(inputs: list[Node]) -> tuple[Node, Node | None]:
 
 
 def _with_every_row(captured: CapturedGraph) -> CapturedGraph:
+    name_squeezed_dims(captured)
     rows = rows_returned(captured)
     if rows is None or not return_every_row(captured, rows):
         raise CaptureError(

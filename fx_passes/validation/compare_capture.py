@@ -25,6 +25,7 @@ NUMBERS = 4096  # numbers up to this one are gone beyond
 MARGIN = 8  # by so many tokens
 SHORT = (1, 2, 3, 41)
 EACH, REPEATED = 64, 12  # so many tokens, each this often by itself
+SMALL = 20_000_000  # weights of a model that is run this often; a few tokens have to do for others
 FEW = 3  # distinct tokens of a text with few
 LARGEST = 1_100_000_000  # bytes of one tensor of such a run
 WORK = 60_000_000  # numbers that a run computes, beyond which one long text has to do for all
@@ -59,7 +60,7 @@ def compare_capture(
 
 
 def texts(captured: CapturedGraph, plan: CachePlan) -> Iterator[Text]:
-    """The texts, short ones first; the same for the same graph."""
+    """The texts, long ones first, since a model may remember the longest; the same for the same graph."""
     generator = torch.Generator().manual_seed(1)
     allowed = allowed_tokens(plan)
     device = captured.input_ids.meta["val"].device
@@ -69,22 +70,24 @@ def texts(captured: CapturedGraph, plan: CachePlan) -> Iterator[Text]:
 
     limits = [limit for limit in (captured.max_length, plan.max_length) if limit is not None]
     longest = min([longest_compared(captured), *limits])
+    few, one = (drawn(FEW).flatten().cpu(), drawn(1).flatten().cpu())
+    kinds = {"random tokens": allowed, "one token": one, f"{FEW} tokens": few}
+    cuts = [longest * part // len(kinds) for part in range(len(kinds) + 1)]
+    if longest > SHORT[-1] and sum(_numel(node, captured, longest) for node in captured.graph.nodes) <= WORK:
+        for name, among in kinds.items():
+            yield Text(f"{longest} times {name}", drawn(longest, among))
+    elif longest > SHORT[-1]:
+        parts = [
+            drawn(stop - start, among) for (start, stop), among in zip(pairwise(cuts), kinds.values(), strict=True)
+        ]
+        yield Text(f"{longest} times {', then '.join(kinds)}", torch.cat(parts, 1))
     short = [n for n in SHORT if n <= longest]
     for length in short:
         yield Text(f"texts of {', '.join(map(str, short))} tokens", drawn(length))
-    each = allowed[torch.randperm(len(allowed), generator=generator)[:EACH]].to(device)
-    yield Text(f"{len(each)} tokens by themselves", each[:, None].expand(-1, min(REPEATED, longest)))
-    if longest <= SHORT[-1]:
-        return
-    few, one = (drawn(FEW).flatten().cpu(), drawn(1).flatten().cpu())
-    kinds = {"random tokens": allowed, "one token": one, f"{FEW} tokens": few}
-    if sum(_numel(node, captured, longest) for node in captured.graph.nodes) <= WORK:
-        for name, among in kinds.items():
-            yield Text(f"{longest} times {name}", drawn(longest, among))
-        return
-    cuts = [longest * part // len(kinds) for part in range(len(kinds) + 1)]
-    parts = [drawn(stop - start, among) for (start, stop), among in zip(pairwise(cuts), kinds.values(), strict=True)]
-    yield Text(f"{longest} times {', then '.join(kinds)}", torch.cat(parts, 1))
+    weights = sum(parameter.numel() for parameter in captured.module.parameters())
+    each = allowed[torch.randperm(len(allowed), generator=generator)[: EACH if weights <= SMALL else FEW]].to(device)
+    for token in each:
+        yield Text(f"{len(each)} tokens, each by itself", token.expand(1, min(REPEATED, longest)))
 
 
 def longest_compared(captured: CapturedGraph) -> int:
