@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, PassResult, refuse
@@ -83,6 +84,17 @@ class PassLog:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
+class Refused(Exception):
+    """A stage refused; the log says why."""
+
+    def __init__(self, log: PassLog) -> None:
+        super().__init__("; ".join(map(str, log.refusals)))
+        self.log = log
+
+
+PASSING: tuple[type[Exception], ...] = (MemoryError, torch.OutOfMemoryError, Refused)  # no fault of a pass
+
+
 def run_passes(
     state: S,
     stage: Sequence[Pass[S] | Dialect],
@@ -104,7 +116,7 @@ def run_passes(
         else:
             try:
                 result = step.apply(state)
-            except passing:
+            except (*PASSING, *passing):
                 raise
             except Exception as error:  # fail closed: what a pass cannot handle is not rewritten
                 log.refusals.append(Refusal(f"{DEFECT}: {type(error).__name__}: {error}", pass_name=step.name))
@@ -132,14 +144,19 @@ def _broken(captured: CapturedGraph, dialect: Dialect, last: str, log: PassLog) 
 
 @contextmanager
 def failing_closed(log: PassLog, name: str, *passing: type[Exception]) -> Iterator[None]:
-    """Make whatever a step raises a refusal of the log, but for the errors that are the caller's to see."""
+    """Make whatever a step raises a refusal of the log, but for errors that are the caller's to see.
+
+    Raises:
+        Refused: if the step failed.
+    """
     start = time.perf_counter()
     try:
         yield
-    except passing:
+    except (*PASSING, *passing):
         raise
     except Exception as error:
         log.refusals.append(Refusal(f"{DEFECT}: {type(error).__name__}: {error}", pass_name=name))
         log.error = error
+        raise Refused(log) from error
     finally:
         log.spent(name, time.perf_counter() - start)

@@ -30,7 +30,7 @@ from kvpass.fx_passes.optimization.fold_rotations import FoldRotations
 from kvpass.fx_passes.optimization.fuse_writes import FuseWrites
 from kvpass.fx_passes.optimization.merge_projections import MergeProjections
 from kvpass.fx_passes.optimization.step_graph import StepGraph
-from kvpass.fx_passes.pipeline import Dialect, Pass, PassLog, run_passes
+from kvpass.fx_passes.pipeline import Dialect, Pass, PassLog, Refused, run_passes
 from kvpass.fx_passes.planning.plan_cache import (
     ChooseFormats,
     ChooseStorage,
@@ -40,15 +40,14 @@ from kvpass.fx_passes.planning.plan_cache import (
     Planning,
 )
 from kvpass.fx_passes.token_axis.prove_token_axis import ProveTokenAxis
+from kvpass.fx_passes.validation.checks import (
+    CompareCapture,
+    CompareFormats,
+    CompareMass,
+    CompareRewrite,
+    Validation,
+)
 from kvpass.types import Refusal
-
-
-class Refused(Exception):
-    """A stage refused; the log says why."""
-
-    def __init__(self, log: PassLog) -> None:
-        super().__init__("; ".join(map(str, log.refusals)))
-        self.log = log
 
 
 @dataclass
@@ -160,3 +159,22 @@ def lower(proof: Proof, planned: GraphPlan, *, fuse: bool = False, fold: bool = 
     if run_passes(state, lower_stage(fuse, fold), proof.log).refusals:
         raise Refused(proof.log)
     return finished(state)
+
+
+VALIDATE_STAGE: tuple[Pass[Validation] | Dialect, ...] = (
+    CompareRewrite(),
+    CompareCapture(),
+    CompareFormats(),
+    CompareMass(),
+)
+
+
+def validate(found: Validation, log: PassLog) -> Validation:
+    """Compare what was rewritten with the original; the errors are left in ``found``, the times in the log.
+
+    Raises:
+        Refused: if a comparison could not be made.
+    """
+    if run_passes(found, VALIDATE_STAGE, log).refusals:
+        raise Refused(log)
+    return found

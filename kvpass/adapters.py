@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvpass.errors import InputError
 from kvpass.fx_passes.capture.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH
+from kvpass.outputs import Path, find_logits, logits_at, watched_tables
 
 MODEL = "model"  # attribute of the adapter that holds the user's module
 IDS = ("input_ids", "ids", "tokens", "token_ids", "idx", "x")
@@ -36,6 +37,7 @@ class LogitsModel(nn.Module):
         self.model = model
         self.copied: list[tuple[Tensor, Tensor]] = []
         self.ids_name, self.positions_name, self.fixed = _call_form(model, takes_positions)
+        self.path: Path | None = None  # of the logits among the results, see :func:`locate_logits`
         self.train(model.training)
 
     @property
@@ -45,14 +47,20 @@ class LogitsModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits ``[B, S, V]`` of token ids ``[B, S]``."""
+        output = self.call(input_ids, position_ids)
+        batch, length = input_ids.shape
+        return logits_at(output, find_logits(output, batch, length) if self.path is None else self.path)
+
+    def call(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
+        """All that the model returns."""
         named = dict(self.fixed)
         if self.positions_name is not None:
             if position_ids is None:
                 position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             named[self.positions_name] = position_ids
         if self.ids_name is None:
-            return logits_of(self.model(input_ids, **named))
-        return logits_of(self.model(**{self.ids_name: input_ids}, **named))
+            return self.model(input_ids, **named)
+        return self.model(**{self.ids_name: input_ids}, **named)
 
 
 class TwoInputs(nn.Module):
@@ -83,25 +91,19 @@ class OneInput(nn.Module):
         return logits
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a forward returns: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple.
+def locate_logits(model: LogitsModel, example: tuple[Tensor, ...]) -> None:
+    """Find out which of the model's results are its logits, on a copy of it that is run on an example.
 
     Raises:
-        InputError: if there are none.
+        InputError: if there are none, or if they cannot be told from the rest.
     """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits  # type: ignore[no-any-return]
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        logits: Tensor = output["logits"]
-        return logits
-    if isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise InputError(
-        f"the model returns {type(output).__name__}: kvpass needs a tensor of logits, an object with .logits, a dict "
-        'with "logits", or a tuple whose first item is the logits'
-    )
+    twin = for_capture(model).model
+    try:
+        output, rows = watched_tables(lambda: twin.call(*example), example[0])
+    except Exception:  # what cannot run is left to the capture, which says why
+        return
+    batch, length = example[0].shape
+    model.path = find_logits(output, batch, length, rows)
 
 
 def _call_form(model: nn.Module, takes_positions: bool) -> tuple[str | None, str | None, dict[str, Any]]:
@@ -132,7 +134,7 @@ def _call_form(model: nn.Module, takes_positions: bool) -> tuple[str | None, str
     return ids, positions if demanded or takes_positions else None, fixed
 
 
-def for_capture(model: LogitsModel) -> nn.Module:
+def for_capture(model: LogitsModel) -> OneInput | TwoInputs:
     """A module to export: a copy of the user's module tree that shares every parameter and buffer.
 
     Being exported changes some modules (they keep masks or counters as attributes); the user's own stays as it was.

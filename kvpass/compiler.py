@@ -5,34 +5,42 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kvpass.adapters import MODEL, LogitsModel, check_example, end_of_sequence, example_for, example_ids, for_capture
+from kvpass.adapters import (
+    MODEL,
+    LogitsModel,
+    check_example,
+    end_of_sequence,
+    example_for,
+    example_ids,
+    for_capture,
+    locate_logits,
+)
 from kvpass.config import CacheConfig
 from kvpass.declarations import declare_known_ops
 from kvpass.engine.engine import Engine
-from kvpass.errors import CaptureError, InputError, RefusedError, VerificationError
+from kvpass.errors import CaptureError, InputError, RefusedError
+from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.capture.capture import capture
 from kvpass.fx_passes.capture.diagnose_capture import convolutions_over_tokens
 from kvpass.fx_passes.capture.logits_rows import every_row
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.ledger_check import LedgerCheck
 from kvpass.fx_passes.lowering.bind import PagedModule
-from kvpass.fx_passes.lowering.exact_formats import with_exact_formats
 from kvpass.fx_passes.optimization.clean_up import count_nodes
+from kvpass.fx_passes.pipeline import Refused, failing_closed
 from kvpass.fx_passes.planning.plan_cache import GraphPlan
-from kvpass.fx_passes.stages import Refused, lower, plan, prove
-from kvpass.fx_passes.validation.calibrate import calibrate, calibration_ids
-from kvpass.fx_passes.validation.verify import format_bound, reference_graph, verify
-from kvpass.fx_passes.validation.verify_mass import verify_mass
+from kvpass.fx_passes.stages import lower, plan, prove, validate
+from kvpass.fx_passes.validation.checks import Oracle, Validation, in_exact_formats
+from kvpass.fx_passes.validation.verify import reference_graph
 from kvpass.kernels.backends import has_kernel
 from kvpass.report import RewriteReport
-from kvpass.reports.site_reports import site_reports, with_format_errors, with_verification
+from kvpass.reports.site_reports import site_reports, with_validation
 from kvpass.runtime.sequences.output_text import decode_of
 from kvpass.runtime.speculation.speculation import Drafter
 from kvpass.types import HeavyHitters, Refusal
@@ -131,6 +139,7 @@ def check_model(model: nn.Module) -> torch.device:
     return device
 
 
+@alone()
 def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
     """The graph of an adapted model.
 
@@ -139,6 +148,7 @@ def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
     """
     declare_known_ops()
     example, prefix = example_for(model, device), f"{MODEL}.{MODEL}"
+    locate_logits(model, example)
     convolutions = convolutions_over_tokens(for_capture(model), example, prefix)
     if convolutions:
         raise _refused(convolutions)
@@ -166,14 +176,6 @@ def check_forgetting(plan: GraphPlan) -> None:
             raise _refused([Refusal(reason, site.name, pass_name="plan-cache")])
 
 
-def check_mass(module: PagedModule, report: RewriteReport) -> None:
-    """Raise :class:`VerificationError` if steps that give the attention mass differ from those that do not."""
-    found = verify_mass(module)
-    if not found.passed:
-        errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors.items())
-        raise VerificationError(f"steps that weigh attention differ from those that do not: {errors}", report)
-
-
 def _refused(refusals: Sequence[Refusal], seconds: dict[str, float] | None = None) -> RefusedError:
     listed = "\n".join(f"- {refusal}" for refusal in refusals[:8])
     message = f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}"
@@ -190,6 +192,7 @@ def _as_refused_error(seconds: dict[str, float]) -> Iterator[None]:
         raise _refused(log.refusals, seconds | log.seconds) from (log.error or refused)
 
 
+@alone()
 def rewrite(
     model: LogitsModel,
     config: CacheConfig,
@@ -206,51 +209,42 @@ def rewrite(
     captured = captured or capture_model(model, device)
     spent = time.perf_counter() - start
     seconds = {"export": captured.export_seconds, "capture": max(0.0, spent - captured.export_seconds)}
-    before = count_nodes(captured.graph)
-    proof = prove(captured, config)
+    before, untouched = count_nodes(captured.graph), captured.copy()
     with _as_refused_error(seconds):
+        proof = prove(captured, config)
         planned = plan(proof, config, _vocabulary(captured))
-    if config.forgetting is not None:
-        check_forgetting(planned)
-    reference = reference_graph(captured, [site.node.name for site in planned.sites])
+        if config.forgetting is not None:
+            check_forgetting(planned)
+        reference = reference_graph(captured, [site.node.name for site in planned.sites])
+        sites = site_reports(captured, planned)
+        fuse = has_kernel("norm_rotary_write", device.type)
+        paged = lower(proof, planned, fuse=fuse, fold=config.fold_rotations)
+        with failing_closed(proof.log, "bind"):
+            module = PagedModule(paged)
+            tree_step = module.tree_step if paged.plan.prefix else None
+        if isinstance(tree_step, Refusal):
+            raise _refused([tree_step], seconds | proof.log.seconds)
+        with failing_closed(proof.log, "calibrate"):
+            exact, scales = in_exact_formats(paged, planned.cache_plan, device, examples)
+        oracle = Oracle(model, every_row(model, captured.rows), untouched, reference)
+        found = Validation(oracle, paged, exact, module, isinstance(config.forgetting, HeavyHitters))
+        if check:
+            validate(found, proof.log)
+    after = count_nodes(paged.module.graph)
     report = RewriteReport(
-        sites=site_reports(captured, planned),
+        sites=sites,
         max_length=planned.cache_plan.max_length,
         max_length_reason=planned.cache_plan.max_length_reason,
         forbidden_tokens=planned.cache_plan.forbidden_tokens,
+        seconds=seconds | proof.log.seconds,
+        calls=(before[0], after[0]),
+        launches=(before[1], after[1]),
+        calibration=scales,
+        rotations=paged.rotations,
+        derived_bytes=paged.derived_bytes,
         declared=captured.declared,
     )
-    fuse = has_kernel("norm_rotary_write", device.type)
-    with _as_refused_error(seconds):
-        paged = exact = lower(proof, planned, fuse=fuse, fold=config.fold_rotations)
-    seconds |= proof.log.seconds
-    module = PagedModule(paged)
-    if paged.plan.prefix and isinstance(module.tree_step, Refusal):
-        raise _refused([module.tree_step], seconds)
-    after = count_nodes(paged.module.graph)
-    report = replace(report, calls=(before[0], after[0]), launches=(before[1], after[1]))
-    report = replace(report, rotations=paged.rotations, derived_bytes=paged.derived_bytes)
-    lossy = paged.plan != planned.cache_plan
-    if lossy:
-        start = time.perf_counter()
-        exact = with_exact_formats(paged, planned.cache_plan)
-        ids = calibration_ids(paged.plan, device) if examples is None else list(examples[:, : paged.plan.max_length])
-        report = replace(report, calibration=calibrate(exact, paged.plan, ids))
-        seconds["calibrate"] = time.perf_counter() - start
-    if check:
-        start = time.perf_counter()
-        original = every_row(model, captured.rows)
-        report = with_verification(report, verify(original, reference, exact, PagedModule(exact)))
-        if lossy and report.verification is not None and report.verification.passed:
-            found = verify(original, reference, paged, module, format_bound(paged.plan))
-            report = with_format_errors(report, found)
-        if isinstance(config.forgetting, HeavyHitters) and report.verification is not None:
-            check_mass(module, report)
-        seconds["verify"] = time.perf_counter() - start
-    report = replace(report, seconds=seconds)
-    if report.verification is not None and not report.verification.passed:
-        lines = "\n".join(report.verification.checks)
-        raise VerificationError(f"the rewritten model differs from the original, and is not used:\n{lines}", report)
+    report = with_validation(report, found)
     module.guard = LedgerCheck(model.model, captured.ledger, captured.path_prefix, model.copied)
     return module, report
 

@@ -5,7 +5,7 @@ An error says what was found, where (module path and node), and what the user ca
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvpass.report import RewriteReport
@@ -56,6 +56,9 @@ class RefusedError(KvpassError):
     def __init__(self, message: str, report: RewriteReport) -> None:
         super().__init__(message)
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.report), self.__dict__
 
 
 class VerificationError(RefusedError):

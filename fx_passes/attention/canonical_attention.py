@@ -27,11 +27,15 @@ class DenseInputs:
 
 
 def emit_dense(captured: CapturedGraph, inputs: DenseInputs, node: Node, spelling: str) -> Node:
-    """Insert the canonical attention that takes the place of ``node``."""
+    """Insert the canonical attention that takes the place of ``node``.
+
+    Its result has the precision of the wider of query and value, as a product of weights and values has it; keys and
+    values keep the dtypes that they have.
+    """
     query, key, value = inputs.query, inputs.key, inputs.value
-    dtype = query.meta["val"].dtype
-    if value.meta["val"].dtype != dtype:
-        value = emit(captured, aten._to_copy.default, value, dtype=dtype, like=node)
+    wide = torch.promote_types(query.meta["val"].dtype, value.meta["val"].dtype)
+    if query.meta["val"].dtype != wide:
+        query = emit(captured, aten._to_copy.default, query, dtype=wide, like=node)
     target = torch.ops.kvpass.dense_attention.default
     rest = (inputs.bias, inputs.scale, inputs.softcap, inputs.sinks)
     dense = emit(captured, target, query, key, value, *rest, like=node)

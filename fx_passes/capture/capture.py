@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,10 +16,13 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
 from kvpass.errors import CaptureError
+from kvpass.fx_passes.capture.alone import alone, plain_attention_modules
 from kvpass.fx_passes.capture.declarations import check_declarations
 from kvpass.fx_passes.capture.diagnose_capture import token_mixers
+from kvpass.fx_passes.capture.explain_failure import why_not_captured
 from kvpass.fx_passes.capture.length_conditions import longest_valid
 from kvpass.fx_passes.capture.logits_rows import return_every_row, rows_returned
+from kvpass.fx_passes.capture.squeezed_dims import name_squeezed_dims
 from kvpass.fx_passes.graph import ROLE, CapturedGraph, Role, aten, expression, read_attribute
 from kvpass.fx_passes.op_facts.declared import MEANINGS
 from kvpass.fx_passes.value_ledger import ValueLedger
@@ -74,47 +76,38 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str = "")
     Raises:
         CaptureError: if torch.export fails, or if the graph holds for the example's batch size or length only.
     """
-    try:
-        return _capture(model, inputs, path_prefix)
-    except CaptureError as error:
-        error.args = (f"{error}{token_mixers(model, inputs)}",)
-        raise
+    with alone():
+        try:
+            return _capture(model, inputs, path_prefix)
+        except CaptureError as error:
+            error.args = (f"{error}{token_mixers(model, inputs)}",)
+            raise
+        except Exception as error:  # fail closed: a graph that cannot be read is none
+            raise CaptureError(
+                f"the captured graph could not be read, which is a defect of kvpass worth a report: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def _capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str) -> CapturedGraph:
     dims = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in inputs)
     start = time.perf_counter()
     try:
-        with _plain_attention_modules():
+        with plain_attention_modules():
             program = export(model, inputs, dynamic_shapes=(dims,) if _takes_varargs(model) else dims, strict=False)
             declared = check_declarations(program, inputs)
             program = program.run_decompositions(_decompositions())
     except CaptureError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(
-            f"torch.export could not capture the model: {first}\n"
-            "kvpass needs a forward without data-dependent Python control flow, and without tensors taken by .data; "
-            "the original error is chained above."
-        ) from error
+        reason = why_not_captured(error, model, inputs)
+        raise CaptureError(f"torch.export could not capture the model: {reason}") from error
     seconds = time.perf_counter() - start
     captured = _to_graph(program, path_prefix)
     captured.export_seconds = seconds
     captured.declared = declared
     captured.max_length = longest_valid(captured, model, EXAMPLE_LENGTH)
     return captured
-
-
-@contextmanager
-def _plain_attention_modules() -> Iterator[None]:
-    """Keep nn.MultiheadAttention from its fused fast path, one opaque op."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _takes_varargs(model: nn.Module) -> bool:
@@ -209,6 +202,7 @@ def _with_roles(inputs: list[Node]) -> dict[Role, Node]:
 
 
 def _with_every_row(captured: CapturedGraph) -> CapturedGraph:
+    name_squeezed_dims(captured)
     rows = rows_returned(captured)
     if rows is None or not return_every_row(captured, rows):
         raise CaptureError(

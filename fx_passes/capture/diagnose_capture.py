@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvpass.fx_passes.capture.alone import alone
 from kvpass.types import Refusal
 
 LENGTHS = (
@@ -73,7 +74,8 @@ def convolutions_over_tokens(model: nn.Module, inputs: tuple[Tensor, ...], path_
         inputs: example inputs ``[batch, length]``, for their number, dtype and device.
         path_prefix: where ``model`` holds the user's module, to be left out of module paths.
     """
-    runs = [_watch_fake(model, inputs, length) for length in LENGTHS]
+    with alone():
+        runs = [_watch_fake(model, inputs, length) for length in LENGTHS]
     found: dict[str, Refusal] = {}
     for call, width in _wide_convolutions(*runs):
         path = "" if call.path == path_prefix else call.path.removeprefix(f"{path_prefix}.")

@@ -57,10 +57,9 @@ def every_row(model: Callable[..., Tensor], rows: LogitsRows) -> Callable[..., T
         b, s = inputs[0].shape
         if rows is LogitsRows.LAST:
             return torch.stack([model(*(i[:, : n + 1] for i in inputs)).reshape(b, -1) for n in range(s)], 1)
-        logits = model(*inputs)
-        return logits.reshape(b, s, -1) if rows is LogitsRows.MERGED else logits
+        return model(*inputs).reshape(b, s, -1)  # merged, or squeezed where there is one sequence
 
-    return model if rows is LogitsRows.EVERY else every
+    return every
 
 
 def return_every_row(captured: CapturedGraph, rows: LogitsRows) -> bool:

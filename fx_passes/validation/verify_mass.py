@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpass.fx_passes.lowering.bind import PagedModule
-from kvpass.fx_passes.validation.verify import LONGEST, Comparison, format_bound, logits_error, tolerance_of
+from kvpass.fx_passes.validation.verify import LONGEST, Comparison, format_bound, logits_error
 from kvpass.fx_passes.validation.verify_trees import PARENTS, OneSequence
 
 
@@ -16,12 +16,13 @@ def verify_mass(module: PagedModule) -> Comparison:
     What blocks receive is checked to be finite, not negative, and the same whether tokens are computed in one step or
     in several.
     """
-    tolerance, share = tolerance_of(module)
-    found = Comparison(tolerance=max(format_bound(module.plan), tolerance))
+    found = Comparison()
     length = min(2 * module.plan.block_size + 9, (module.plan.max_length or LONGEST) - len(PARENTS))
     if length < 2:
         return found
     run = OneSequence(module, length)
+    bound = run.bound(length)
+    found.tolerance, share = max(format_bound(module.plan), bound.tolerance), bound.share
     tokens = run.tokens[:length]
     wanted = run.step(0, tokens)
     scale = float(wanted.abs().max()) or 1.0

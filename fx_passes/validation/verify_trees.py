@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from kvpass.fx_passes.lowering.bind import PagedModule
+from kvpass.fx_passes.validation.bounds import Bound, Noise
 from kvpass.fx_passes.validation.verify import (
     LONGEST,
     Comparison,
     allowed_tokens,
+    dtypes_of,
     format_bound,
     logits_error,
-    tolerance_of,
 )
 from kvpass.kernels.formats.cache_formats import allocate_caches
 from kvpass.types import StepInputs
@@ -29,14 +30,15 @@ def verify_trees(module: PagedModule) -> Comparison:
     :mod:`~kvpass.fx_passes.validation.verify` covers; its blocks are in random order, and unused slots hold NaN.
     Nothing is compared where the model's longest sequence has no room for a tree.
     """
-    tolerance, share = tolerance_of(module)
-    found = Comparison(tolerance=max(format_bound(module.plan), tolerance))
+    found = Comparison()
     windows = [s.window for s in module.plan.caches if s.window is not None and s.window < LONGEST - 16]
     length = max([module.plan.block_size, module.plan.prefix, *windows]) + 9
     length = min(length, (module.plan.max_length or LONGEST) - len(PARENTS))
     if length < 2:
         return found
     run = OneSequence(module, length)
+    bound = run.bound(length)
+    found.tolerance, found.share = max(format_bound(module.plan), bound.tolerance), bound.share
     drawn = run.tokens[length:]
     run.step(0, run.tokens[: length - 1])
     depths, visible = _tree(length - 1)
@@ -45,7 +47,7 @@ def verify_trees(module: PagedModule) -> Comparison:
         wanted = run.step(length - 1, torch.cat((run.tokens[length - 1 : length], drawn[list(path)])))
         rows = got[[0, *(1 + node for node in path)]]
         scale = float(wanted.abs().max()) or 1.0
-        found.errors[f"path of {len(path)} in a tree"] = logits_error(rows, wanted.float(), scale, share)
+        found.errors[f"path of {len(path)} in a tree"] = logits_error(rows, wanted.float(), scale, bound.share)
     return found
 
 
@@ -79,6 +81,14 @@ class OneSequence:
         self.caches = allocate_caches(plan.caches, groups * blocks, size, module.device)
         for tensor in (tensor for pair in self.caches for tensor in pair):
             tensor.view(torch.uint8).fill_(255)  # NaN in every float format, and as a scale
+
+    def bound(self, length: int) -> Bound:
+        """How far runs of these first tokens by the module may be apart."""
+        sequences = [self.tokens[:length], self.tokens[:length].flip(0)]
+        return Noise(dtypes_of(self._module), self._alone, sequences).bound()
+
+    def _alone(self, ids: Tensor) -> Tensor:
+        return torch.stack([self.step(0, row) for row in ids])
 
     def step(
         self, start: int, tokens: Tensor, positions: Tensor | None = None, visible: Tensor | None = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kvpass.errors import VerificationError
 from kvpass.fx_passes.attention.canonical_attention import SPELLING
 from kvpass.fx_passes.graph import CapturedGraph, arguments, module_path, shape_of
 from kvpass.fx_passes.planning.minimum_cut import entries_per_token
 from kvpass.fx_passes.planning.plan_cache import GraphPlan, SitePlan
+from kvpass.fx_passes.validation.checks import Validation
 from kvpass.fx_passes.validation.verify import Comparison
 from kvpass.kernels.formats.cache_formats import cache_bytes_per_token
 from kvpass.report import RewriteReport, SiteReport, Verification
@@ -55,6 +57,25 @@ def _cached(plan: GraphPlan, site: SitePlan) -> str:
     absorbed = site.absorption is not None and site.absorption.has_weights
     notes = [*(["weights absorbed"] if absorbed else []), *(["values in the keys"] if stored.joint else [])]
     return text + (f" ({', '.join(notes)})" if notes else "")
+
+
+def with_validation(report: RewriteReport, found: Validation) -> RewriteReport:
+    """The report with what was compared; unchanged where nothing was.
+
+    Raises:
+        VerificationError: if something differs by more than it may; carries the report.
+    """
+    if found.structure is not None:
+        report = with_verification(report, found.structure)
+    if found.formats is not None:
+        report = with_format_errors(report, found.formats)
+    if report.verification is not None and not report.verification.passed:
+        lines = "\n".join(report.verification.checks)
+        raise VerificationError(f"the rewritten model differs from the original, and is not used:\n{lines}", report)
+    if found.mass is not None and not found.mass.passed:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in found.mass.errors.items())
+        raise VerificationError(f"steps that weigh attention differ from those that do not: {errors}", report)
+    return report
 
 
 def with_verification(report: RewriteReport, found: Comparison) -> RewriteReport:

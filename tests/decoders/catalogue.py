@@ -57,6 +57,8 @@ DECODERS: dict[str, Builder] = {
     "nn.MultiheadAttention with weights": decoder_around(layouts.TorchAttention),
     "nn.TransformerEncoder, pre-norm": decoder(lambda: layouts.TorchEncoderLayers(norm_first=True)),
     "nn.TransformerEncoder, post-norm": decoder(lambda: layouts.TorchEncoderLayers(norm_first=False)),
+    "nn.TransformerEncoder, a mask alone": decoder(lambda: layouts.TorchStack(decoder=False)),
+    "nn.TransformerDecoder, masks alone": decoder(lambda: layouts.TorchStack(decoder=True)),
     "nn.TransformerEncoder, time first": decoder(lambda: layouts.TorchEncoderLayers(True, batch_first=False)),
     "time first, bmm on merged heads": decoder(layouts.TimeFirst),
     "baddbmm on merged heads": decoder_around(layouts.BaddbmmBatch),

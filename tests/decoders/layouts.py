@@ -98,6 +98,35 @@ class TorchEncoderLayers(nn.Module):
         return self.head(self.encoder(x, mask=mask, is_causal=True))
 
 
+class TorchStack(nn.Module):
+    """nn.TransformerEncoder or nn.TransformerDecoder with a mask and no hint of what it is; it looks at the values.
+
+    Args:
+        decoder: cross-attends to the embeddings, by the same mask.
+        ahead: how many later tokens the mask shows; more than none is no decoder.
+    """
+
+    def __init__(self, decoder: bool, ahead: int = 0) -> None:
+        super().__init__()
+        options = {"dropout": 0.1, "batch_first": True}
+        self.decoder, self.ahead = decoder, ahead
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.positions = nn.Parameter(torch.zeros(MAX_LENGTH, DIM))
+        if decoder:
+            self.stack = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 2 * DIM, **options), 2)
+        else:
+            layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, **options)
+            self.stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(DIM, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        s = tokens.size(1)
+        mask = torch.full((s, s), -torch.inf, device=tokens.device).triu(1 + self.ahead)
+        x = self.embed(tokens) * math.sqrt(DIM) + self.positions[:s]
+        mixed = self.stack(x, x, tgt_mask=mask, memory_mask=mask) if self.decoder else self.stack(x, mask=mask)
+        return self.head(mixed)
+
+
 class TimeFirst(nn.Module):
     """[S, B, E] throughout, heads merged into the batch, bmm on [B * H, S, D]: fairseq's way."""
 

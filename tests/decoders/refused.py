@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from tests.decoders import padding, prefix, rotary, scores
+from tests.decoders import layouts, padding, prefix, rotary, scores
 from tests.decoders import unsound_attention as attention
 from tests.decoders import unsound_mixing as mixing
 from tests.decoders.skeleton import Builder, Decoder, decoder, in_turn, one_layer_around
@@ -40,6 +40,12 @@ REFUSED: dict[str, Expected] = {
     "encoder without a mask, softmax": Expected(one_layer_around(attention.NoMaskSoftmax), AHEAD, FIRST),
     "mask one token ahead": Expected(one_layer_around(attention.OneAhead), AHEAD, FIRST),
     "mask one token ahead after twenty": Expected(one_layer_around(attention.OneAheadAfterTwenty), AHEAD, FIRST),
+    "nn.TransformerEncoder, a mask one token ahead": Expected(
+        decoder(lambda: layouts.TorchStack(decoder=False, ahead=1)), AHEAD, "stack.layers.0"
+    ),
+    "nn.TransformerDecoder, masks one token ahead": Expected(
+        decoder(lambda: layouts.TorchStack(decoder=True, ahead=1)), AHEAD, "stack.layers.0"
+    ),
     "one head of four ahead": Expected(one_layer_around(attention.OneHeadAhead), AHEAD, FIRST),
     "prefix seen by all, with ALiBi": Expected(
         one_layer_around(attention.PrefixWithALiBi), r"prefix|see one another", FIRST

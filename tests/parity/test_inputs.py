@@ -98,6 +98,7 @@ class TakesFloats(nn.Module):
         (with_a_part_elsewhere, r"several devices \(cpu, meta\)"),
         (without_weights, "meta"),
         (lambda: DemandsMore().eval(), "encoder_states"),
+        (lambda: ReturnsText().eval(), "returns str"),
     ],
     ids=[
         "text",
@@ -107,6 +108,7 @@ class TakesFloats(nn.Module):
         "mixed devices",
         "meta device",
         "demands more",
+        "returns text",
     ],
 )
 def test_model_that_cannot_be_used(make: Callable[[], Any], words: str) -> None:
@@ -119,7 +121,6 @@ def test_model_that_cannot_be_used(make: Callable[[], Any], words: str) -> None:
     [
         (BranchesOnData, "data-dependent"),
         (LogitsOfAllTokensTogether, r"logits \[batch, length, vocabulary\]"),
-        (ReturnsText, "returns str"),
         (TakesFloats, "could not capture the model"),
     ],
 )
