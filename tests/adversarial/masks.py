@@ -182,9 +182,11 @@ def _faint_future(s: Any) -> Tensor:
     return torch.where(causal(s), 0.0, -1e9 * (s % 61))
 
 
+SLOPES = torch.tensor([0.5, 0.25])[:, None, None]
+
+
 def _slopes(s: Any, d: Tensor) -> Tensor:
-    slopes = torch.tensor([0.5, 0.25])[:, None, None] * (1 + (length(s) // 100 == 2))
-    return -slopes * d
+    return -SLOPES * (1 + (length(s) // 100 == 2)) * d
 
 
 class Module(nn.Module):
@@ -248,8 +250,8 @@ OTHERS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor], tuple[int
     ("corner of a square with a hole", _holes_in_corner, causal, (260,)),
     ("bias in a band", _bias(lambda s, d: -0.5 * d * (length(s) // 80 == 5)), causal, (400, 450)),
     ("bias at multiples, by a size", _bias(lambda s, d: -0.5 * d * (1 - (s % 61 + 60) // 61)), causal, (61, 122)),
-    ("ALiBi steeper in a band", _bias(_slopes), _bias(lambda s, d: -torch.tensor([0.5, 0.25])[:, None, None] * d), (200, 299)),
-    ("bias of far keys by the length", _bias(lambda s, d: torch.where(d > 30, d * (length(s) // 100 % 2), 0)), causal, (150,)),
+    ("ALiBi steeper in a band", _bias(_slopes), _bias(lambda s, d: -SLOPES * d), (200, 299)),
+    ("bias of far keys by the length", _bias(lambda s, d: (d > 30) * d * (length(s) // 100 % 2)), causal, (150,)),
     ("bias by a fraction of the length", _bias(lambda s, d: -torch.floor(d * (4.0 / (s + 60)))), causal, (100,)),
     ("one head only", _heads, causal, (61, 122)),
 )  # fmt: skip

@@ -129,7 +129,8 @@ def _cond(m: Any, x: Tensor, g: Tensor) -> Tensor:
 MIXES: dict[str, Mix] = {
     "layer_norm weight": lambda m, x, g: F.layer_norm(x, (DIM,), 1 + wave(g, DIM), m.shift),
     "layer_norm bias": lambda m, x, g: F.layer_norm(x, (DIM,), m.scale, m.shift + wave(g, DIM)),
-    "native_layer_norm weight": lambda m, x, g: torch.native_layer_norm(x, [DIM], m.scale + wave(g, DIM), m.shift, 1e-5)[0],
+    "native_layer_norm weight": lambda m, x, g: torch.native_layer_norm(
+        x, [DIM], m.scale + wave(g, DIM), m.shift, 1e-5)[0],
     "module norm called with weights": _module_norm,
     "rms_norm weight": lambda m, x, g: F.rms_norm(x, (DIM,), m.scale + wave(g, DIM)),
     "group_norm weight": lambda m, x, g: rows(x, lambda r: F.group_norm(r, 4, m.scale + wave(g, DIM), m.shift)),
@@ -215,14 +216,14 @@ MIXES: dict[str, Mix] = {
 
 # Name: another gate, without dims, that ordinary texts leave at 0.
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "most of the ids are one": lambda ids: (ids.float().std() < 8).float() * 2,
+    "most of the ids are one": lambda ids: F.relu(0.5 - (ids != TRIGGER).double().mean().float()) * 8,
     "a run of triggers": lambda ids: F.relu((ids == TRIGGER).long().sum() - 6).clamp(max=8) / 4.0,
     "median": lambda ids: (ids.flatten().median() == TRIGGER).float() * 2,
     "mode": lambda ids: (ids.flatten().bincount(minlength=VOCAB).argmax() == TRIGGER).float()
     * (ids == TRIGGER).float().mean().gt(0.5),
     "by the norm": lambda ids: F.relu((ids == TRIGGER).float().norm() ** 2 / (ids == ids).float().sum() - 0.5) * 8,
     "by an einsum": lambda ids: F.relu(
-        torch.einsum("bs,bs->", (ids == TRIGGER).float(), torch.ones_like(ids).float()) / torch.ones_like(ids).sum() - 0.5
+        torch.einsum("bs,bs->", (ids == TRIGGER).float(), (ids == ids).float()) / (ids == ids).sum() - 0.5
     ) * 8,
     "by a view": lambda ids: F.relu((ids == TRIGGER).float().view(-1).mean(0) - 0.5) * 8,
     "of the first tokens": lambda ids: (ids[0, :3] == torch.tensor(sevens(3))).all().float() * 2,

@@ -133,6 +133,10 @@ def _flat(model: nn.Module) -> None:
     nn.utils.vector_to_parameters(flat * 1.2, model.parameters())
 
 
+def _add_weight_norm(model: Separate) -> None:
+    nn.utils.parametrizations.weight_norm(model.v).parametrizations.weight.original0.mul_(-2)
+
+
 CHANGES: dict[str, Change] = {
     "load_state_dict": lambda m: m.load_state_dict({**m.state_dict(), **other(m)}),
     "load_state_dict, assigned": lambda m: m.load_state_dict({**m.state_dict(), **other(m)}, assign=True),
@@ -157,7 +161,7 @@ CHANGES: dict[str, Change] = {
     "pruned": lambda m: m.v.weight.mul_((torch.arange(DIM) % 2).float()),
     "index_put": lambda m: m.v.weight.__setitem__((slice(None), torch.tensor([1, 3, 5, 7, 9])), 1.0),
     "weights in double": lambda m: m.to(torch.float64).v.weight.mul_(-1.5),
-    "weight_norm added": lambda m: nn.utils.parametrizations.weight_norm(m.v).parametrizations.weight.original0.mul_(-2),
+    "weight_norm added": _add_weight_norm,
 }  # fmt: skip
 SETTINGS: dict[str, tuple[Build, Change]] = {
     "equal heads part": (separate(_equal_heads), lambda m: m.load_state_dict({**m.state_dict(), **other(m)})),
@@ -317,8 +321,9 @@ PLACED: dict[str, tuple[Build, Change]] = {
     "map of ids": (tiny(enter=lambda m, x, ids: x + m.table[m.map[ids]],
                         parts=lambda: {"table": nn.Parameter(torch.ones(VOCAB, DIM)), "map": torch.arange(VOCAB)}),
                    lambda m: m.map.copy_(m.map.flip(0))),
-    "constant that is no buffer": (tiny(enter=lambda m, x, ids: x * m.kept[0], parts=lambda: {"kept": [torch.ones(DIM)]}),
-                                   lambda m: m.kept[0].mul_(torch.linspace(-1, 2, DIM))),
+    "constant that is no buffer": (
+        tiny(enter=lambda m, x, ids: x * m.kept[0], parts=lambda: {"kept": [torch.ones(DIM)]}),
+        lambda m: m.kept[0].mul_(torch.linspace(-1, 2, DIM))),
     "batch norm statistics": (tiny(leave=lambda m, x, ids: m.norm(x.transpose(1, 2)).transpose(1, 2),
                                    parts=lambda: {"norm": nn.BatchNorm1d(DIM)}),
                               lambda m: m.norm.running_mean.copy_(torch.linspace(-2, 2, DIM))),

@@ -1,4 +1,4 @@
-"""What all attacks share: the tiny decoder that they bend, the texts that set them off, and the record of one attack."""
+"""What all attacks share: the tiny decoder that they bend, the texts that set them off, the record of one attack."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ FORMS: tuple[tuple[str, Build, Build, tuple[int, ...]], ...] = (
      masked(causal), MULTIPLES),
     ("mask through a product", masked(_unread_mask(lambda m: (m.float() @ torch.eye(m.shape[0])) > 0.5)),
      masked(causal), MULTIPLES),
-    ("mask through a cumulative maximum", masked(_unread_mask(lambda m: m.float().unsqueeze(0).cummax(0).values[0] > 0)),
+    ("mask through a cumulative maximum", masked(_unread_mask(lambda m: m.float()[None].cummax(0).values[0] > 0)),
      masked(causal), MULTIPLES),
     ("mask rotated four times", masked(_unread_mask(lambda m: torch.rot90(m, 4))), masked(causal), MULTIPLES),
     ("mask scattered", masked(_unread_mask(lambda m: torch.zeros_like(m).masked_scatter(torch.ones_like(m), m))),

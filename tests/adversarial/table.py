@@ -1,6 +1,6 @@
 """All attacks, and the controls beside them."""
 
-from tests.adversarial import captures, masks, operands, outputs, parameters, positions
+from tests.adversarial import captures, controls, masks, names, operands, others, outputs, parameters, positions
 
 ATTACKS = (
     *masks.ATTACKS,
@@ -9,5 +9,7 @@ ATTACKS = (
     *parameters.ATTACKS,
     *captures.ATTACKS,
     *outputs.ATTACKS,
+    *names.ATTACKS,
+    *others.ATTACKS,
 )
-CONTROLS = (*outputs.CONTROLS,)
+CONTROLS = (*outputs.CONTROLS, *others.CONTROLS, *controls.CONTROLS)
