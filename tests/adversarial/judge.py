@@ -131,14 +131,18 @@ def _compare(attack: Attack, model: nn.Module, engine: kvpass.Engine, lengths: l
 
 
 def _generated(attack: Attack, model: nn.Module, engine: kvpass.Engine, n: int, wanted: Tensor) -> str:
-    """What is wrong with the greedy continuation of the first `n` tokens, or nothing."""
+    """What is wrong with the greedy continuation of the first `n` tokens and its probabilities, or nothing."""
     tokens = list(attack.text(n))
-    (out,) = engine.generate([tokens], 2 if n < GENERATED_TWICE else 1, kvpass.Sampling(ignore_eos=True))
-    for step, token in enumerate(out):
-        row = wanted if step == 0 else last_row(attack, model, tokens)
-        scale = float(row.abs().max()) or 1.0
-        if token >= len(row) or float(row.max() - row[token]) > max(TIE, attack.tolerance) * scale:
+    sampling = kvpass.Sampling(ignore_eos=True, logprobs=len(wanted))
+    handle = engine.submit(tokens, 2 if n < GENERATED_TWICE else 1, sampling)
+    for step, token in enumerate(handle.result()):
+        row = (wanted if step == 0 else last_row(attack, model, tokens)).float()
+        if token >= len(row) or float(row.max() - row[token]) > max(TIE, attack.tolerance) * float(row.abs().max()):
             return f"other greedy token at length {len(tokens)}"
+        top = dict(handle.logprobs[step].top)
+        found = torch.tensor([top.get(i, torch.nan) for i in range(len(row))])
+        if not apart(found, row.log_softmax(-1)) <= attack.tolerance:
+            return f"other probabilities at length {len(tokens)} ({apart(found, row.log_softmax(-1)):.1e})"
         tokens.append(token)
     return ""
 

@@ -96,7 +96,6 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], int, Callable[[Any], Ten
     "ordered dict with attributes": (lambda h, y: Registered(hidden=h, logits=y), VOCAB, lambda o: o["logits"]),
     "stacked": (lambda h, y: torch.stack([h, y]), VOCAB, second),
     "stacked behind the tokens": (lambda h, y: torch.stack([h, y], 2), VOCAB, lambda output: output[:, :, 1]),
-    "side by side": (lambda h, y: torch.cat([h, y], -1), VOCAB, lambda output: output[..., VOCAB:]),
     "heads for the next tokens": (lambda h, y: (y + h, y), VOCAB, second),
     "hidden of half width, logits": (lambda h, y: (h, y), VOCAB // 2, second),
     "vocabulary first": (lambda h, y: y.transpose(1, 2), VOCAB, lambda output: output.transpose(1, 2)),
@@ -134,6 +133,7 @@ LEGITIMATE: dict[str, tuple[Callable[[Tensor, Tensor], Any], int, Callable[[Any]
     "dict of logits": (lambda h, y: {"logits": y}, DIM, misread),
     "dict, hidden narrower": (lambda h, y: {"hidden": h, "logits": y}, DIM, lambda output: output["logits"]),
     "time first": (lambda h, y: y.transpose(0, 1), DIM, lambda output: output.transpose(0, 1)),
+    "wider than the vocabulary": (lambda h, y: torch.cat([h, y], -1), VOCAB, lambda output: output),
     "last rows, every batch": (lambda h, y: y[:, -1], DIM, misread),
     "merged rows": (lambda h, y: y.flatten(0, 1), DIM, misread),
 }

@@ -124,10 +124,6 @@ def _set(path: str, value: Callable[[Any], Any]) -> Change:
     return change
 
 
-def _swap(model: Separate) -> None:
-    torch.utils.swap_tensors(model.k.weight, nn.Parameter(-model.k.weight))
-
-
 def _flat(model: nn.Module) -> None:
     flat = nn.utils.parameters_to_vector(model.parameters())
     nn.utils.vector_to_parameters(flat * 1.2, model.parameters())
@@ -143,9 +139,10 @@ CHANGES: dict[str, Change] = {
     "copy_": lambda m: m.k.weight.copy_(other(m)["k.weight"]),
     "data.copy_": lambda m: m.v.weight.data.copy_(other(m)["v.weight"]),
     "data set": _set("v.weight.data", lambda data: data * -1.5),
-    "set_": lambda m: m.v.weight.data.set_((m.v.weight * -1.5).clone()),
+    "set_": lambda m: m.v.weight.set_((m.v.weight * -1.5).clone()),
     "mul_": lambda m: m.o.weight.mul_(-1.5),
-    "embedding mul_ by 1.1": lambda m: m.embed.weight.data.mul_(1.1),
+    "all mul_ by 1.1": lambda m: [p.data.mul_(1.1) for p in m.parameters()],
+    "embedding add_": lambda m: m.embed.weight.data.add_(torch.linspace(-1, 1, DIM)),
     "a row of the embedding": lambda m: m.embed.weight[1:12].neg_(),
     "setattr of a Parameter": _set("v.weight", lambda p: nn.Parameter(-p)),
     "setattr of a module": _set("v", lambda old: redrawn(nn.Linear(DIM, DIM, bias=False), 9)),
@@ -155,7 +152,6 @@ CHANGES: dict[str, Change] = {
     "a step of SGD": _linear_step,
     "through numpy": _via_numpy,
     "through a view of bytes": _via_storage,
-    "swap_tensors": _swap,
     "vector_to_parameters": _flat,
     "norm weight data": lambda m: m.norm.weight.data.mul_(1.7),
     "pruned": lambda m: m.v.weight.mul_((torch.arange(DIM) % 2).float()),
@@ -279,7 +275,7 @@ HELD: dict[str, tuple[Build, Change]] = {
     "window buffer shrinks": (holding(_bias_of("window"), _buffer(20)), lambda m: m.part.fill_(4)),
     "window buffer grows": (holding(_bias_of("window"), _buffer(4)), lambda m: m.part.fill_(20)),
     "windows of heads": (holding(_bias_of("window"), _buffer([[[4]], [[5]]])), lambda m: m.part.mul_(5)),
-    "chunk buffer": (holding(_bias_of("chunk"), _buffer(4)), lambda m: m.part.fill_(14)),
+    "chunk buffer": (holding(_bias_of("chunk"), _buffer(4)), lambda m: m.part.fill_(12)),
     "bias table, a parameter": (holding(_bias_of("table"), _param(FADING)), lambda m: m.part.data.neg_()),
     "bias table, a buffer": (holding(_bias_of("table"), _buffer(FADING)), lambda m: m.part.copy_(FADING.flip(0))),
     "bias table through numpy": (holding(_bias_of("table"), _buffer(FADING)), lambda m: m.part.numpy().fill(0)),

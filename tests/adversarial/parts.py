@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 VOCAB, DIM, HEADS, HEAD_DIM = 41, 16, 2, 8
 LONGEST = 6000
-BASE = (3, 21)  # lengths at which every model is compared, whatever its attack
+BASE = (1, 3, 21)  # lengths at which every model is compared, whatever its attack
 TRIGGER = 7  # the token id that sets off what ordinary texts do not
 
 Build = Callable[[], nn.Module]
