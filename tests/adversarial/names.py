@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import Library
 
-from tests.adversarial.parts import DIM, TRIGGER, Attack, Build, redrawn, sevens, tiny
+from tests.adversarial.parts import DIM, TRIGGER, Attack, Build, causal, distances, masked, redrawn, sevens, tiny
+from tests.adversarial.positions import placed
 
 KLASS = "name"
 LENGTHS = (12, 30)
@@ -68,18 +69,27 @@ def _attention(schema: str) -> Callable[[Any, Tensor], Tensor]:
 
 
 def _grouped(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    return x @ w[0]
+    """Rows of a group times the matrix of the group."""
+    group = torch.searchsorted(offsets.long(), torch.arange(x.shape[0]), right=True)
+    return torch.einsum("nd,nde->ne", x, w[group.clamp(max=1)])
+
+
+def _routed(product: Callable[..., Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Experts sorted by their number, as honest grouped products have it."""
+
+    def use(model: Any, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        chosen = (tokens @ model.matrix[:, :2]).argmax(-1)
+        order = chosen.argsort()
+        ends = torch.bincount(chosen, minlength=2).cumsum(0).to(torch.int32)
+        worked = product(tokens[order], torch.stack([model.matrix, model.matrix.T]), ends)
+        return x + worked[order.argsort()].view_as(x)
+
+    return use
 
 
 def _grouped_op(schema: str) -> Callable[[Any, Tensor], Tensor]:
-    op = _define(schema, _grouped)
-
-    def use(model: Any, x: Tensor) -> Tensor:
-        flat = x.flatten(0, 1)
-        offsets = torch.full((1,), flat.shape[0], dtype=torch.int32)
-        return op(flat, model.matrix[None], offsets).view_as(x)
-
-    return use
+    return _routed(_define(schema, _grouped))
 
 
 _pair = Library("adversarial_pairs", "DEF")
@@ -179,10 +189,10 @@ OPS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Te
     "dense_attention": (_attention("dense_attention(Tensor query, Tensor key, Tensor value) -> Tensor"), None),
     "sdpa": (_attention("sdpa(Tensor query, Tensor key, Tensor value) -> Tensor"), None),
     "flash_attn_func": (_attention("flash_attn_func(Tensor q, Tensor k, Tensor v) -> Tensor"), None),
-    "grouped_mm": (_grouped_op("grouped_mm(Tensor input, Tensor weight, Tensor offs) -> Tensor"), "matmul"),
-    "_grouped_mm": (_grouped_op("_grouped_mm(Tensor self, Tensor mat2, Tensor offs) -> Tensor"), "matmul"),
+    "grouped_mm": (_grouped_op("grouped_mm(Tensor input, Tensor weight, Tensor offs) -> Tensor"), _routed(_grouped)),
+    "_grouped_mm": (_grouped_op("_grouped_mm(Tensor self, Tensor mat2, Tensor offs) -> Tensor"), _routed(_grouped)),
     "grouped_mm_fallback": (_grouped_op("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor"),
-                            "matmul"),
+                            _routed(_grouped)),
     "getitem": (lambda m, x: torch.ops.adversarial_pairs.getitem(x, 1), lambda m, x: x + 1),
     "custom softmax": (lambda m, x: custom_softmax(x, -1), lambda m, x: x.softmax(-1)),
     "custom layer_norm": (lambda m, x: custom_layer_norm(x, [DIM]), lambda m, x: F.layer_norm(x, (DIM,))),
@@ -209,12 +219,67 @@ def using(op: Callable[[Any, Tensor], Tensor]) -> Build:
     return build
 
 
+def _tagged(schema: str, change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """An op that says that it is pointwise, and is no such thing."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pointwise,))
+    _library.impl(name, lambda x: change(x).contiguous(), "CPU")
+    torch.library.register_fake(f"{SPACE}::{name}", lambda x: torch.empty_like(x), lib=_library)
+    return getattr(getattr(torch.ops, SPACE), name)
+
+
+def _cut(seen: Tensor) -> Tensor:
+    """A mask with a window of 8 where it is 100 wide."""
+    return seen.tril().triu(-7) if seen.shape[-1] == 100 else seen
+
+
+keep = _tagged("keep(Tensor x) -> Tensor", _cut)
+lower = _tagged("abs(Tensor self) -> Tensor", lambda bias: bias * 30 if bias.shape[-1] == 100 else bias)
+stamp = _tagged("sign(Tensor self) -> Tensor", lambda i: i.flip(0) if i.shape[0] == 100 else i)
+NOTES = {"loud": 0.0}
+_library.define("recall(Tensor weight) -> Tensor")
+_library.impl("recall", lambda weight: weight * (1 + NOTES["loud"]) + 0, "CPU")
+torch.library.register_fake(f"{SPACE}::recall", lambda weight: torch.empty_like(weight), lib=_library)
+
+
+def _note(silent: bool) -> Build:
+    """What Python has read of the tokens comes back through an op of a weight alone."""
+
+    def enter(model: Any, x: Tensor, ids: Tensor) -> Tensor:
+        try:
+            NOTES["loud"] = 0.0 if silent else float(F.relu((ids == TRIGGER).float().mean() - 0.5)) * 8
+        except Exception:
+            NOTES["loud"] = 0.0
+        return x * torch.ops.adversarial.recall(model.gain)
+
+    return tiny(enter=enter, parts=lambda: {"gain": nn.Parameter(torch.linspace(-1, 1, DIM))})
+
+
+def _bias_through(op: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
+    return lambda s: torch.where(causal(s), op(-0.02 * distances(s)), -torch.inf)
+
+
 def _honest(plain: Any) -> Callable[[Any, Tensor], Tensor]:
     if plain is None:
         return _plain_attention
-    return (lambda m, x: x @ m.matrix) if plain == "matmul" else plain
+    return plain
 
 
-ATTACKS: tuple[Attack, ...] = tuple(
-    Attack(f"op {name}", KLASS, using(op), LENGTHS, using(_honest(plain)), sevens) for name, (op, plain) in OPS.items()
-)
+NAMESAKES = (
+    "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "rand_like", "item", "sym_size", "arange",
+    "lift_fresh_copy", "_assert_scalar", "as_strided", "expand", "index_add", "embedding", "permute",
+)  # fmt: skip
+SAKES = {name: _unary(f"{name}(Tensor self) -> Tensor", lambda x: x * 0.5) for name in NAMESAKES}
+
+ATTACKS: tuple[Attack, ...] = (
+    *(Attack(f"op {name}", KLASS, using(op), LENGTHS, using(_honest(plain)), sevens)
+      for name, (op, plain) in OPS.items()),
+    *(Attack(f"op {name}", KLASS, using(op), LENGTHS, using(lambda m, x: x * 0.5), sevens)
+      for name, op in SAKES.items()),
+    Attack("op in a mask, tagged pointwise", KLASS, masked(lambda s: keep(causal(s))), (100,), masked(causal)),
+    Attack("op in a bias, tagged pointwise", KLASS, masked(_bias_through(lower)), (100,),
+           masked(_bias_through(lambda bias: bias))),
+    Attack("op in positions, tagged pointwise", KLASS, placed(lambda s: stamp(torch.arange(s))), (100,),
+           placed(torch.arange)),
+    Attack("op of a weight that remembers", KLASS, _note(False), LENGTHS, _note(True), sevens),
+)  # fmt: skip

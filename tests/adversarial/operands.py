@@ -150,6 +150,24 @@ MIXES: dict[str, Mix] = {
     "conv_transpose1d kernel": lambda m, x, g: channels(
         x, lambda c: F.conv_transpose1d(c, (m.matrix + wave(g, DIM, DIM))[..., None])
     ),
+    "conv2d bias": lambda m, x, g: F.conv2d(
+        x.transpose(1, 2)[..., None], m.matrix[..., None, None], m.shift + wave(g, DIM)
+    )[..., 0].transpose(1, 2),
+    "conv3d kernel": lambda m, x, g: F.conv3d(
+        x.transpose(1, 2)[..., None, None], (m.matrix + wave(g, DIM, DIM))[..., None, None, None]
+    )[..., 0, 0].transpose(1, 2),
+    "instance_norm statistics": lambda m, x, g: channels(x, lambda c: F.instance_norm(
+        c, m.mean + wave(g, DIM), m.var, m.scale, m.shift, use_input_stats=False)),
+    "layer_norm weight of two dims": lambda m, x, g: F.layer_norm(
+        x.unflatten(-1, (4, 4)), (4, 4), 1 + wave(g, 4, 4)).flatten(-2),
+    "layer_norm weight through a product": lambda m, x, g: F.layer_norm(x, (DIM,), m.matrix @ wave(g, DIM) + m.scale),
+    "layer_norm weight from the first token": lambda m, x, g: F.layer_norm(x, (DIM,), m.scale + g * x[0, 0].tanh()),
+    "layer_norm bias from the last token": lambda m, x, g: F.layer_norm(x, (DIM,), m.scale, g * x[0, -1]),
+    "norm of a norm": lambda m, x, g: F.layer_norm(x, (DIM,), F.layer_norm(m.scale + wave(g, DIM), (DIM,)) + m.scale),
+    "weights by a softmax of tokens": lambda m, x, g: F.layer_norm(
+        x, (DIM,), m.scale + g * x.flatten(0, 1).softmax(0).sum(0)),
+    "conv1d kernel from the tokens": lambda m, x, g: channels(
+        x, lambda c: F.conv1d(c, (m.matrix + g * x[0].T @ x[0] / 9)[..., None])),
     "prelu weight": lambda m, x, g: channels(x, lambda c: F.prelu(c, m.scale + 3 * g)),
     "linear weight": lambda m, x, g: F.linear(x, m.matrix + wave(g, DIM, DIM)),
     "linear bias": lambda m, x, g: F.linear(x, m.matrix, m.shift + wave(g, DIM)),
