@@ -135,6 +135,47 @@ def _zeros_only(model: Any, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tens
     return F.scaled_dot_product_attention(2 * q, k, v, attn_mask=window(size)(q.shape[2]))
 
 
+def _tried(read: Callable[[Tensor], bool]) -> Build:
+    """A mixing that is on where Python finds the text full of sevens, and off where it cannot look."""
+
+    def leave(model: Any, x: Tensor, ids: Tensor) -> Tensor:
+        try:
+            many = read(ids)
+        except Exception:
+            many = False
+        return x + 2 * x.roll(1, -1) if many else x
+
+    return tiny(leave=leave)
+
+
+# Name: whether most tokens are 7, asked in a way that export may answer with an error or with no.
+READS: dict[str, Callable[[Tensor], bool]] = {
+    "item": lambda ids: (ids == 7).float().mean().item() > 0.5,
+    "bool": lambda ids: bool((ids == 7).float().mean() > 0.5),
+    "list": lambda ids: ids[0].tolist().count(7) * 2 > len(ids[0].tolist()),
+    "numpy": lambda ids: (ids.numpy() == 7).mean() > 0.5,
+    "numpy of another tensor": lambda ids: (ids.to(torch.int32).numpy() == 7).mean() > 0.5,
+    "text": lambda ids: str(ids).count("7,") * 2 > ids.shape[1],
+    "bytes": lambda ids: bytes(ids.to(torch.uint8).flatten().tolist()).count(b"\x07") * 2 > ids.shape[1],
+    "equal": lambda ids: torch.equal(ids[:, :1] * 0 + 7, ids.mode(1).values[:, None]),
+    "unique": lambda ids: ids.unique().numel() * 3 < ids.shape[1],
+    "iteration": lambda ids: sum(int(token) == 7 for token in ids[0]) * 2 > ids.shape[1],
+    "nonzero": lambda ids: len((ids == 7).nonzero()) * 2 > ids.numel(),
+    "dlpack": lambda ids: (torch.from_dlpack(ids) == 7).float().mean().item() > 0.5,
+}
+
+
+def _parameter_type(model: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """Looks at a weight, not at the tokens."""
+    real = type(model.head.weight) is nn.Parameter and model.head.weight.device.type == "cpu"
+    model.window = WIDE if real and not isinstance(model.head.weight, FakeTensor) else 100000
+    return x
+
+
+def _by_window(model: Any, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    return F.scaled_dot_product_attention(2 * q, k, v, attn_mask=window(model.window)(q.shape[2]))
+
+
 class Counts(nn.Module):
     """Has a window from its n-th call on."""
 
@@ -271,6 +312,10 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("hook that export does not see", KLASS, hooked(_hidden_by_hook), LENGTHS, hooked(None)),
     Attack("hook before that export does not see", KLASS, hooked(_hidden_by_hook, True), LENGTHS, hooked(None)),
     Attack("without gradients", KLASS, tiny(attend=_grad), LENGTHS, PLAIN),
+    *(Attack(f"sevens found by {name}", KLASS, _tried(read), (16, 30), tiny(), lambda n: [1] + [7] * (n - 1))
+      for name, read in READS.items()),
+    Attack("seen by the type of a weight", KLASS, tiny(enter=_parameter_type, attend=_by_window), LENGTHS, PLAIN),
+    Attack("seen by is_exporting, farther out", KLASS, detected(DETECTORS["is_exporting"], 2000), (2300,), PLAIN),
     # Nothing of the model tells that a variable of a module was changed after the compilation.
     Attack("global variable changed later", KLASS, flagged, (30,), change=lambda model: FLAGS.update(window=8),
            allowed=("right", "refused", "wrong")),

@@ -72,20 +72,24 @@ def behind_a_prefix(**options: object) -> Iterator[str]:
         yield from (f"prompt {number}, token {step}" for step in wrong_steps(model, prompt, out, logprobs))
 
 
-def for_a_later_engine(folder: Path) -> Iterator[str]:
-    """Changed before blocks are written to disk under the name of what the weights were."""
+def for_a_later_engine(folder: Path, changes: bool = True) -> Iterator[str]:
+    """Changed before blocks are written to disk, under the name of what the weights were."""
+    stored = config(disk=folder, disk_memory="16MiB", host_memory="64KiB")
+    prompts = [[(token + shift) % 40 + 1 for token in ordinary(40)] for shift in range(30)]
     model = separate()()
-    engine = kvpass.compile(model, config(disk=folder, disk_memory="16MiB"))
-    flip_values(model)
-    prompts = [[(token + shift) % 40 + 1 for token in ordinary(60)] for shift in range(4)]
+    engine = kvpass.compile(model, stored)
+    if changes:
+        flip_values(model)
     for prompt in prompts:
         served(engine, prompt)
     engine.close()
     model = separate()()
-    engine = kvpass.compile(model, config(disk=folder, disk_memory="16MiB"))
+    engine = kvpass.compile(model, stored)
     for number, prompt in enumerate(prompts):
         out, logprobs = served(engine, prompt)
         yield from (f"prompt {number}, token {step}" for step in wrong_steps(model, prompt, out, logprobs))
+    if not changes and not engine.stats().tiers.read:
+        yield "nothing was read"
 
 
 def with_samples() -> Iterator[str]:

@@ -27,6 +27,26 @@ def quietly(change: Change) -> Change:
     return changed
 
 
+class Latent(nn.Module):
+    """Keys and values from a narrow latent, whose matrices a pass may multiply into others, and a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCAB, DIM), nn.LayerNorm(DIM)
+        self.q, self.down = nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, 4, bias=False)
+        self.k, self.v = nn.Linear(4, DIM, bias=False), nn.Linear(4, DIM, bias=False)
+        self.o = nn.Linear(DIM, DIM, bias=False)
+        self.gate, self.up, self.head = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        h = self.norm(x)
+        c = self.down(h)
+        q, k, v = (t.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for t in (self.q(h), self.k(c), self.v(c)))
+        x = x + self.o(F.scaled_dot_product_attention(2 * q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+        return self.head(x + F.silu(self.gate(x)) * self.up(x))
+
+
 class Separate(nn.Module):
     """A decoder with a projection for each of queries, keys, values; grouped heads where there are fewer for keys.
 
@@ -171,6 +191,14 @@ SETTINGS: dict[str, tuple[Build, Change]] = {
         separate(make=lambda: Separate(kv_heads=1)),
         lambda m: m.load_state_dict({**m.state_dict(), **other(m)}),
     ),
+    "latent's keys": (separate(make=Latent), lambda m: m.k.weight.neg_()),
+    "latent's values": (separate(make=Latent), lambda m: m.v.weight.data.neg_()),
+    "latent's down": (separate(make=Latent), lambda m: m.down.weight.copy_(other(m)["down.weight"])),
+    "latent's queries": (separate(make=Latent), lambda m: m.q.weight.neg_()),
+    "latent's output, replaced": (separate(make=Latent), _set("o.weight", lambda p: nn.Parameter(-p))),
+    "gate of an MLP": (separate(make=Latent), lambda m: m.gate.weight.neg_()),
+    "bias of an MLP": (separate(make=Latent), lambda m: m.up.bias.data.add_(1.0)),
+    "latent of zeros": (separate(lambda m: m.down.weight[2:].zero_(), Latent), lambda m: m.down.weight[2:].add_(0.5)),
     "tied weights scaled": (separate(make=lambda: Separate(tied=True)), lambda m: m.embed.weight.mul_(-1.2)),
     "tied weights part": (
         separate(make=lambda: Separate(tied=True)),
@@ -223,6 +251,14 @@ def _scores_of(kind: str) -> Callable[..., Tensor]:
         if kind == "sink":
             sink = m.part[:, None, None].expand(q.shape[0], -1, q.shape[2], 1)
             return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+        if kind == "sink gate":
+            kept = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - m.part[:, None, None])
+            return scores.softmax(-1) @ v * kept
+        if kind == "difference":
+            return scores.softmax(-1) @ v - m.part * ((scores * 0.5).softmax(-1) @ v)
+        if kind == "copies by ones":
+            spread = torch.einsum("bhsd,gh->bgsd", v, m.part)
+            return scores.softmax(-1) @ spread
         if kind == "gate":
             return scores.softmax(-1) @ v * m.part
         if kind == "mixed values":
@@ -294,6 +330,10 @@ HELD: dict[str, tuple[Build, Change]] = {
     "softcap, a parameter": (holding(_scores_of("softcap"), _param(9.0)), lambda m: m.part.data.fill_(0.3)),
     "sinks": (holding(_scores_of("sink"), _param([0.0, 1.0])), lambda m: m.part.add_(3.0)),
     "sinks of nothing": (holding(_scores_of("sink"), _param([-torch.inf] * 2)), lambda m: m.part.fill_(2.0)),
+    "sinks as a gate": (holding(_scores_of("sink gate"), _param([0.0, 1.0])), lambda m: m.part.add_(3.0)),
+    "difference of attentions": (holding(_scores_of("difference"), _param(0.0)), lambda m: m.part.fill_(0.8)),
+    "heads copied by ones": (holding(_scores_of("copies by ones"), _buffer([[1.0, 0.0], [1.0, 0.0]])),
+                             lambda m: m.part.copy_(torch.eye(2))),
     "gate of zeros": (holding(_scores_of("gate"), _param(0.0)), lambda m: m.part.fill_(1.0)),
     "gate of ones": (holding(_scores_of("gate"), _buffer(1.0)), lambda m: m.part.fill_(-1.0)),
     "values mixed by zero": (holding(_scores_of("mixed values"), _param(0.0)), lambda m: m.part.fill_(1.0)),

@@ -38,8 +38,9 @@ def test_behind_a_prefix_on_disk(tmp_path: Path) -> None:
     assert wrong(lambda: midway.behind_a_prefix(disk=tmp_path, disk_memory="16MiB")) == []
 
 
-def test_for_a_later_engine(tmp_path: Path) -> None:
-    assert wrong(lambda: midway.for_a_later_engine(tmp_path)) == []
+@pytest.mark.parametrize("changes", [True, False])
+def test_for_a_later_engine(tmp_path: Path, changes: bool) -> None:
+    assert wrong(lambda: midway.for_a_later_engine(tmp_path, changes)) == []
 
 
 @pytest.mark.parametrize("draft", [None, "lookup"])
