@@ -1,0 +1,36 @@
+"""No attack is served wrong: each is right at every length, text and state of its weights, or refused."""
+
+from collections import Counter
+
+import pytest
+
+from tests.adversarial.judge import judge, unreal
+from tests.adversarial.parts import Attack
+from tests.adversarial.table import ATTACKS, CONTROLS, KNOWN, quick
+
+QUICK = {attack.name for attack in quick()}
+CASES = [
+    pytest.param(attack, id=attack.name, marks=() if attack.name in QUICK else pytest.mark.slow)
+    for attack in (*ATTACKS, *CONTROLS)
+]
+
+
+def test_table_is_wide() -> None:
+    names = Counter(attack.name for attack in (*ATTACKS, *CONTROLS))
+    assert not [name for name, count in names.items() if count > 1]
+    assert len(ATTACKS) >= 160
+    assert len(CONTROLS) >= 25
+    assert set(names) >= KNOWN
+    assert not [attack.name for attack in ATTACKS if not attack.claims or not attack.lengths]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
+def test_attack_is_real(attack: Attack) -> None:
+    """It differs from what it is mistaken for, at every length that it names."""
+    assert unreal(attack) == []
+
+
+@pytest.mark.parametrize("attack", CASES)
+def test_never_silently_wrong(attack: Attack) -> None:
+    verdict = judge(attack)
+    assert verdict.outcome in attack.allowed, str(verdict)
