@@ -181,6 +181,26 @@ def emit(captured: CapturedGraph, target: Any, *args: Any, like: Node | None = N
     return node
 
 
+def hold(captured: CapturedGraph, name: str, value: torch.Tensor | None = None) -> Node:
+    """A node, at the insertion point, that reads a tensor of the rewrite's own: the one of that name, or a new one."""
+    if value is not None:
+        if isinstance(value, nn.Parameter):
+            captured.module.register_parameter(name, value)
+        else:
+            captured.module.register_buffer(name, value, persistent=False)
+    captured.analyses.clear()
+    node = captured.graph.get_attr(name)
+    node.meta["val"] = captured.fake_mode.from_tensor(read_attribute(captured.module, name), static_shapes=True)
+    return node
+
+
+def copy_graph(graph: Graph, module: nn.Module, known: dict[Node, Node] | None = None) -> GraphModule:
+    """The same graph over the same tensors; ``known`` receives the copy of each node."""
+    copied = Graph()
+    copied.output(copied.graph_copy(graph, {} if known is None else known))
+    return GraphModule(module, copied)
+
+
 def is_call(node: object, *targets: Any) -> bool:
     """Whether ``node`` calls one of ``targets``, given as overloads or as overload packets."""
     if not isinstance(node, Node) or node.op != "call_function":

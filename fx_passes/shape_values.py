@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from kvpass.fx_passes.evaluate import Policy, evaluate_node
 from kvpass.fx_passes.graph import (
     CapturedGraph,
     Role,
@@ -188,15 +189,7 @@ class ShapeEvaluator:
         val = node.meta.get("val")
         if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return self.number(val, batch, length)
-
-        def resolve(n: Node) -> Any:
-            if n in env:
-                return env[n]
-            return self._stand_in(n, batch, length)
-
-        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), resolve)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return evaluate_node(node, env, Policy(lambda n: self._stand_in(n, batch, length)))
 
     def _stand_in(self, node: Node, batch: int, length: int) -> Tensor:
         """An empty tensor of the shape, dtype and device of a node whose values do not matter."""

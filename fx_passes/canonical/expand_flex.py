@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kvpass.fx_passes.attention.layouts import size_node
+from kvpass.fx_passes.evaluate import Policy, evaluate_node
 from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call, shape_of, tensor_value
 from kvpass.fx_passes.op_facts.facts import OpKind
 from kvpass.fx_passes.op_facts.table import facts_of
@@ -92,6 +93,7 @@ def _inline(captured: CapturedGraph, function: Any, inputs: Sequence[Any], like:
         return None
     known: dict[Node, Any] = {}
     given = iter(inputs)
+    inserted = Policy(call=lambda node, args, kwargs: emit(captured, node.target, *args, like=like, **kwargs))
     for inner in module.graph.nodes:
         if inner.op == "placeholder":
             known[inner] = next(given)
@@ -102,8 +104,7 @@ def _inline(captured: CapturedGraph, function: Any, inputs: Sequence[Any], like:
             found = known.get(result)
             return found if isinstance(found, Node) else None
         elif inner.op == "call_function" and _broadcasts(inner):
-            args, kwargs = torch.fx.node.map_arg((inner.args, dict(inner.kwargs)), known.__getitem__)
-            known[inner] = emit(captured, inner.target, *args, like=like, **kwargs)
+            known[inner] = evaluate_node(inner, known, inserted)
         else:
             return None
     return None

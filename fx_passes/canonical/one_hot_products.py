@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, is_call, reads_parameter, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, hold, is_call, reads_parameter, shape_of
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator, classify, shape_evaluator
 from kvpass.fx_passes.token_axis.contraction import Contraction, contraction_of
 
@@ -100,7 +100,5 @@ def _picked(captured: CapturedGraph, contraction: Contraction, constant: Node, v
     if not bool((matrix.sum(1) == 1).all()):
         return None
     name, index = f"_picked_{node.name}", matrix.argmax(1)
-    captured.module.register_buffer(name, index, persistent=False)
-    places = captured.graph.get_attr(name)
-    places.meta["val"] = captured.fake_mode.from_tensor(index, static_shapes=True)
+    places = hold(captured, name, index)
     return emit(captured, aten.index_select.default, source, rank - 1 if on_the_right else rank - 2, places, like=node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule
 
-from kvpass.fx_passes.graph import is_call
+from kvpass.fx_passes.graph import copy_graph, is_call
 from kvpass.fx_passes.lowering.insert_cache import PagedGraph
 from kvpass.types import CachePlan
 
@@ -23,9 +23,9 @@ def with_exact_formats(paged: PagedGraph, plan: CachePlan) -> PagedGraph:
 
 
 def _without_formats(module: GraphModule, graph: Graph) -> GraphModule:
-    copied = Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    for node in copied.nodes:
+    copied = copy_graph(graph, module)
+    for node in copied.graph.nodes:
         if is_call(node, ops.write_cache, ops.norm_rotary_write, ops.paged_attention, ops.latent_attention):
             node.kwargs = {k: v for k, v in node.kwargs.items() if k not in FORMAT_ARGUMENTS}
-    return GraphModule(module, copied)
+    copied.recompile()
+    return copied

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from kvpass.fx_passes.attention.layouts import arrange
-from kvpass.fx_passes.graph import ROLE, CapturedGraph, PassResult, Role, arguments, aten, emit
+from kvpass.fx_passes.graph import ROLE, CapturedGraph, PassResult, Role, arguments, aten, copy_graph, emit, hold
 from kvpass.fx_passes.optimization.step_graph import StepGraph
 from kvpass.fx_passes.planning.absorb import absorb_output, absorb_query
 from kvpass.fx_passes.planning.choose_storage import StoredHeads
@@ -85,9 +85,7 @@ class InsertCache:
 def finished(state: StepGraph) -> PagedGraph:
     """The graph of a step as a module of logits alone, and beside it one that gives what each attention gave."""
     captured = state.captured
-    copied = Graph()
-    copied.output(copied.graph_copy(captured.graph, {}))
-    observed = GraphModule(captured.module, copied)
+    observed = copy_graph(captured.graph, captured.module)
     state.end.args = ((captured.output,),)
     captured.tidy()
     names = tuple(site.name for site in state.plan.sites)
@@ -213,16 +211,8 @@ def _named(factor: Factor, i: int, j: int) -> Factor:
 
 
 def _pick(captured: CapturedGraph, row: Node, wanted: Tensor, like: Node, name: str) -> Node:
-    index = _constant(captured, f"_places_{name}", wanted.to(like.meta["val"].device))
+    index = hold(captured, f"_places_{name}", wanted.to(like.meta["val"].device))
     return emit(captured, aten.index_select.default, row, 2, index, like=like)
-
-
-def _constant(captured: CapturedGraph, name: str, value: Tensor) -> Node:
-    """A node that reads a tensor of the rewrite's own."""
-    captured.module.register_buffer(name, value, persistent=False)
-    node = captured.graph.get_attr(name)
-    node.meta["val"] = captured.fake_mode.from_tensor(value, static_shapes=True)
-    return node
 
 
 def _attend(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, step: dict[str, Node]) -> Node:
@@ -235,7 +225,7 @@ def _attend(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, step: dict
     heads, head_dim = (int(query.meta["val"].shape[i]) for i in (1, 3))
     width = int(node.meta["val"].shape[3])
     if order is not None:
-        index = _constant(captured, f"_head_order_{node.name}", order)
+        index = hold(captured, f"_head_order_{node.name}", order)
         query = emit(captured, aten.index_select.default, query, 1, index, like=node)
         sinks = None if sinks is None else emit(captured, aten.index_select.default, sinks, 0, index, like=node)
         slopes = None if slopes is None else slopes.to(order.device)[order]
@@ -269,7 +259,7 @@ def _attend(captured: CapturedGraph, plan: GraphPlan, site: SitePlan, step: dict
     result = emit(captured, aten.reshape.default, paged, sizes, like=node)
     result = emit(captured, aten.transpose.int, result, 1, 2, like=node)
     if order is not None:
-        inverse = _constant(captured, f"_head_places_{node.name}", torch.argsort(order))
+        inverse = hold(captured, f"_head_places_{node.name}", torch.argsort(order))
         result = emit(captured, aten.index_select.default, result, 1, inverse, like=node)
     return result
 
@@ -282,4 +272,4 @@ def _table(captured: CapturedGraph, value: Tensor | None, name: str, like: Node)
         if buffer is value:
             name = known
             break
-    return _constant(captured, name, value)
+    return hold(captured, name, value)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, is_call
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, hold, is_call
 from kvpass.fx_passes.optimization.fold_rotations import OUTPUT
 from kvpass.fx_passes.optimization.step_graph import RowRotation, StepGraph
 from kvpass.kernels.formats.cache_formats import CacheFormat, find_format
@@ -236,8 +236,5 @@ def hadamard(size: int) -> Tensor:
 def _buffer(captured: CapturedGraph, name: str, value: Tensor, like: Node) -> Node:
     """A node that reads the module's buffer of that name, made from ``value`` if it is not there yet."""
     sample = like.meta["val"]
-    if not hasattr(captured.module, name):
-        captured.module.register_buffer(name, value.to(sample.device, sample.dtype), persistent=False)
-    node = captured.graph.get_attr(name)
-    node.meta["val"] = captured.fake_mode.from_tensor(getattr(captured.module, name), static_shapes=True)
-    return node
+    known = hasattr(captured.module, name)
+    return hold(captured, name, None if known else value.to(sample.device, sample.dtype))

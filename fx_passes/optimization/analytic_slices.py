@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kvpass.fx_passes.evaluate import Policy, evaluate
 from kvpass.fx_passes.graph import (
     CapturedGraph,
     Role,
@@ -80,15 +81,10 @@ class Segment:
     def evaluate(self, given: Mapping[Node, Tensor], tokens: int) -> Tensor:
         """The result in float64, or complex128, for values of ``source`` and ``inputs``."""
         values: dict[Node, Any] = dict(given)
-
-        def value(node: Node) -> Any:
-            return values[node] if node in values else self._number(node, tokens)
-
-        for node in self.body:
-            args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value)
-            kwargs = {k: _widest(v) if k == "dtype" else v for k, v in kwargs.items()}
-            assert callable(node.target)
-            values[node] = node.target(*args, **kwargs)
+        widened = Policy(
+            lambda node: self._number(node, tokens), changed=lambda name, v: _widest(v) if name == "dtype" else v
+        )
+        evaluate(self.body, values, widened)
         result = values[self.result]
         assert isinstance(result, Tensor)
         return result

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from kvpass.fx_passes.evaluate import Policy, evaluate_node
 from kvpass.fx_passes.graph import (
     CapturedGraph,
     PassResult,
@@ -101,10 +102,8 @@ def _fold_constants(captured: CapturedGraph) -> None:
             if not isinstance(tensor, torch.nn.Parameter):
                 values[node] = tensor
         elif _is_constant(node, values):
-            args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-            assert callable(node.target)
             with torch.no_grad():
-                values[node] = node.target(*args, **kwargs)
+                values[node] = evaluate_node(node, values, Policy())
     for node, value in values.items():
         if node.op == "get_attr" or all(user in values for user in node.users):
             continue

@@ -18,6 +18,7 @@ from kvpass.fx_passes.graph import (
     aten,
     describe,
     emit,
+    hold,
     is_call,
     module_path,
     record_values,
@@ -349,14 +350,8 @@ def _replace(captured: CapturedGraph, derived: _Derived, known: dict[tuple[objec
                     parameter = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False)
                 captured.module.register_parameter(f"{known[derived.key]}_{part}", parameter)
     with captured.graph.inserting_before(old):
-        weight = _read(captured, f"{known[derived.key]}_weight")
-        bias = derived.projection.bias if derived.bias is None else _read(captured, f"{known[derived.key]}_bias")
+        weight = hold(captured, f"{known[derived.key]}_weight")
+        bias = derived.projection.bias if derived.bias is None else hold(captured, f"{known[derived.key]}_bias")
         result = emit(captured, aten.linear.default, derived.projection.source, weight, bias, like=old)
     old.replace_all_uses_with(result)
     captured.graph.erase_node(old)
-
-
-def _read(captured: CapturedGraph, name: str) -> Node:
-    node = captured.graph.get_attr(name)
-    node.meta["val"] = captured.fake_mode.from_tensor(captured.module.get_parameter(name), static_shapes=True)
-    return node

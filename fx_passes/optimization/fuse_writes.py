@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, emit, is_call, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, arguments, aten, emit, hold, is_call, shape_of
 from kvpass.fx_passes.optimization.analytic_slices import Origin, Segment, origins_of, segments_before
 from kvpass.fx_passes.optimization.read_rotation import Columns, Rotation, read_rotation
 from kvpass.fx_passes.optimization.step_graph import StepGraph
@@ -174,12 +174,8 @@ class _Fusion:
 
     def buffer(self, name: str, value: Tensor, like: Node) -> Node:
         """A node that reads a tensor of the rewrite's own."""
-        module = self.captured.module
-        if not hasattr(module, name):
-            module.register_buffer(name, value.to(like.meta["val"].device), persistent=False)
-        node = self.captured.graph.get_attr(name)
-        node.meta["val"] = self.captured.fake_mode.from_tensor(getattr(module, name), static_shapes=True)
-        return node
+        known = hasattr(self.captured.module, name)
+        return hold(self.captured, name, None if known else value.to(like.meta["val"].device))
 
     def emit(self, target: Any, *args: Any, like: Node, **options: Any) -> Node:
         return emit(self.captured, target, *args, like=like, **options)

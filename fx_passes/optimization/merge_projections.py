@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, read_attribute, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, PassResult, aten, emit, hold, read_attribute, shape_of
 from kvpass.fx_passes.optimization.step_graph import StepGraph
 from kvpass.fx_passes.planning.linear_maps import Projection, read_projection
 
@@ -147,10 +147,7 @@ def join_rows(parameters: Sequence[Tensor]) -> nn.Parameter:
 
 def _read(captured: CapturedGraph, whole: nn.Parameter, like: Node) -> Node:
     name = f"_merged_{like.name}_{'weight' if whole.dim() == 2 else 'bias'}"
-    captured.module.register_parameter(name, whole)
-    node = captured.graph.get_attr(name)
-    node.meta["val"] = captured.fake_mode.from_tensor(whole, static_shapes=True)
-    return node
+    return hold(captured, name, whole)
 
 
 def drop_unread(captured: CapturedGraph, names: Sequence[str]) -> None:

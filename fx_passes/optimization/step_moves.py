@@ -5,12 +5,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kvpass.fx_passes.evaluate import NUMBERED, evaluate_node
 from kvpass.fx_passes.graph import (
     CapturedGraph,
     describe,
@@ -115,14 +117,8 @@ class StepMoves:
         floats = any(isinstance(v, Tensor) and v.is_floating_point() for v in values.values())
         if is_call(node, aten._to_copy):
             return values[node.all_input_nodes[0]]
-
-        def resolve(n: Node) -> Any:
-            return values[n] if n in values else self._other(n, floats)
-
-        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), resolve)
-        assert callable(node.target)
         try:
-            return node.target(*args, **{k: v for k, v in kwargs.items() if k not in ("dtype", "device")})
+            return evaluate_node(node, values, replace(NUMBERED, other=lambda n: self._other(n, floats)))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what numbers cannot show is not proven
             raise NotMoved(f"{describe(node)} cannot be followed: {error}") from error
 

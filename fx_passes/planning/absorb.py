@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.fx_passes.graph import CapturedGraph, aten, emit, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, aten, emit, hold, shape_of
 from kvpass.fx_passes.planning.linear_forms import Constants, Form, Joined, Mapped, Row, Scaled, computes
 
 
@@ -244,10 +244,7 @@ class _Builder:
         module = self.captured.module
         name = f"_absorbed_{self.like.name}_{sum(1 for _ in module.named_buffers())}"
         value = torch.tensor(places, device=self.like.meta["val"].device)
-        module.register_buffer(name, value, persistent=False)
-        node = self.captured.graph.get_attr(name)
-        node.meta["val"] = self.captured.fake_mode.from_tensor(value, static_shapes=True)
-        return node
+        return hold(self.captured, name, value)
 
     def emit(self, target: Any, *args: Any, **options: Any) -> Node:
         return emit(self.captured, target, *args, like=self.like, **options)

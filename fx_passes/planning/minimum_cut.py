@@ -9,7 +9,7 @@ has to be known.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kvpass.fx_passes.evaluate import NUMBERED, evaluate_node
 from kvpass.fx_passes.graph import arguments, aten, is_call, shape_of
 from kvpass.fx_passes.op_facts.facts import is_item_of
 from kvpass.fx_passes.op_facts.table import ops_that
@@ -207,18 +208,14 @@ def _run_move(inference: Inference, evaluator: ShapeEvaluator, node: Node, env: 
         shape = [evaluator.number(s, BATCH, LENGTH) for s in node.meta["val"].shape]
         return torch.full(shape, -1, dtype=torch.int64)
 
-    def resolve(n: Node) -> Any:
-        if n in env:
-            return env[n]
+    def other(n: Node) -> Any:
         if _is_number(n):
             return evaluator.number(n.meta["val"], BATCH, LENGTH)
         with evaluator.deciding("the order of heads" if n in indices else None):
             value = evaluator.evaluate(n, BATCH, LENGTH)
         return value if n in indices else torch.full(value.shape, -1, dtype=torch.int64)
 
-    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), resolve)
-    assert callable(node.target)
-    return node.target(*args, **{k: v for k, v in kwargs.items() if k not in ("dtype", "device")})
+    return evaluate_node(node, env, replace(NUMBERED, other=other))
 
 
 def _row_map(numbers: Tensor, total: int) -> Tensor | None:

@@ -16,6 +16,7 @@ from kvpass.fx_passes.graph import (
     aten,
     emit,
     expression,
+    hold,
     is_call,
     shape_of,
     tensor_value,
@@ -84,11 +85,8 @@ class Tabulated:
     def rebuild(self, captured: CapturedGraph, node: Node, positions: Node) -> Node:
         """Rows of the table for given positions, int64 ``[T]``."""
         name = f"_positions_{node.name}"
-        captured.module.register_buffer(name, self.values, persistent=False)
-        table = captured.graph.get_attr(name)
-        table.meta["val"] = captured.fake_mode.from_tensor(self.values, static_shapes=True)
-        rows = emit(captured, aten.index_select.default, table, self.dim, positions, like=node)
-        return rows
+        table = hold(captured, name, self.values)
+        return emit(captured, aten.index_select.default, table, self.dim, positions, like=node)
 
 
 PositionSource = Counting | Lookup | Tabulated
