@@ -88,6 +88,7 @@ def texts(captured: CapturedGraph, plan: CachePlan) -> Iterator[Text]:
     each = allowed[torch.randperm(len(allowed), generator=generator)[: EACH if weights <= SMALL else FEW]].to(device)
     for token in each:
         yield Text(f"{len(each)} tokens, each by itself", token.expand(1, min(REPEATED, longest)))
+    yield Text("a last text, after many calls", drawn(short[-1]))
 
 
 def longest_compared(captured: CapturedGraph) -> int:

@@ -42,15 +42,17 @@ class Watchful(nn.Module):
 
 
 class Remembers(Watchful):
-    """Its window follows from the longest text that it has seen."""
+    """Its window follows from the longest text that it has seen before, which its export does not see."""
 
     def __init__(self) -> None:
         super().__init__(self._remember)
         self.longest = 0
 
     def _remember(self, ids: Tensor) -> int:
-        self.longest = max(self.longest, ids.shape[1])
-        return 8 if self.longest > 100 else 100000
+        before = self.longest
+        if not torch.compiler.is_exporting():
+            self.longest = max(self.longest, ids.shape[1])
+        return 8 if before > 100 else 100000
 
 
 def always(ids: Tensor) -> int:
@@ -92,6 +94,7 @@ def test_the_report_says_what_was_compared() -> None:
         "verified capture on 2049 times 3 tokens",
         "verified capture on texts of 1, 2, 3, 41 tokens",
         f"verified capture on {VOCAB} tokens, each by itself",
+        "verified capture on a last text, after many calls",
     ]
 
 
