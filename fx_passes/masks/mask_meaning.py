@@ -151,6 +151,7 @@ def _probed(
 ) -> MaskMeaning:
     """The meaning as far as values tell, or as far as the expression is proven to go on like that."""
     longest = min(LONGEST, probe.longest)
+    exact = _exact_up_to(probe, acts, expression)
     meaning = recognise(probe.largest)
     if meaning.bias is None:
         farthest = max((size for size in _combined(sizes, meaning.window) if size < longest), default=0)
@@ -161,14 +162,16 @@ def _probed(
     reach = Reach(0)
     if expression is not None:
         meaning, reach, expression = _solved(probe, meaning, expression)
-    exact = _exact_up_to(probe, acts, expression)
+        if expression is None and acts is not None:
+            raise NotProvenError(unproven(acts))
     if meaning.bias is not None:
         meaning = _tabulated(probe, meaning.bias, max_length)
     slopes = None if meaning.slopes is None else meaning.slopes.repeat(probe.num_heads // len(meaning.slopes))
     largest = probe.largest.length
     known = max(min(largest, exact), reach.proven)
     if known < min(largest, SHORTEST_LIMIT):
-        raise NotProvenError(unproven(acts or "its values contradict its graph"))
+        assert acts is not None  # else all that was evaluated is exact
+        raise NotProvenError(unproven(acts))
     ends = [meaning.limit, known, None if expression is None else expression.limit]
     limit = min(end for end in ends if end is not None)
     beyond = "" if probe.fails_at is None else f"; has no value at {probe.fails_at}"

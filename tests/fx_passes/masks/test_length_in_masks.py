@@ -164,3 +164,16 @@ def test_a_reader_and_extents_agree_on_what_a_view_of_bits_is() -> None:
     with pytest.raises(UnreadableError, match="bits"):
         reader.entry(view, (QUERY,))
     assert depends_on_extent_only(traced.evaluator, traced.bias) == "`view` reads bits of other numbers"
+
+
+def test_a_refutation_that_the_values_do_not_show_leaves_no_gap_in_what_is_known() -> None:
+    """The size of a table is refuted at 500, where only hidden keys change: nothing is read of an older matrix."""
+
+    def mask(s: int) -> Tensor:
+        hidden = torch.where(length(s) == 500, -3e38, -2e38)
+        return torch.where((d(s) >= 0) & ((d(s) % 3 == 0) | (d(s) > 450)), 0.0, hidden)
+
+    found = meaning(mask)
+    if isinstance(found, MaskMeaning):
+        assert found.limit is not None and found.bias is not None
+        assert bool((found.bias[0, 451 : found.limit] == 0).all())
