@@ -18,16 +18,21 @@ BUILD_INPUTS := pyproject.toml $(wildcard setup.py) \
 	$(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.c')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize clean distclean
+.PHONY: help demo test test-all lint format sanitize clean distclean
 
 help: ## say what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready-demo ## set up, then compile and run the small model that comes with the repository
 	@$(BIN)/kvpass demo
 
-test: lint ## set up, then ruff, mypy and pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
+
+test: lint ## set up, then ruff, mypy and the tests that take under 15 minutes on two cores
+	@$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.ready-dev ## set up, then all other tests: every attack, and builds of the package
+	@$(PYTEST) -m slow
 
 lint: $(VENV)/.ready-dev ## set up, then ruff and mypy
 	@$(BIN)/ruff check

@@ -47,6 +47,7 @@ NEW = {aten.new_ones, aten.new_zeros, aten.new_full, aten.new_empty, aten.new_em
 LIKES = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
 
 
+KNOWN = ("aten", "prims", "kvpass")  # namespaces of ops that are functions of their operands
 # What is known of an input without its values; all others are data.
 OF_INPUTS: dict[Role | None, Dependence] = {
     Role.POSITIONS: Dependence.SHAPE,
@@ -80,6 +81,12 @@ def is_elementwise(node: Node) -> bool:
     return facts is not None and facts.kind is OpKind.POINTWISE
 
 
+def is_unknown(node: Node) -> bool:
+    """Whether an op is neither torch's nor declared: it may remember its calls, and be no function of its operands."""
+    target = node.target
+    return isinstance(target, OpOverload) and target.namespace not in KNOWN and facts_of(target) is None
+
+
 def classify(captured: CapturedGraph) -> dict[Node, Dependence]:
     """What every node of the graph depends on. Position ids count as shapes: they are 0, 1, 2, ..."""
     kinds: dict[Node, Dependence] = {}
@@ -88,7 +95,7 @@ def classify(captured: CapturedGraph) -> dict[Node, Dependence]:
             kind = Dependence.CONSTANT
         elif node.op == "placeholder":
             kind = OF_INPUTS.get(role_of(node), Dependence.DATA)
-        elif node.op == "output" or is_random(node):
+        elif node.op == "output" or is_random(node) or is_unknown(node):
             kind = Dependence.DATA
         elif reads_shape_only(node):
             kind = Dependence.SHAPE

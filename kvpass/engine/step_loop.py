@@ -353,6 +353,11 @@ class StepLoop:
                 f"the model gave token {last[0]}, the padding token, for {where}: what follows it is not proven; end "
                 f"there with Sampling(stop_token_ids=({last[0]},))"
             )
+        if last and last[0] >= self._plan.vocab_size:
+            return (
+                f"the model gave token {last[0]} for {where}, and can look up {self._plan.vocab_size} tokens: its "
+                f"logits are wider than its vocabulary; rule the others out with Sampling(allowed_tokens=...)"
+            )
         return (
             f"the model gave logits with NaN or infinity for {where}, so no token could be chosen: run the original "
             f"model on it; if that is finite, the cache dtype may overflow, and bfloat16 or float32 reach further than "

@@ -69,7 +69,7 @@ def make_sequences(
             text = OutputText(tokens, decode, options.stop, options.include_stop) if options.stop and decode else None
             own = sample_seed(seed, sample)
             sequences.append(Sequence(tokens, new, options, own, stop_ids, plan.forbidden_tokens, text))
-            sequences[-1].leader = leader
+            sequences[-1].leader, sequences[-1].vocab_size = leader, plan.vocab_size
             leader = leader or sequences[-1]
     return sequences
 

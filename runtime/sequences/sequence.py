@@ -56,6 +56,7 @@ class Sequence:
         seed: the request's seed, ``sampling.seed`` or a fresh one.
         stop_ids: generation ends after one of these tokens.
         forbidden_ids: tokens after which nothing can be computed; generating one of these ends in error.
+        vocab_size: the model can look up the tokens below; generating another ends in error. None for any.
         priority: of two sequences the one with the larger number is served first, unless the other waited long.
         tenant: on whose behalf it is; tenants get equal shares.
         deadline: when it is ended unless it has ended before, on the scheduler's clock; None for never.
@@ -123,6 +124,7 @@ class Sequence:
         "tables",
         "tenant",
         "text",
+        "vocab_size",
     )
 
     def __init__(
@@ -141,6 +143,7 @@ class Sequence:
         self.seed = seed
         self.stop_ids = frozenset(stop_ids)
         self.forbidden_ids = frozenset(forbidden_ids)
+        self.vocab_size: int | None = None
         self.priority = 0
         self.tenant = ""
         self.deadline: float | None = None
@@ -244,7 +247,7 @@ class Sequence:
             self.finish("stop")
         elif self.num_tokens - self.prompt_length >= self.max_new_tokens:
             self.finish("length")
-        elif token in self.forbidden_ids:
+        elif token in self.forbidden_ids or (self.vocab_size is not None and token >= self.vocab_size):
             self.finish("error")
 
     def _is_stopped_by_text(self, text: OutputText) -> bool:
@@ -277,7 +280,7 @@ class Sequence:
         twin._tokens = self._tokens.copy()
         twin.num_tokens, twin.newest, twin.held = self.num_tokens, self.newest, self.held
         twin.logprobs = list(self.logprobs)
-        twin.priority, twin.tenant = self.priority, self.tenant
+        twin.vocab_size, twin.priority, twin.tenant = self.vocab_size, self.priority, self.tenant
         twin.deadline, twin.namespace, twin.private = self.deadline, self.namespace, self.private
         return twin
 
