@@ -28,6 +28,7 @@ from tests.attack import lengths, operands, parameters
 from tests.attack.verdict import KINDS, PER_SEED, Verdict
 
 PER_CAPTURE = 50
+AT_ONCE = 450  # examples after which the result is written: whole captures, and whole groups of changes
 RESULTS = Path(__file__).with_name("results")
 NAME = "attack_sweep"
 
@@ -89,15 +90,13 @@ class Tally:
 
     def table(self) -> str:
         """One line for each kind."""
-        lines = [
-            f"{'kind':12}{'examples':>9}{'right':>7}{'refused':>9}{'wrong':>7}{'controls':>10}{'refused':>9}{'cpu s':>7}"
-        ]
+        heads = ("examples", "right", "refused", "wrong", "controls", "refused", "cpu s")
+        lines = [f"{'kind':12}" + "".join(f"{head:>10}" for head in heads)]
         for kind in KINDS:
             counts, controls = self.outcomes[kind], self.controls[kind]
-            lines.append(
-                f"{kind:12}{counts.total():9}{counts['right']:7}{counts['refused']:9}{counts['wrong']:7}"
-                f"{controls.total():10}{controls['refused']:9}{self.seconds[kind]:7.0f}"
-            )
+            found = [counts[outcome] for outcome in ("right", "refused", "wrong")]
+            numbers = (counts.total(), *found, controls.total(), controls["refused"])
+            lines.append(f"{kind:12}" + "".join(f"{n:10}" for n in (*numbers, round(self.seconds[kind]))))
         lines.append(
             f"one-entry changes through .data or numpy of a tensor that is only sampled: {self.said.total()}; "
             "engine.weights_changed() was said after each, as the manual asks"
@@ -123,14 +122,15 @@ def main() -> int:
         return found.outcome == "wrong"
     tally, before = Tally(), time.process_time()
     first = options.seed * PER_SEED
-    for verdict in verdicts(range(first, first + options.examples), options.kinds):
-        now = time.process_time()
-        tally.add(verdict, now - before)
-        before = now
     asked = {"examples": options.examples, "seed": options.seed, "kinds": list(options.kinds)}
-    write_result(options.out, NAME, asked, [tally.to_dict()])
+    for start in range(first, first + options.examples, AT_ONCE):
+        for verdict in verdicts(range(start, min(start + AT_ONCE, first + options.examples)), options.kinds):
+            now = time.process_time()
+            tally.add(verdict, now - before)
+            before = now
+        write_result(options.out, NAME, asked, [tally.to_dict()])
+        print(tally.table(), flush=True)
     print(json.dumps(tally.to_dict(), indent=2))
-    print(tally.table())
     return bool(tally.wrong)
 
 

@@ -76,7 +76,7 @@ def draw_chain(number: int) -> Chain:
     """The chain of a number; every other one is a control."""
     draw = random.Random(number)
     control = draw.random() < 0.5
-    lines = [f"x = {draw.choice(PLAIN)}" for _ in range(draw.randrange(3))]
+    lines = [f"x = {draw.choice(PLAIN)}" for _ in range(draw.randrange(2))]
     op: Op = draw.choice(OPS)
     if control:
         weight = draw.choice(OWN) if op.kind == "v" and op.broadcasts and draw.random() < 0.5 else None

@@ -30,7 +30,8 @@ EXACT, QUANTISED = 2e-3, 2e-2
 TOKENS = 3
 WAYS = (
     "copy_", "data.mul_", "data.copy_", "one entry", "one entry of data", "add_", "load_state_dict", "setattr",
-    "module", "data = other", "numpy", "numpy, one entry", "optimizer", "fill_ of a row", "swap of rows", "neg_ of data",
+    "module", "data = other", "numpy", "numpy, one entry", "optimizer",
+    "fill_ of a row", "swap of rows", "neg_ of data",
     "assign",
 )  # fmt: skip
 SILENT = {"one entry of data", "numpy, one entry"}
@@ -156,7 +157,8 @@ def _change(model: nn.Module, path: str, tensor: Tensor, way: str, draw: random.
     elif way == "load_state_dict":
         model.load_state_dict({**model.state_dict(), path: other})
     elif way == "assign":
-        holder.append((owner, name, tensor))
+        held = [(*_owner(model, path), t) for path, t in _tensors(model)]
+        holder += [one for one in held if one[0] is owner or owner is model]
         owner.load_state_dict({**owner.state_dict(), name: other}, assign=True)
     elif way == "setattr":
         holder.append((owner, name, tensor))

@@ -54,7 +54,7 @@ def test_an_operand_that_is_accepted_wrong_is_seen() -> None:
     (found,) = operands.judge([chain])
     assert found.outcome == "refused"
     model = operands.Cases({"0": chain.function()})
-    axes = ((Factor(Kind.BATCH, 2),), (Factor(Kind.TOKEN, 6),), (Factor(Kind.FIXED, 6),))
+    axes = ((Factor(Kind.BATCH, 2),), (Factor(Kind.TOKEN, 6),), (Factor(Kind.PLAIN, 6),))
     (fault,) = operands._faults(model, model, {0: axes}).values()
     assert "moves the rows of other tokens" in fault or "other rows" in fault
 
