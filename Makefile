@@ -31,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --d
 test: lint ## set up, then ruff, mypy and the tests that take under 15 minutes on two cores
 	@$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.ready-dev ## set up, then all other tests: every attack, and builds of the package
+test-all: $(VENV)/.ready-dev ## set up, then all other tests: more attacks, and builds of the package
 	@$(PYTEST) -m slow
 
 lint: $(VENV)/.ready-dev ## set up, then ruff and mypy

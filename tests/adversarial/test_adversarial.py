@@ -8,11 +8,17 @@ from tests.adversarial.judge import judge, unreal
 from tests.adversarial.parts import Attack
 from tests.adversarial.table import ATTACKS, CONTROLS, KNOWN, quick
 
-QUICK = {attack.name for attack in quick()}
-CASES = [
-    pytest.param(attack, id=attack.name, marks=() if attack.name in QUICK else pytest.mark.slow)
-    for attack in (*ATTACKS, *CONTROLS)
-]
+# Two of each class run with every test, the rest of the quick ones with `make test-all`, and the whole table by
+# `python -m benchmarks.adversarial`.
+SEEN: Counter[str] = Counter()
+
+
+def _marks(attack: Attack) -> list[pytest.MarkDecorator]:
+    SEEN[attack.klass] += 1
+    return [] if SEEN[attack.klass] <= 2 else [pytest.mark.slow]
+
+
+CASES = [pytest.param(attack, id=attack.name, marks=_marks(attack)) for attack in quick()]
 
 
 def test_table_is_wide() -> None:
@@ -24,6 +30,7 @@ def test_table_is_wide() -> None:
     assert not [attack.name for attack in ATTACKS if not attack.claims or not attack.lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_attack_is_real(attack: Attack) -> None:
     """It differs from what it is mistaken for, at every length that it names."""
