@@ -177,6 +177,8 @@ def _stack(extents: Extended, node: Node, named: dict[str, Any]) -> Dims:
 
 def _pad(extents: Extended, node: Node, named: dict[str, Any]) -> Dims:
     source, pads = named["self"], list(named["pad"])
+    if named.get("mode", "constant") != "constant":
+        raise ActsError(node, "pads with entries of its own")
     if extents.number(named["value"] or 0) is None:
         raise ActsError(node, "takes it for a number")
     varies, rank = set(extents.varies(source)), len(shape_of(source))
@@ -312,7 +314,7 @@ MOVES: dict[object, Rule] = {
     aten.select: _select,
     aten.cat: _cat,
     aten.stack: _stack,
-    aten.constant_pad_nd: _pad,
+    **dict.fromkeys((aten.constant_pad_nd, aten.pad), _pad),
     aten.flip: _flip,
     aten.roll: _roll,
     aten.repeat: _repeat,
