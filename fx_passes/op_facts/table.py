@@ -157,7 +157,10 @@ FACTS: dict[OpOverloadPacket, OpFacts] = {
     aten.scaled_dot_product_attention: OpFacts(
         OpKind.ATTENTION, "attention", tokens=("query", "key", "value", "attn_mask")
     ),
-    torch.ops.kvpass.dense_attention: OpFacts(OpKind.ATTENTION, "attention", tokens=("query", "key", "value", "bias")),
+    # made by find-attention, which reads what bias and sinks are
+    torch.ops.kvpass.dense_attention: OpFacts(
+        OpKind.ATTENTION, "attention", tokens=("query", "key", "value", "bias", "sinks")
+    ),
     **dict.fromkeys(
         _named("_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size"),
         OpFacts(OpKind.ASSERTION),

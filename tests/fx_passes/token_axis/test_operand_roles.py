@@ -87,7 +87,6 @@ NOT_SEEN = {
     (aten.narrow, "start"), (aten.tensor_split, "tensor_indices_or_sections"), (aten.index, "el"),
     (aten.repeat_interleave, "repeats"),  # a number of repeats from data is refused by its size
     (aten._grouped_mm, "mat2"), (aten._grouped_mm, "bias"),  # below, by hand: its rows must be sorted first
-    (torch.ops.kvpass.dense_attention, "sinks"),  # made by find-attention, which reads what the sinks are
 }  # fmt: skip
 # These are refused by their own rule as well.
 REFUSED_TWICE = {(aten.embedding, "weight"), (aten.bincount, "weights")}
