@@ -207,7 +207,8 @@ def _has_one_length(captured: CapturedGraph, node: Node) -> bool:
 
 def _prove(captured: CapturedGraph, evaluator: ShapeEvaluator, node: Node) -> str | None:
     """Establish a source, by proof; else say why there is none."""
-    counted = _counted(captured, evaluator, node)
+    with evaluator.deciding("the positions"):
+        counted = _counted(captured, evaluator, node)
     if isinstance(counted, Counting):
         node.meta[SOURCE] = counted
         return None

@@ -173,7 +173,7 @@ def test_a_size_is_read_off_the_token_ids(graph: CapturedGraph) -> None:
     with graph.graph.inserting_after(graph.input_ids):
         size = graph.graph.placeholder("s1")
     size.meta |= {ROLE: Role.SIZE, "val": graph.input_ids.meta["val"].shape[1]}
-    user = next(n for n in graph.graph.nodes if is_call(n, aten.sym_size))
+    user = next(n for n in graph.graph.nodes if is_call(n, aten.sym_size) and n.args[1] == 1)
     user.replace_all_uses_with(size)
     assert NormaliseInputs().apply(graph) == PassResult(1)
     assert all(role_of(n) in (None, Role.TOKENS) for n in graph.graph.nodes)
