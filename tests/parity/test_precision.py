@@ -17,6 +17,7 @@ from tests.decoders.catalogue import DECODERS
 from tests.decoders.skeleton import VOCAB
 from tests.parity.compiled import engine_of
 from tests.parity.harness import CONFIG, NEW_TOKENS, SEED, Prompts, original_logits, ragged_prompts
+from tests.sampled import sampled
 
 AGREEMENT = 0.85  # share of tokens that are the original's best
 # Rounding of the logits, in units of their spread, that a token other than the best is forgiven.
@@ -64,7 +65,7 @@ def compile_and_compare(model: nn.Module, vocab_size: int, dtype: torch.dtype, r
     return engine
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "dtype"), sampled(CASES, several=True))
 def test_half_precision_decoder(name: str, dtype: torch.dtype) -> None:
     engine = compile_and_compare(DECODERS[name](SEED), VOCAB, dtype, name in ROUTED)
     assert {tensor.dtype for pair in engine.caches for tensor in pair} == {dtype}

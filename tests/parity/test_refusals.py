@@ -9,10 +9,11 @@ import kvpass
 from tests.decoders.refused import REFUSED
 from tests.decoders.skeleton import VOCAB
 from tests.parity.harness import CONFIG, SEED, original_logits, ragged_prompts
+from tests.sampled import sampled
 
 
 # Without the verification: the proof alone has to find it.
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sampled(REFUSED))
 def test_refused_with_the_reason_the_node_and_the_module(name: str) -> None:
     build, words, module_path = REFUSED[name]
     with pytest.raises(kvpass.RefusedError) as caught:

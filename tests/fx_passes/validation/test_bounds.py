@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import kvpass
-from kvpass import compiler
 from kvpass.fx_passes.graph import arguments, is_call
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.fx_passes.lowering.insert_cache import PagedGraph
+from kvpass.fx_passes.validation import checks
 from kvpass.fx_passes.validation.bounds import FIXED, SHARE, Noise
 from kvpass.fx_passes.validation.verify import Comparison, verify
 from tests.decoders.catalogue import DECODERS
@@ -99,7 +99,7 @@ def test_a_fault_is_caught_that_a_tenth_let_pass(name: str, monkeypatch: pytest.
         for parameter in model.parameters():
             parameter.mul_(factor if parameter.dim() > 1 else 1.0)
     faulty = _Faulty(fault)
-    monkeypatch.setattr(compiler, "verify", faulty)
+    monkeypatch.setattr(checks, "verify", faulty)
     with pytest.raises(kvpass.VerificationError):
         kvpass.compile(model.bfloat16(), CONFIG)
     assert faulty.right.passed, faulty.right
