@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import kvpass
-from kvpass import compiler
 from kvpass.engine.engine import Engine
 from kvpass.errors import ConfigError, VerificationError
 from kvpass.fx_passes.graph import arguments, is_call
 from kvpass.fx_passes.lowering import store_in_formats
+from kvpass.fx_passes.validation import checks
 from kvpass.kernels.formats.cache_formats import FORMATS, pack_slabs, unpack_slabs
 from tests.decoders import heads
 from tests.decoders.skeleton import HEAD_DIM, VOCAB, Decoder, decoder, decoder_around
@@ -126,7 +126,7 @@ def test_a_rotation_that_is_not_undone_fails_the_verification(monkeypatch: pytes
 
 
 def test_a_format_that_loses_more_than_its_bound_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "format_bound", lambda plan: 1e-3)
+    monkeypatch.setattr(checks, "format_bound", lambda plan: 1e-3)
     with pytest.raises(VerificationError, match=r"FAILED in these formats: .* choose a format of more bits") as caught:
         captured_once().compile(kvpass.CacheConfig(dtype="int4", block_size=16, num_blocks=8))
     assert caught.value.report.verification.format_error > 1e-3
