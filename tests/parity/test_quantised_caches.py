@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kvpass
+from kvpass import compiler
 from kvpass.engine.engine import Engine
 from kvpass.errors import ConfigError, VerificationError
 from kvpass.fx_passes.graph import arguments, is_call
