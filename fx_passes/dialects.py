@@ -33,12 +33,7 @@ def calls_are_ops(captured: CapturedGraph) -> Complaints:
             yield node, f"is a {node.op}"
         elif node.op == "call_function":
             target = node.target
-            arithmetic = getattr(target, "__module__", "") in (
-                "_operator",
-                "math",
-                "torch",
-                "torch.fx.experimental.sym_node",
-            )
+            arithmetic = getattr(target, "__module__", "") in ARITHMETIC
             if not isinstance(target, (OpOverload, HigherOrderOperator)) and not arithmetic:
                 yield node, "calls something that is no op"
             elif "val" not in node.meta and node.users:
