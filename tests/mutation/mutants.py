@@ -120,8 +120,8 @@ MUTANTS: dict[str, Mutant] = {
     # heads and caches
     "heads not put back in order": Mutant(
         "lowering.insert_cache:_attend",
-        "inverse = _constant",
-        "return result\n        inverse = _constant",
+        "inverse = hold(",
+        "return result\n        inverse = hold(",
         "GQA by tiling, head h % Hkv",
     ),
     "query heads read the wrong group": Mutant(
@@ -232,8 +232,8 @@ MUTANTS: dict[str, Mutant] = {
     # rotations around caches
     "bias of rotated values left as it was": Mutant(
         "optimization.fold_rotations:_replace",
-        "if derived.bias is None else _read",
-        "if True else _read",
+        "if derived.bias is None else hold(",
+        "if True else hold(",
         "GPT-2 with a tril buffer slice",
         "int4",
     ),
