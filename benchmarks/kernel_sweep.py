@@ -93,8 +93,8 @@ def on_threads(kernel: Kernel, seed: int) -> Kernel:
 
 def vary_targets(seed: int) -> None:
     """Let the interpreter's next call be laid out as for some GPU: tiles, programs and fp8 differ between them."""
-    from kvpass.kernels.triton_kernels import tuning  # after the interpreter was switched on
-    from kvpass.kernels.triton_kernels.launch import backend, launch
+    # after the interpreter was switched on
+    from kvpass.kernels.triton_kernels.launch import backend, launch, tuning
 
     pick = random.Random(seed)
     processors, native_fp8 = pick.randint(1, 6), pick.random() < 0.5

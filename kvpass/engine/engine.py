@@ -103,7 +103,8 @@ class Engine:
         self._loop = StepLoop(module, plan, caches, self._scheduler, moves, weighing, states)
         reopened = partial(open_disk, self.module, plan, config)
         self.cache = CacheHandle(plan, prefix_cache, moves, self._loop.exclusive, reopened)
-        self._weights = WeightsWatch(getattr(self.module, "guard", None), self._loop, self.cache.forget_weights)
+        guard, start_over = getattr(self.module, "guard", None), self._scheduler.start_over
+        self._weights = WeightsWatch(guard, self._loop, start_over, self.cache.forget_weights)
         self._driver = Driver(self._loop)
         self._closed = False
         self.speculate(draft)
@@ -345,7 +346,7 @@ class Engine:
         through ``.data`` that change a small tensor, or a large one in many places. To be called after one that changes
         few entries of a large tensor through ``.data``, or that is made while requests are under way. What is kept for
         reuse is forgotten, on the device and in host memory; on disk it stays, for engines with the weights of before.
-        Requests under way go on with what they have computed, and the new weights; no other request gets their blocks.
+        Requests under way keep the tokens that they have, and their text so far is computed again with the new weights.
 
         Raises:
             WeightsChangedError: if the value of one of them decided something when the model was compiled.

@@ -48,6 +48,7 @@ class StepLoop:
         requests: those that have not ended, each in the scheduler or about to be cancelled.
         on_submit: called, with no lock held, when there is something new to do.
         before_admission: called, with the lock held, before requests are taken in; with whether none is under way.
+        before_step: called, with the lock held, before a step is planned.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class StepLoop:
         self._searching: list[Request] = []
         self.on_submit: Callable[[], object] = lambda: None
         self.before_admission: Callable[[bool], object] = lambda idle: None
+        self.before_step: Callable[[], object] = lambda: None
         self._closed = False
         # Held by whoever touches the scheduler. Not reentrant: see cancel.
         self._lock = Lock()
@@ -121,6 +123,7 @@ class StepLoop:
 
     def step(self) -> None:
         """Compute one step for whoever is in the scheduler. The lock is held."""
+        self.before_step()
         started = drafted = time.perf_counter()
         if self.speculator is not None:
             decoding = self._scheduler.decoding

@@ -16,23 +16,34 @@ SAMPLE = 256  # evenly spaced elements of a larger one
 
 
 class WeightsWatch:
-    """Looks at all parameters and buffers of a model when requests come in.
+    """Looks at all parameters and buffers of a model when requests come in, and before each step at their versions.
 
     A change in place through PyTorch is always seen: it has a version. One that goes around it (``.data``, numpy) is
-    seen by its content: that of small tensors as a whole, of larger ones that of :data:`SAMPLE` elements.
+    seen by its content, when the engine was idle: that of small tensors as a whole, of larger ones that of
+    :data:`SAMPLE` elements. After a change whatever was computed is worth nothing: requests under way are computed
+    again, with the tokens that they have.
 
     Args:
         guard: the model's tensors, and those whose values decided something; None where no model is known: then
             nothing is looked at.
-        loop: asks before it takes requests in.
-        forget: called, between two steps, when what is kept was computed with other weights.
+        loop: asks before it takes requests in, and before each step.
+        start_over: called, between two steps, to have what is under way computed again.
+        forget: called, after that, when what is kept was computed with other weights.
     """
 
-    def __init__(self, guard: LedgerCheck | None, loop: StepLoop, forget: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        guard: LedgerCheck | None,
+        loop: StepLoop,
+        start_over: Callable[[], object],
+        forget: Callable[[], object],
+    ) -> None:
         self._guard = guard
         self._loop = loop
+        self._start_over = start_over
         self._forget = forget
         loop.before_admission = self._admit
+        loop.before_step = self._go_on
         self._tensors = [] if guard is None else list(guard.tensors.values())
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._samples: list[Tensor] = []
@@ -64,11 +75,13 @@ class WeightsWatch:
         if self._have_changed(idle):
             self._forget_all()
 
+    def _go_on(self) -> None:
+        if self._versions() != self._known[0]:
+            self._admit(idle=False)
+
     def _forget_all(self) -> None:
-        """Nothing that was computed before is found again; what is under way keeps its own to itself."""
-        for sequence in self._loop.requests:
-            if sequence.num_computed or sequence.swapped is not None:
-                sequence.keep_to_itself()
+        """Nothing that was computed before is used again."""
+        self._start_over()
         self._forget()
 
     def _have_changed(self, idle: bool) -> bool:
@@ -86,7 +99,10 @@ class WeightsWatch:
 
     def _marks(self) -> tuple[list[int], list[int]]:
         """Versions and addresses of all tensors."""
-        return [tensor._version for tensor in self._counted], [_address(tensor) for tensor in self._tensors]
+        return self._versions(), [_address(tensor) for tensor in self._tensors]
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for tensor in self._counted]
 
     @torch.no_grad()
     def _digest(self) -> list[int]:

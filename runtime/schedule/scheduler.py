@@ -214,7 +214,7 @@ class Scheduler:
         if step is not self._in_flight or len(tokens) != len(step.sampled):
             raise IntegrityError("commit takes the step in flight, and the tokens of each sampled sequence")
         with self._changing():
-            self._note_computed(step)
+            step.finish(self.counts, self._pool.num_used, self._pool.block_size)
             if received is not None:
                 self._holdings.note_attention(step, received)
             forked = self._fork_followers(step) if self._queues.followers else []
@@ -272,13 +272,20 @@ class Scheduler:
             with self._changing():
                 self._registry.undo()
                 self._holdings.let_go()
-                while self._queues.running:
-                    self._holdings.give_back_all(self._queues.stop_last())
+                self._stop_all()
                 self._in_flight = None
                 self._drop(self._dropped, None)
                 self._dropped = set()
             return True
         return False
+
+    def start_over(self) -> None:
+        """Have all that is unfinished computed again, with the tokens it has: what was computed is worth nothing."""
+        self._require_no_step("start_over")
+        with self._changing():
+            self._stop_all()
+            for sequence in (*self._queues.waiting, *self._queues.parked):
+                self._holdings.give_back_all(sequence)  # what was swapped out
 
     def clear_prefix_cache(self) -> None:
         """Forget all registered blocks; running sequences keep theirs but register nothing more."""
@@ -304,6 +311,11 @@ class Scheduler:
         if self._in_flight is None:
             _require(self._registry.is_settled and not sources and not self._dropped, "a step was left half done")
         self._holdings.check_running(running, self._in_flight is not None)
+
+    def _stop_all(self) -> None:
+        """Take the blocks of all running sequences; they wait."""
+        while self._queues.running:
+            self._holdings.give_back_all(self._queues.stop_last())
 
     def _enter(self, sequence: Sequence) -> None:
         """Queue a sequence that has a rank."""
@@ -356,22 +368,6 @@ class Scheduler:
                 break
         if matching:
             self._registry.register(sequence, min(sequence.num_computed, sequence.num_tokens))
-
-    def _note_computed(self, step: Step) -> None:
-        counts, size = self.counts, self._pool.block_size
-        computed = decoded = blocks = ends = 0
-        for sequence, start, end in step.ranges:
-            known = sequence.num_computed = end if end < sequence.num_tokens else sequence.num_tokens
-            computed += known - start
-            if known - start == 1 and start >= sequence.prompt_length:
-                decoded += 1
-            blocks += sequence.tables[0].num_blocks
-            ends += end
-        counts.steps += 1
-        counts.prefill_tokens += computed - decoded
-        counts.decode_tokens += decoded
-        counts.unused_slots += (blocks * size - ends) * len(step.ranges[0][0].tables)
-        counts.allocated_slots += self._pool.num_used * size
 
     def _reset(self) -> None:
         """Free all blocks and recompute every unfinished sequence; may itself be interrupted and done again."""

@@ -83,7 +83,6 @@ class Sequence:
         ahead: what is being read of its cache for it, before it starts; None if nothing is.
         branch: place in the prefix tree up to which the blocks are registered; None without prefix sharing.
         num_registered: blocks of each group from the front that are on the path to ``branch``.
-        private: its blocks are shared with nobody, whatever its namespace.
         text: the output as text; None unless the request has stop strings.
         logprobs: of each generated token, where the request asks for them.
         failure: why it finished in error, where that is known and not in its tokens or logits.
@@ -109,7 +108,6 @@ class Sequence:
         "num_registered",
         "num_tokens",
         "priority",
-        "private",
         "prompt_length",
         "rank",
         "received",
@@ -167,7 +165,6 @@ class Sequence:
         self.state_slot: int | None = None
         self.branch: Branch | None = None
         self.num_registered = 0
-        self.private = False
         self.text = text
         self.logprobs: list[TokenLogprobs] = []
         self.failure: str | None = None
@@ -281,12 +278,8 @@ class Sequence:
         twin.num_tokens, twin.newest, twin.held = self.num_tokens, self.newest, self.held
         twin.logprobs = list(self.logprobs)
         twin.vocab_size, twin.priority, twin.tenant = self.vocab_size, self.priority, self.tenant
-        twin.deadline, twin.namespace, twin.private = self.deadline, self.namespace, self.private
+        twin.deadline, twin.namespace = self.deadline, self.namespace
         return twin
-
-    def keep_to_itself(self) -> None:
-        """Share no block from now on; for what was computed with weights that have changed since."""
-        self.private, self.branch = True, None
 
     def replace_newest(self, token: int) -> None:
         """Put ``token`` in the place of the newest generated one, which is not computed yet, and finish if it ends.

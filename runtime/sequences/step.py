@@ -36,6 +36,28 @@ class Step:
     expired: tuple[Sequence, ...] = ()
     state_moves: tuple[StateMove, ...] = ()
 
+    def finish(self, counts: SchedulerCounts, used: int, size: int) -> None:
+        """Take note in the sequences that their ranges, of which there are some, are computed, and count it.
+
+        Args:
+            counts: are added to.
+            used: blocks of the pool in use.
+            size: tokens of a block.
+        """
+        computed = decoded = blocks = ends = 0
+        for sequence, start, end in self.ranges:
+            known = sequence.num_computed = end if end < sequence.num_tokens else sequence.num_tokens
+            computed += known - start
+            if known - start == 1 and start >= sequence.prompt_length:
+                decoded += 1
+            blocks += sequence.tables[0].num_blocks
+            ends += end
+        counts.steps += 1
+        counts.prefill_tokens += computed - decoded
+        counts.decode_tokens += decoded
+        counts.unused_slots += (blocks * size - ends) * len(self.ranges[0][0].tables)
+        counts.allocated_slots += used * size
+
 
 @dataclass
 class SchedulerCounts:

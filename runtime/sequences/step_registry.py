@@ -54,7 +54,7 @@ class StepRegistry:
 
     def find_prefix(self, sequence: Sequence) -> Match | None:
         """The registered blocks with which ``sequence`` begins."""
-        if self._prefix_cache is None or sequence.private:
+        if self._prefix_cache is None:
             return None
         # At least one token has to be computed, or there would be no logits.
         return self._prefix_cache.match(sequence.tokens, sequence.num_tokens - 1, sequence.namespace)
@@ -74,7 +74,7 @@ class StepRegistry:
 
     def prefetch(self, sequence: Sequence) -> Prefetch | None:
         """Begin to bring nearer what is stored far away of the tokens of ``sequence``; None if nothing is."""
-        if self._prefix_cache is None or sequence.private:
+        if self._prefix_cache is None:
             return None
         return self._prefix_cache.prefetch(sequence.tokens, sequence.num_tokens - 1, sequence.namespace)
 

@@ -37,12 +37,10 @@ CONSERVATIVE = {
 NOT_SEEN = {
     **dict.fromkeys(
         (
-            "batch_norm", "chunk", "convolution", "flatten", "narrow", "nonzero_numpy", "tensor_split", "to",
-            "unflatten", "view",
+            "batch_norm", "chunk", "convolution", "flatten", "narrow", "nonzero_numpy", "tensor_split", "unflatten",
         ),
         "export writes it with other ops",
     ),
-    "_grouped_mm": "its groups are known by the sort that they come from: tests/decoders/experts.py",
     "kvpass.dense_attention": "made by find-attention; proven in test_find_attention",
 }  # fmt: skip
 

@@ -93,7 +93,7 @@ def test_a_wrong_kernel_is_caught_by_the_sweep() -> None:
     broken = (
         "import sys; sys.argv[1:] = '--backend triton --op paged_attention --format bfloat16 --cases 5'.split()\n"
         "from benchmarks import kernel_sweep\n"
-        "from kvpass.kernels.triton_kernels import attention_call\n"
+        "from kvpass.kernels.triton_kernels.launch import attention_call\n"
         "real = attention_call.describe_caches\n"
         "attention_call.describe_caches = lambda call, target: {**real(call, target), 'KEY_A': 16, 'KEY_B': 0}\n"
         "sys.exit(kernel_sweep.main())\n"
