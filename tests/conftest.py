@@ -1,10 +1,30 @@
+"""Marks that are given after the collection: what needs a GPU that is not there, and what only `make test-all` runs."""
+
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    needing = [item for item in items if "gpu" in item.keywords]
+    _sample(items)
+    _skip_without_gpu([item for item in items if "gpu" in item.keywords])
+
+
+def _sample(items: Sequence[pytest.Item]) -> None:
+    """Of a table that is marked ``sampled(every)`` each such entry runs always, from the first on; others are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None:
+            function = item.nodeid.partition("[")[0]
+            if seen[function] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[function] += 1
+
+
+def _skip_without_gpu(needing: Sequence[pytest.Item]) -> None:
     if not needing:
         return
     import torch  # costs seconds, which the layout test need not pay

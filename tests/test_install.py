@@ -82,6 +82,7 @@ def test_the_sdist_holds_every_source_once(checkout, archives):
     assert {Path("pyproject.toml"), Path("README.md"), Path("LICENSE")} <= names.keys()
 
 
+@pytest.mark.slow
 def test_the_sdist_builds_the_same_wheel(archives, tmp_path):
     with tarfile.open(archives[1]) as sdist:
         sdist.extractall(tmp_path, filter="data")

@@ -88,6 +88,7 @@ def test_windows_bound_what_a_sequence_holds():
     assert windowed.bytes_of_sequence <= (64 // 16 + 1) * 16 * whole.bytes_per_token
 
 
+@pytest.mark.slow
 def test_a_model_is_planned_by_what_its_passes_find():
     torch.manual_seed(0)
     sizes = dict(d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24)

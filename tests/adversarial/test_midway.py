@@ -38,6 +38,7 @@ def test_behind_a_prefix_on_disk(tmp_path: Path) -> None:
     assert wrong(lambda: midway.behind_a_prefix(disk=tmp_path, disk_memory="16MiB")) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("changes", [True, False])
 def test_for_a_later_engine(tmp_path: Path, changes: bool) -> None:
     assert wrong(lambda: midway.for_a_later_engine(tmp_path, changes)) == []

@@ -163,6 +163,7 @@ def test_the_prompts_share_about_a_thousand_tokens(tokenizer, held_out):
     assert all(960 < len(prompt) <= 1088 for prompt in ids)
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_its_figures_are_those_of_the_run(tokenizer):
     prompts = [f"{'x = [1, 2, 3]' * 12}\n{stub}" for stub in ("def f(x):\n", "class A:\n")]
     file = io.StringIO()

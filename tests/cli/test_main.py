@@ -143,6 +143,7 @@ def naive(module, prompt, count):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_generate_with_text_prints_text(run_compiled):
     arguments = ("generate", "--model", "decoder", "-p", "import os\n", "-p", "def f(x):\n", "-n", 5, "--seed", 1)
     result = run_compiled(*arguments, "--temperature", 1, "--top-k", 20, "--top-p", 0.9, "--min-p", 0.01)
@@ -160,6 +161,7 @@ def test_generate_ends_before_a_stop_string(run_compiled):
     assert (result.exit_code, result.stdout) == (0, whole[: whole.index(stop)] + "\n")
 
 
+@pytest.mark.slow
 def test_generate_with_a_transformers_folder(run_compiled, folder):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -275,6 +277,7 @@ BAD_OPTIONS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_an_option_that_cannot_be_used_is_one_line(run_compiled, case):
     arguments, words = BAD_OPTIONS[case]
@@ -290,6 +293,7 @@ def test_an_unknown_command_is_one_line(run):
     assert "Try 'root --help'" in only_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_in_a_pipe_there_are_no_escape_codes(folder):
     command = [
         sys.executable,

@@ -51,6 +51,7 @@ def run(folder, monkeypatch):
 TEXT = ("--text", "ids.txt", "--model", "quality_models:build", "--window", 50)
 
 
+@pytest.mark.slow
 def test_eval_gives_its_figures_as_json(run):
     result = run(
         "eval",
@@ -77,6 +78,7 @@ def test_eval_gives_its_figures_as_json(run):
     assert (coarse["bytes_per_token"], apart["bytes_per_token"]) == (4 * 8, 3 * 12 + 8)
 
 
+@pytest.mark.slow
 def test_tune_writes_a_configuration_that_generate_reads(run, folder):
     result = run("tune", *TEXT, "--formats", "int8,int4", "--budget", "10bits", "--tokens", 100, "--out", "tuned.json")
     assert result.exit_code == 0, result.output

@@ -23,6 +23,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("max_batch_tokens", [1, 5, 2048])
 @pytest.mark.parametrize("num_blocks", [12, 64])

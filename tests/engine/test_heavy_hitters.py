@@ -203,6 +203,7 @@ def dense(model, ids, shown):
         return model(torch.tensor([ids]))[0], total
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_the_blocks_that_dense_attention_finds_heaviest(model, compiled):
     """What blocks receive, and each token's chance, are those of dense attention with the same blocks hidden."""
     for seed in range(2):
@@ -242,6 +243,7 @@ def test_generation_goes_on_far_beyond_the_pool_of_a_compiled_model(compiled):
     compiled.check_integrity()
 
 
+@pytest.mark.slow
 def test_steps_that_weigh_wrongly_are_found_out(model, compiled, monkeypatch):
     sound = PagedModule.forward_with_mass
 

@@ -43,6 +43,7 @@ def by_hand(engine, prompt, count):
     return new
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["k4v2", MIXED], ids=["all layers", "mixed"])
 def test_the_tokens_are_those_of_the_module_driven_by_hand(recompiler, prompts, dtype):
     engine = recompiler.compile(kvpass.CacheConfig(dtype=dtype, num_blocks=40), verify=dtype is MIXED)
@@ -59,6 +60,7 @@ def test_the_tokens_are_those_of_the_module_driven_by_hand(recompiler, prompts, 
         assert len(engine.caches[0][0]) == 40
 
 
+@pytest.mark.slow
 def test_batches_prefixes_and_preemption_leave_everything_in_order(recompiler, prompts):
     settings = ({"num_blocks": 28}, {"num_blocks": 28, "max_batch_tokens": 96, "max_sequences": 2}, {"memory": "3MB"})
     for options in settings:
@@ -77,6 +79,7 @@ def test_batches_prefixes_and_preemption_leave_everything_in_order(recompiler, p
         assert 0 <= sum(tensors.values()) - stats.bytes_reserved < slabs
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["k4v2", MIXED], ids=["all layers", "mixed"])
 def test_swapped_out_and_in_the_tokens_are_those_of_one_left_alone(recompiler, prompts, dtype):
     config = kvpass.CacheConfig(dtype=dtype, num_blocks=11, host_memory="64MB", scrub=True)
@@ -87,6 +90,7 @@ def test_swapped_out_and_in_the_tokens_are_those_of_one_left_alone(recompiler, p
     assert counts.preemptions > 0 and counts.restored_tokens > 20
 
 
+@pytest.mark.slow
 def test_what_was_evicted_gives_the_tokens_that_it_gave_where_it_was(recompiler, prompts, tmp_path):
     """A prompt whose blocks have settled, asked again: found on the device, in host memory, and by a later engine."""
     options, found, asked = {"dtype": "k4v2", "num_blocks": 14}, [], prompts[3][:225]

@@ -26,6 +26,7 @@ def is_empty(engine: kvpass.Engine) -> bool:
     return engine.stats().blocks_used == 0
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", CASES)
 def test_a_value_that_was_read_and_is_changed_is_an_error_that_names_it(name: str) -> None:
     case = CASES[name]
@@ -45,6 +46,7 @@ def test_a_value_that_was_read_and_is_changed_is_an_error_that_names_it(name: st
     assert is_empty(engine)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.feeds])
 def test_without_its_feed_each_change_would_be_wrong_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that every place which feeds the ledger has a model that needs it."""
@@ -85,6 +87,7 @@ def _step_of_sgd(model: nn.Module) -> None:
     optimizer.step()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "change",
     [
@@ -108,6 +111,7 @@ def test_weights_that_decided_nothing_may_change_and_nothing_of_before_is_reused
     assert is_empty(engine)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -203,6 +207,7 @@ def test_requests_under_way_keep_what_they_computed_with_other_weights_to_themse
     assert is_empty(engine)
 
 
+@pytest.mark.slow
 def test_said_by_the_caller() -> None:
     model = PLAIN.build()
     engine = PLAIN.compile(model)
@@ -239,6 +244,7 @@ def test_the_disk_is_that_of_the_weights(tmp_path: Path) -> None:
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_draft_engine_looks_after_its_own_weights() -> None:
     model, small = PLAIN.build(), CASES["mask"].build()
     draft = CASES["mask"].compile(small)

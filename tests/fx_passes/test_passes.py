@@ -110,6 +110,7 @@ def every_spelling() -> tuple[Model, CapturedGraph]:
     return model, graph
 
 
+@pytest.mark.slow
 def test_every_spelling_has_one_canonical_form(every_spelling) -> None:
     _, graph = every_spelling
     sites = attention_sites(graph)
@@ -162,6 +163,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refusal_names_pass_node_module_and_reason(name: str) -> None:
     model, pass_name, path, reason = REFUSED[name]

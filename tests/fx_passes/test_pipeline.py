@@ -53,6 +53,7 @@ def test_a_pass_that_raises_is_a_refusal_and_nothing_runs_behind_it(graph: Captu
     assert isinstance(log.error, KeyError) and not ran
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("error", [ConfigError("an option"), MemoryError()])
 def test_errors_that_are_the_callers_pass(graph: CapturedGraph, error: Exception) -> None:
     with pytest.raises(type(error)):
@@ -86,6 +87,7 @@ def break_operand(state: CapturedGraph) -> None:
     site.update_arg(0, flat)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("dialect", "fault", "complaint"),
     [

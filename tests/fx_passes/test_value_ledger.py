@@ -13,6 +13,7 @@ def watched(case: Case) -> dict[str, str]:
     return found
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("rotations", "heads", "layers")])
 def test_what_was_read_is_recorded_by_its_path_and_no_weight_is(name: str) -> None:
     case = CASES[name]
@@ -22,6 +23,7 @@ def test_what_was_read_is_recorded_by_its_path_and_no_weight_is(name: str) -> No
     assert any(found[case.named].startswith(feed) for feed in case.feeds) or not case.feeds
 
 
+@pytest.mark.slow
 def test_equal_heads_have_their_weights_recorded_and_others_none() -> None:
     assert watched(Case(Changing, lambda m: None, "", ())) == {}
     assert set(watched(CASES["heads"])) == {"k.weight", "v.weight"}

@@ -12,6 +12,7 @@ from tests.kernels.cache_cases import CHECKS
 from tests.kernels.settled_cases import NAMES
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", CHECKS)
 def test_the_reference_fills_and_moves_caches_as_it_says(op: str, name: str) -> None:

@@ -27,6 +27,7 @@ def check(compiled: Compiled, module: nn.Module, formats: tuple[str, str]) -> No
             torch.testing.assert_close(cache, wanted, equal_nan=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile_serves_every_shape_with_one_graph(backend: str) -> None:
     module = TinyAttention("float32", "int8")
@@ -34,6 +35,7 @@ def test_torch_compile_serves_every_shape_with_one_graph(backend: str) -> None:
     check(compiled, module, ("float32", "int8"))
 
 
+@pytest.mark.slow
 def test_aot_inductor_packages_the_ops(tmp_path: Path) -> None:
     module = TinyAttention("int8", "float32")
     package = torch._inductor.aoti_compile_and_package(

@@ -14,6 +14,7 @@ from tests.kernels.settled_cases import NAMES
 SEEDS = 4
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", ATTENTIONS)
 def test_the_reference_means_what_it_says(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from kvpass.fx_passes.attention.read_scores import _scale
 from tests.mutation.mutants import MUTANTS, judge, mutated_source, planted, probe_of
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "catcher"),
     [

@@ -96,6 +96,7 @@ MIXES = {
 }
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("mix", MIXES)
 def test_greedy_tokens_are_those_of_the_model(family: Family, mix: str) -> None:
     engine = family.engine(**MIXES[mix])
@@ -111,6 +112,7 @@ def test_greedy_tokens_are_those_of_the_model(family: Family, mix: str) -> None:
     engine.check_integrity()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "mix"),
     [
@@ -131,6 +133,7 @@ def test_drafted_tokens_are_those_of_the_model(family: Family, kind: str, mix: s
     assert ("branching" in kind) == (engine.stats().drafted_trees > 0)
 
 
+@pytest.mark.sampled(3)
 def test_seeds_keep_their_promise_in_any_mix(family: Family) -> None:
     alone = [family.engine().generate([p], 16, s)[0] for p, s in zip(family.prompts, DRAWN, strict=True)]
     assert len(set(map(tuple, alone))) == len(alone)
@@ -143,6 +146,7 @@ def test_seeds_keep_their_promise_in_any_mix(family: Family) -> None:
         assert engine._scheduler.counts.accepted_tokens > 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_a_quantised_cache_with_sharing_gives_the_tokens_of_one_without(dtype: str) -> None:
     family = family_of("llama", dtype)

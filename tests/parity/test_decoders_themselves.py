@@ -13,6 +13,7 @@ from tests.parity.harness import assert_not_blind, original_logits, ragged_promp
 ALL = {**DECODERS, **UNUSUAL}
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", ALL)
 def test_history_matters(name: str) -> None:
     assert_not_blind(original_of(name), ragged_prompts(VOCAB), seen=0.05 if name in NEAR_SIGHTED else 0.7)

@@ -38,6 +38,7 @@ def compile_breaking(name: str, error: Exception, monkeypatch: pytest.MonkeyPatc
     )
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_stage_is_a_refusal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(kvpass.RefusedError, match="a defect of kvpass worth a report: KeyError") as caught:
@@ -46,6 +47,7 @@ def test_a_broken_stage_is_a_refusal(name: str, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("error", [kvpass.ConfigError("an option"), MemoryError()])
 def test_what_the_caller_can_mend_stays(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(type(error)) as caught:

@@ -17,9 +17,10 @@ from tests.parity.harness import (
     assert_tokens_equal,
     ragged_prompts,
 )
-from tests.sampled import sampled
 
 zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
+
+pytestmark = pytest.mark.sampled(5)
 
 # Of families whose layers are all alike; the others, and one that repeats itself, have the three of the zoo.
 TWO_LAYERS = dict.fromkeys(zoo.LAYER_COUNTS, 2)
@@ -62,7 +63,7 @@ def compiled_of(family: str, attention: str) -> Compiled:
     return Compiled(copy.deepcopy(model), kvpass.compile(model, CONFIG), vocab_size)
 
 
-@pytest.fixture(scope="module", params=sampled(CASES), ids=lambda case: " ".join(case))
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join(case))
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     return compiled_of(*request.param)
 
@@ -95,7 +96,7 @@ def numbers_per_token(config: Any) -> int:
     return 2 * stored * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-@pytest.mark.parametrize("family", sampled(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_history_matters(family: str) -> None:
     model, vocab_size = zoo.tiny(family, seed=SEED, **FAMILIES[family])
     assert_not_blind(model, ragged_prompts(vocab_size), seen=0.7)

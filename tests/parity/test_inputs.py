@@ -116,6 +116,7 @@ def test_model_that_cannot_be_used(make: Callable[[], Any], words: str) -> None:
         kvpass.compile(make(), CONFIG)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -167,6 +168,7 @@ def engine() -> kvpass.Engine:
     return kvpass.compile(gpt(), CONFIG)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("prompts", "words"),
     [
@@ -226,6 +228,7 @@ def test_position_table_used_to_its_end(engine: kvpass.Engine) -> None:
     assert_tokens_equal(gpt(), engine, prompts)
 
 
+@pytest.mark.slow
 def test_prompt_longer_than_the_pool() -> None:
     engine = kvpass.compile(DECODERS["GQA by repeat_interleave"](SEED), kvpass.CacheConfig(block_size=8, num_blocks=4))
     with pytest.raises(kvpass.CapacityError, match="block"):
@@ -249,6 +252,7 @@ def test_config_that_cannot_be_used(options: dict[str, Any], words: str) -> None
         kvpass.CacheConfig(**options)
 
 
+@pytest.mark.slow
 def test_memory_that_holds_no_block() -> None:
     with pytest.raises(kvpass.ConfigError, match="no block"):
         kvpass.compile(gpt(), kvpass.CacheConfig(memory="100B"))

@@ -77,6 +77,7 @@ class Returning(nn.Module):
         return self.form(self.inner.embed(ids), self.inner(ids))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", [lambda h, y: (h, y), lambda h, y: (h.mean(), y)], ids=["hidden", "loss"])
 def test_logits_behind_other_results_are_served(form: Callable[[Tensor, Tensor], Any]) -> None:
     engine = kvpass.compile(Returning(form).eval(), CONFIG)

@@ -40,6 +40,7 @@ def same_values(tensor: Tensor, parameter: Tensor) -> bool:
     return torch.equal(tensor.flatten().sort().values, parameter.flatten().sort().values)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_second_copy_of_a_weight(name: str) -> None:
     model = DECODERS[name](SEED)
@@ -56,6 +57,7 @@ def test_no_second_copy_of_a_weight(name: str) -> None:
         assert not copies, f"the engine has a copy of {path}, {copies}"
 
 
+@pytest.mark.slow
 def test_no_second_copy_of_a_weight_in_a_family() -> None:
     zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
     model, _ = zoo.tiny("llama", seed=SEED, hidden_size=256, intermediate_size=512)
@@ -77,6 +79,7 @@ def test_tied_embeddings_stay_tied() -> None:
     assert_tokens_equal(original, engine, ragged_prompts(VOCAB))
 
 
+@pytest.mark.slow
 def test_engine_follows_a_change_of_the_weights() -> None:
     model = DECODERS["GQA by repeat_interleave"](SEED)
     engine = kvpass.compile(model, CONFIG)
@@ -87,6 +90,7 @@ def test_engine_follows_a_change_of_the_weights() -> None:
     assert_tokens_equal(copy.deepcopy(model), engine, ragged_prompts(VOCAB))
 
 
+@pytest.mark.slow
 def test_engine_outlives_the_model() -> None:
     model = DECODERS["GPT-2 with a tril buffer slice"](SEED)
     original = copy.deepcopy(model)
@@ -96,6 +100,7 @@ def test_engine_outlives_the_model() -> None:
     assert_tokens_equal(original, engine, ragged_prompts(VOCAB))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_model_is_left_as_it_was(name: str) -> None:
     model = DECODERS[name](SEED)
@@ -120,6 +125,7 @@ def test_model_still_trains_afterwards() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_same_tokens_whatever_the_gradient_mode(
@@ -135,6 +141,7 @@ def test_same_tokens_whatever_the_gradient_mode(
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.slow
 def test_two_engines_of_one_model_do_not_disturb_each_other() -> None:
     model = DECODERS["GQA by repeat_interleave"](SEED)
     original = copy.deepcopy(model)

@@ -17,7 +17,8 @@ from tests.decoders.skeleton import VOCAB
 from tests.parity.compiled import engine_of, original_of
 from tests.parity.harness import CONFIG, SEED, assert_tokens_equal, original_logits, ragged_prompts
 from tests.parity.paged_logits import paged_logits, tree_logits
-from tests.sampled import sampled
+
+pytestmark = pytest.mark.sampled(8)
 
 # A step takes 7 tokens, so that prefill is cut in chunks beside decodes; the pool holds two of the prompts.
 TIGHT = kvpass.CacheConfig(block_size=CONFIG.block_size, num_blocks=10, max_batch_tokens=7, max_sequences=2)
@@ -29,7 +30,7 @@ class Compiled:
     engine: kvpass.Engine
 
 
-@pytest.fixture(scope="module", params=sampled(DECODERS))
+@pytest.fixture(scope="module", params=DECODERS)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     return Compiled(original_of(request.param), engine_of(request.param))
 

@@ -17,7 +17,6 @@ from tests.decoders.catalogue import DECODERS
 from tests.decoders.skeleton import VOCAB
 from tests.parity.compiled import engine_of
 from tests.parity.harness import CONFIG, NEW_TOKENS, SEED, Prompts, original_logits, ragged_prompts
-from tests.sampled import sampled
 
 AGREEMENT = 0.85  # share of tokens that are the original's best
 # Rounding of the logits, in units of their spread, that a token other than the best is forgiven.
@@ -65,18 +64,21 @@ def compile_and_compare(model: nn.Module, vocab_size: int, dtype: torch.dtype, r
     return engine
 
 
-@pytest.mark.parametrize(("name", "dtype"), sampled(CASES, several=True))
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_half_precision_decoder(name: str, dtype: torch.dtype) -> None:
     engine = compile_and_compare(DECODERS[name](SEED), VOCAB, dtype, name in ROUTED)
     assert {tensor.dtype for pair in engine.caches for tensor in pair} == {dtype}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "dtype"), FAMILIES)
 def test_half_precision_family(family: str, dtype: torch.dtype) -> None:
     zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
     compile_and_compare(*zoo.tiny(family, seed=SEED, tie_word_embeddings=False), dtype)
 
 
+@pytest.mark.slow
 def test_half_precision_cache_under_a_float32_model() -> None:
     model = DECODERS["GQA by repeat_interleave"](SEED)
     engine = kvpass.compile(copy.deepcopy(model), kvpass.CacheConfig(dtype="bfloat16", block_size=16, num_blocks=64))

@@ -53,6 +53,7 @@ def test_the_tokens_are_those_of_the_original(engine: kvpass.Engine) -> None:
     assert all(site.evidence.startswith("proven for every length") for site in engine.report.sites)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spelling", ["a buffer", ELEVEN])
 def test_other_spellings(spelling: str) -> None:
     prompts = ragged_prompts(VOCAB, lengths=(11, 13, 20, 44))
@@ -69,6 +70,7 @@ def test_samples_and_trees_of_drafts(engine: kvpass.Engine) -> None:
     engine.check_integrity()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
 def test_lossy_formats(engine: kvpass.Engine, dtype: str) -> None:
     quantised = engine_of("compared", replace(CONFIG, dtype=dtype))
@@ -78,6 +80,7 @@ def test_lossy_formats(engine: kvpass.Engine, dtype: str) -> None:
     assert verification is not None and verification.passed
 
 
+@pytest.mark.slow
 def test_bad_input(engine: kvpass.Engine) -> None:
     with pytest.raises(kvpass.InputError, match="a prompt has to have at least 5"):
         engine.generate([[1, 2, 3]], 4)

@@ -9,11 +9,11 @@ import kvpass
 from tests.decoders.refused import REFUSED
 from tests.decoders.skeleton import VOCAB
 from tests.parity.harness import CONFIG, SEED, original_logits, ragged_prompts
-from tests.sampled import sampled
 
 
 # Without the verification: the proof alone has to find it.
-@pytest.mark.parametrize("name", sampled(REFUSED))
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_reason_the_node_and_the_module(name: str) -> None:
     build, words, module_path = REFUSED[name]
     with pytest.raises(kvpass.RefusedError) as caught:
@@ -29,6 +29,7 @@ def test_refused_with_the_reason_the_node_and_the_module(name: str) -> None:
         assert here[0].node
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["causal convolution", "mask one token ahead", "mask by token value"])
 def test_refused_model_is_left_as_it_was(name: str) -> None:
     model = REFUSED[name].build(SEED)

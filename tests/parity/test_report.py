@@ -48,6 +48,7 @@ def report_of(name: str) -> kvpass.RewriteReport:
     return engine_of(name).report
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", BYTES)
 def test_cache_is_as_narrow_as_it_can_be(name: str) -> None:
     before, most = BYTES[name]

@@ -59,6 +59,7 @@ def samples() -> Samples:
     return Samples("some", ids, scored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_replayed_logits_are_those_of_the_model(model, engine, samples, chunk):
     with torch.no_grad():
@@ -150,6 +151,7 @@ def test_samples_without_a_scored_token_are_an_error(engine, samples):
         compare([engine], replace(samples, scored=torch.zeros_like(samples.scored)))
 
 
+@pytest.mark.slow
 def test_formats_are_measured_side_by_side(model, samples):
     apart = {"default": "int8", "layers": {0: {"key": "float32", "value": "int4"}}}
     rows = evaluate(

@@ -93,6 +93,7 @@ def samples():
     return Samples("some", ids, torch.arange(24).expand(2, 24) > 0)
 
 
+@pytest.mark.slow
 def test_a_model_is_tuned_where_it_does_not_hurt(model, samples, monkeypatch, tmp_path):
     engines = []
     losses = kvpass.quality.tune._losses
@@ -115,6 +116,7 @@ def test_a_model_is_tuned_where_it_does_not_hurt(model, samples, monkeypatch, tm
     assert tuning_data("tiny", found)["parts"][2]["chosen"] == "int4"
 
 
+@pytest.mark.slow
 def test_a_budget_is_checked_before_anything_is_measured(model, samples, monkeypatch):
     monkeypatch.setattr(kvpass.quality.tune, "_losses", None)
     with pytest.raises(ConfigError, match="narrowest of the formats take 48"):

@@ -161,6 +161,7 @@ def test_what_cannot_be_replayed_is_one_line(tmp_path, arguments, message, monke
     assert message in result.stderr
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
 def test_a_replay_is_drawn(tmp_path, name, begins):
     pytest.importorskip("matplotlib")

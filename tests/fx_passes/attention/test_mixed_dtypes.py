@@ -32,6 +32,7 @@ class Mixed(nn.Module):
         return self.head(x + (weights @ v.float()).transpose(1, 2).flatten(-2))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "dtypes", [(BRAIN, BRAIN, SINGLE), (SINGLE, SINGLE, BRAIN), (SINGLE, BRAIN, SINGLE), (BRAIN, SINGLE, HALF)], ids=str
 )

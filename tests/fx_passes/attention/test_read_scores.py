@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,6 +87,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_what_holds_for_short_sequences_alone_is_refused() -> None:
     refused = {name: function for name, (function, _) in REFUSED.items()}
     fading = {FADING: lambda m, x: tempered(m, x, 1 / (1 + count(x))[:, None])}

@@ -53,6 +53,7 @@ def run(graph, ids: Tensor) -> list[Tensor]:
         return list(graph.module(ids))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_golden_before_and_after(name: str) -> None:
     graph = captured(Cases({name: SPELLINGS[name]}))

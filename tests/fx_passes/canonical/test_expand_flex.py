@@ -49,6 +49,7 @@ class Flex(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
+@pytest.mark.slow
 def test_written_out_with_the_same_numbers() -> None:
     model = Flex()
     graph = captured(model)
@@ -61,6 +62,7 @@ def test_written_out_with_the_same_numbers() -> None:
     assert found.rewritten == 1 and not found.refusals
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", ["lists leave out blocks", "sum is used as well"])
 def test_stays_where_it_cannot_be(form: str) -> None:
     graph = captured(Flex(form))

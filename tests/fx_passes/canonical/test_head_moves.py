@@ -1,5 +1,6 @@
 """Heads taken out of scores are taken out of queries and keys, with the same numbers."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +39,7 @@ KEPT = {
 }
 
 
+@pytest.mark.slow
 def test_moves_sink_below_the_scores_and_keep_the_numbers() -> None:
     graph = captured(Cases({**MOVED, **KEPT}))
     ids = torch.randint(0, VOCAB, (2, 5))

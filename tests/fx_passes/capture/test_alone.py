@@ -30,6 +30,7 @@ def is_whole() -> bool:
     return torch.backends.mha.get_fastpath_enabled() and transformer._detect_is_causal_mask is DETECT
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("count", [2, 4])
 def test_models_are_compiled_in_threads(count: int) -> None:
     barrier = threading.Barrier(count)
@@ -45,6 +46,7 @@ def test_models_are_compiled_in_threads(count: int) -> None:
     assert is_whole()
 
 
+@pytest.mark.slow
 def test_a_failed_capture_leaves_nothing_behind() -> None:
     for _ in range(2):
         with pytest.raises(kvpass.RefusedError):

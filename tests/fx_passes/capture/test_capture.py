@@ -50,6 +50,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_holds_for_the_example_only_is_refused(name: str) -> None:
     function, message = REFUSED[name]

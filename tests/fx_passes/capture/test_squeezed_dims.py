@@ -29,6 +29,7 @@ class Squeezes(nn.Module):
         return self.squeeze(self.inner(ids)).reshape(*ids.shape, -1)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SQUEEZED)
 def test_one_sequence_and_one_token_keep_their_dims(name: str) -> None:
     model = Squeezes(SQUEEZED[name]).eval()
@@ -38,6 +39,7 @@ def test_one_sequence_and_one_token_keep_their_dims(name: str) -> None:
         torch.testing.assert_close(graph.module(ids)[0], model(ids))
 
 
+@pytest.mark.slow
 def test_such_a_model_is_served() -> None:
     model = Squeezes(SQUEEZED["heads of one"]).eval()
     assert_tokens_equal(model, kvpass.compile(model, CONFIG), ragged_prompts(VOCAB))

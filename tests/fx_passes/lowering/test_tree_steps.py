@@ -33,6 +33,7 @@ def test_whatever_else_asks_for_places_is_refused():
     assert refusal.node.startswith("add")
 
 
+@pytest.mark.slow
 def test_the_graph_without_a_mask_stays_as_it_was(module):
     before = module.graph_module.code
     assert "tree_mask" not in before and "tree_step" not in module.__dict__

@@ -145,6 +145,7 @@ def test_alibi_beside_a_sink_must_be_relative_to_the_query() -> None:
     assert_rebuilds(meaning, by_key, 64, sinks=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("slope", [0.5, 0.7])
 def test_alibi_rounded_to_a_narrow_dtype_is_kept_as_it_is(dtype: torch.dtype, slope: float, far_probes: None) -> None:
@@ -331,6 +332,7 @@ def random_bias(seed: int) -> Evaluate:
     return evaluate
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_the_meaning_rebuilds_any_bias(sinks: bool) -> None:
     kinds = set()

@@ -102,6 +102,7 @@ PROVEN: dict[str, tuple[Visible, str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PROVEN)
 def test_a_meaning_is_proven_for_every_length(name: str) -> None:
     visible, description = PROVEN[name]
@@ -163,6 +164,7 @@ SPELLED: dict[str, tuple[Callable[[int, int], Tensor], str]] = {
 BUFFER = buffer(60)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SPELLED)
 def test_a_spelling_is_read(name: str) -> None:
     mask, description = SPELLED[name]
@@ -194,6 +196,7 @@ ADVERSARIAL: dict[str, tuple[Visible, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_a_mask_that_changes_beyond_the_probes_is_not_taken_for_a_simple_one(name: str) -> None:
     visible, numbers = ADVERSARIAL[name]
@@ -347,6 +350,7 @@ def conditions(draw: st.DrawFn) -> str:
     return draw(st.sampled_from([" & ", " | "])).join(parts)
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(conditions())
 @example("(q // 16 == k // 16)")

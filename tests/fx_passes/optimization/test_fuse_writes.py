@@ -213,6 +213,7 @@ def fused() -> Fused:
     return Fused(paged, verify(model, reference, paged, PagedModule(paged)), model)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(("place", "name"), list(enumerate(CASES)))
 def test_fused_where_it_is_the_ops_formula(fused: Fused, place: int, name: str) -> None:
     case, nodes = CASES[name], {n.name: n for n in fused.paged.module.graph.nodes}
@@ -249,6 +250,7 @@ def test_the_norm_follows_a_change_of_its_weight(fused: Fused) -> None:
     assert weight is fused.model.layers[place].query_norm
 
 
+@pytest.mark.slow
 def test_a_single_head_that_is_left_out_stays_with_the_plain_write() -> None:
     """Time first, one KV head: rows are ``[S, B, D]`` until the step flattens them."""
     spec = {**DEFAULTS, "kv_heads": 1, "projection": "time first", "position": "rotary interleaved", "seed": 1352}

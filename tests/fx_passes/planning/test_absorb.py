@@ -30,6 +30,7 @@ def rewritten() -> Rewritten:
     return rewrite(LatentSites(), CONFIG)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("spelling", LATENTS, ids=lambda spelling: spelling.__name__)
 def test_attention_over_the_stored_row_is_attention_over_keys_and_values(
     rewritten: Rewritten, spelling: Spelling
@@ -45,6 +46,7 @@ def test_what_is_stored_is_the_narrowest(rewritten: Rewritten, spelling: Spellin
     assert (spec.num_kv_heads, spec.key_dim, spec.value_dim) == LATENTS[spelling]
 
 
+@pytest.mark.slow
 def test_what_is_added_is_absorbed_only_where_a_softmax_does_not_see_it() -> None:
     """A softcap sees what is added to keys; with a sink the weights are not 1 together, which values would show."""
     spellings = (fused, fused, biased_keys, biased_keys, biased_values, biased_values)

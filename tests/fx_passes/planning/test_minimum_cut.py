@@ -117,6 +117,7 @@ def spelled() -> Planned:
     return planned(Sites(SPELLINGS))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_heads_are_stored_once_however_they_are_spread(spelled: Planned, name: str) -> None:
     site = spelled.plan.sites[spelled.site(name)]
@@ -232,6 +233,7 @@ class RandomMoves(nn.Module):
         return t[:, :HEADS] if t.size(1) >= HEADS else torch.cat([t] * HEADS, 1)[:, :HEADS]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", range(6))
 def test_no_cut_has_fewer_bytes(seed: int) -> None:
     """Against every cut of a small random graph of moves."""

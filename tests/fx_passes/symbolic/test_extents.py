@@ -184,6 +184,7 @@ def corners_agree(mask: TracedMask) -> bool:
     return True
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", LOCAL)
 def test_what_depends_on_its_place_alone(name: str) -> None:
     mask = TracedMask(LOCAL[name])

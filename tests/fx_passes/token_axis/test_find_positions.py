@@ -120,6 +120,7 @@ def sources_of(node: Node) -> list[Node]:
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", POSITIONS)
 def test_functions_of_the_position_are_token_wise(positions, name: str) -> None:
     _, inference, nodes = positions

@@ -73,6 +73,7 @@ NOTICED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NOTICED)
 def test_a_forward_that_notices_its_export_is_refused(name: str) -> None:
     with pytest.raises(kvpass.VerificationError, match="FAILED capture on"):

@@ -16,6 +16,7 @@ from tests.kernels.settled_cases import ROWS
 pytestmark = pytest.mark.skipif(not loader.supported_levels(), reason="the native kernels were not built")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("what", RARE)
 def test_rare_calls_are_right_on_every_level(what: str, level: str) -> None:
     op, names, _, _ = RARE[what]

@@ -33,6 +33,7 @@ def many_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", ATTENTIONS)
 def test_attention_is_right_on_every_level(op: str, name: str, level: str) -> None:

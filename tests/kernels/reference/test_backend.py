@@ -54,6 +54,7 @@ def random_bias(kind: str, heads: int, length: int, generator: torch.Generator) 
     return bias.masked_fill_(torch.rand(shape, generator=generator) < 0.2, -torch.inf)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("softcap", "window", "slopes", "sinks", "bias"), FEATURES)
 def test_paged_attention_means_what_it_says(
@@ -177,6 +178,7 @@ def test_write_cache_writes_its_slots_and_no_other(cache_dtype: torch.dtype, hea
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -30,6 +30,7 @@ def test_decode_and_write_compile_without_spills() -> None:
         assert f"sm_90 {kernel}" in ran.stdout
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_stopped() -> None:
     ran = run_gate("--control")
     assert ran.returncode == 1, ran.stdout + ran.stderr

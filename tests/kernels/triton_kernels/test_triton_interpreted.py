@@ -31,6 +31,7 @@ def run_interpreted(*command: str, timeout: int = 300, **environment: str) -> su
     )
 
 
+@pytest.mark.slow
 def test_random_calls_agree_with_float64(tmp_path: Path) -> None:
     sweep = ("-m", "benchmarks.kernel_sweep", "--backend", "triton", "--cases", "42", "--seed", "7")
     ran = run_interpreted(*sweep, "--results", str(tmp_path))
@@ -50,6 +51,7 @@ for what, (op, names, _, _) in RARE.items():
 """
 
 
+@pytest.mark.slow
 def test_rare_calls_agree_with_float64() -> None:
     ran = run_interpreted("-c", RARE_CALLS)
     assert ran.returncode == 0, ran.stdout + ran.stderr

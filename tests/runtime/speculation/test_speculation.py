@@ -108,6 +108,7 @@ def chi_squared(counts, chances):
     return (((observed - wanted) ** 2)[used] / wanted[used]).sum(), int(used.sum())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("drafted", ["likeliest", "unlikely", "drawn"])
 def test_the_distribution_of_sampled_tokens_is_that_of_plain_decoding(drafted):
     """Pairs of tokens from 20,000 seeds, against the chances computed by hand in float64."""

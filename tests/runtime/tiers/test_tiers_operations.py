@@ -7,11 +7,13 @@ from tests.runtime.settling_machine import play_settling
 from tests.runtime.tiered_machine import TieredMachine, play_tiers
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(14))
 def test_tiers_and_wiping_change_no_token(tmp_path, seed):
     play_tiers(seed, 250, tmp_path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", (5, 7, 11, 17, 23))
 def test_blocks_that_settle_come_back_as_they_left(tmp_path, seed):
     play_settling(seed, 150, tmp_path)
