@@ -20,6 +20,7 @@ from kvpass.fx_passes.capture.alone import alone, plain_attention_modules
 from kvpass.fx_passes.capture.declarations import check_declarations
 from kvpass.fx_passes.capture.diagnose_capture import token_mixers
 from kvpass.fx_passes.capture.explain_failure import why_not_captured
+from kvpass.fx_passes.capture.length_as_text import lengths_that_are_no_text
 from kvpass.fx_passes.capture.length_conditions import longest_valid
 from kvpass.fx_passes.capture.logits_rows import return_every_row, rows_returned
 from kvpass.fx_passes.capture.squeezed_dims import name_squeezed_dims
@@ -93,7 +94,7 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str) -> 
     dims = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in inputs)
     start = time.perf_counter()
     try:
-        with plain_attention_modules():
+        with plain_attention_modules(), lengths_that_are_no_text():
             program = export(model, inputs, dynamic_shapes=(dims,) if _takes_varargs(model) else dims, strict=False)
             declared = check_declarations(program, inputs)
             program = program.run_decompositions(_decompositions())

@@ -1,13 +1,14 @@
 """``compare_capture``: the original against the graph that was captured of it, at lengths that the capture never saw.
 
 A forward can notice that it is being exported, and be another function then. Nothing of the graph tells; so both are
-run on the same texts, the longest beyond every number that the graph computes positions and masks with.
+run on the same texts, the longest beyond every number that the graph computes positions and masks with, and others as
+long as each number that the code of the forward names.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import CapturedGraph, LogitsRows, expression, numbers_in, tensor_value
+from kvpass.fx_passes.validation.code_numbers import numbers_of_code
 from kvpass.fx_passes.validation.verify import Comparison, allowed_tokens, most_of, row_errors
 from kvpass.types import CachePlan
 
@@ -53,14 +55,21 @@ def compare_capture(
         found: gives the bound.
     """
     errors: dict[str, float] = {}
-    for text in texts(captured, plan):
+    numbers = numbers_of_code(original, next(texts(captured, plan)).ids[:, : SHORT[-1]])
+    for text in texts(captured, plan, numbers):
         name, error = _compare(original, captured, text, found.share)
         errors[f"capture on {name}"] = max(error, errors.get(f"capture on {name}", 0.0))
     return Comparison(errors | found.errors, found.site_errors, found.tolerance, found.share, found.history_effect)
 
 
-def texts(captured: CapturedGraph, plan: CachePlan) -> Iterator[Text]:
-    """The texts, long ones first, since a model may remember the longest; the same for the same graph."""
+def texts(captured: CapturedGraph, plan: CachePlan, named: Collection[int] = ()) -> Iterator[Text]:
+    """The texts, long ones first, since a model may remember the longest; the same for the same graph.
+
+    Args:
+        captured: as it was captured.
+        plan: tells tokens and lengths that are left out.
+        named: numbers of the code; the shorter ones of the lengths around them are compared, as far as work goes.
+    """
     generator = torch.Generator().manual_seed(1)
     allowed = allowed_tokens(plan)
     device = captured.input_ids.meta["val"].device
@@ -81,6 +90,15 @@ def texts(captured: CapturedGraph, plan: CachePlan) -> Iterator[Text]:
             drawn(stop - start, among) for (start, stop), among in zip(pairwise(cuts), kinds.values(), strict=True)
         ]
         yield Text(f"{longest} times {', then '.join(kinds)}", torch.cat(parts, 1))
+    near = {number + off for number in named for off in (-1, 0, 1)} - set(SHORT)
+    around, work = [], 0
+    for length in sorted(n for n in near if 0 < n < longest):
+        work += max(1, sum(_numel(node, captured, length) for node in captured.graph.nodes))
+        if work > WORK:
+            break
+        around.append(length)
+    for length in reversed(around):
+        yield Text(f"texts of {len(around)} lengths at numbers of the code", drawn(length))
     short = [n for n in SHORT if n <= longest]
     for length in short:
         yield Text(f"texts of {', '.join(map(str, short))} tokens", drawn(length))

@@ -93,6 +93,7 @@ def test_the_report_says_what_was_compared() -> None:
         "verified capture on 2049 times random tokens",
         "verified capture on 2049 times one token",
         "verified capture on 2049 times 3 tokens",
+        "verified capture on texts of 5 lengths at numbers of the code",
         "verified capture on texts of 1, 2, 3, 41 tokens",
         f"verified capture on {VOCAB} tokens, each by itself",
         "verified capture on a last text, after many calls",
