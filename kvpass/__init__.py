@@ -1,12 +1,13 @@
 """kvpass: any PyTorch decoder, rewritten to run with a paged KV cache and proven equal to the original."""
 
 import kvpass.kernels.ops  # noqa: F401 - registers the kvpass:: ops
-from kvpass.compiler import compile
+from kvpass.compiler import compile, load
 from kvpass.config import CacheConfig
 from kvpass.declarations import declare_meaning, declare_tokenwise
 from kvpass.engine.draft_engine import DraftEngine
 from kvpass.engine.engine import Engine
 from kvpass.engine.handle import Handle
+from kvpass.engine.text_calls import TextOutput
 from kvpass.errors import (
     CapacityError,
     CaptureError,
@@ -64,11 +65,13 @@ __all__ = [
     "Sampling",
     "SiteReport",
     "StepInputs",
+    "TextOutput",
     "TokenLogprobs",
     "VerificationError",
     "WeightsChangedError",
     "compile",
     "declare_meaning",
     "declare_tokenwise",
+    "load",
     "sample_seed",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvpass.errors import InputError
 from kvpass.fx_passes.capture.capture import EXAMPLE_BATCH, EXAMPLE_LENGTH
 from kvpass.outputs import Path, find_logits, logits_at, watched_tables
+from kvpass.types import Sampling
 
 MODEL = "model"  # attribute of the adapter that holds the user's module
 IDS = ("input_ids", "ids", "tokens", "token_ids", "idx", "x")
@@ -180,6 +181,16 @@ def example_ids(example: Any) -> Tensor:
     """Token ids ``[B, S]`` of ``example_inputs`` that were checked."""
     values = list(example.values()) if isinstance(example, Mapping) else example
     return values if isinstance(values, Tensor) else next(iter(values))
+
+
+def text_sampling(model: nn.Module) -> Sampling:
+    """How the model's own generation config says that tokens are chosen; greedy where it says nothing."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not getattr(config, "do_sample", False):
+        return Sampling()
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: getattr(config, name, None) for name in names}
+    return Sampling(**{"temperature": 1.0} | {name: value for name, value in found.items() if value is not None})
 
 
 def end_of_sequence(model: nn.Module) -> tuple[int, ...]:

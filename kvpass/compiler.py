@@ -1,10 +1,13 @@
-"""``kvpass.compile``: from a decoder without a cache to an engine with a paged one, proven equal."""
+"""``kvpass.compile``: from a decoder without a cache to an engine with a paged one, proven equal; ``kvpass.load``."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from kvpass.adapters import (
     example_ids,
     for_capture,
     locate_logits,
+    text_sampling,
 )
 from kvpass.config import CacheConfig
 from kvpass.declarations import declare_known_ops
@@ -39,6 +43,7 @@ from kvpass.fx_passes.stages import lower, plan, prove, validate
 from kvpass.fx_passes.validation.checks import Oracle, Validation, in_exact_formats
 from kvpass.fx_passes.validation.verify import reference_graph
 from kvpass.kernels.backends import has_kernel
+from kvpass.loading import chat_tokenizer, load_model
 from kvpass.report import RewriteReport
 from kvpass.reports.site_reports import site_reports, with_validation
 from kvpass.runtime.sequences.output_text import decode_of
@@ -69,8 +74,9 @@ def compile(
             with position ids that it takes but does not demand. The token ids are also what fp8 caches are
             calibrated with: give some text then.
         verify: run original and rewritten model against each other before handing out the engine.
-        tokenizer: turns output into text where ``Sampling(stop=...)`` asks for it: an object with
-            ``decode(token_ids)``, as those of tokenizers and transformers, or such a function. Prompts stay token ids.
+        tokenizer: of the ``tokenizers`` or the ``transformers`` library, for :meth:`kvpass.Engine.generate_text` and
+            :meth:`kvpass.Engine.chat`. Where it only has to find the strings of ``Sampling(stop=...)``, any object with
+            ``decode(token_ids)``, or such a function, will do.
         draft: who proposes tokens for speculative decoding, see :meth:`kvpass.Engine.speculate`.
 
     Returns:
@@ -91,7 +97,37 @@ def compile(
     adapter.eval()
     examples = None if example_inputs is None else example_ids(example_inputs).to(device)
     module, report = rewrite(adapter, config, device, verify, examples=examples)
-    return Engine(module, module.plan, config, report, end_of_sequence(model), tokenizer, draft)
+    engine = Engine(module, module.plan, config, report, end_of_sequence(model), tokenizer, draft)
+    engine.text_sampling = text_sampling(model)
+    return engine
+
+
+def load(
+    name: str | os.PathLike[str],
+    config: CacheConfig | None = None,
+    *,
+    verify: bool = True,
+    draft: Drafter | None = None,
+) -> Engine:
+    """Load a model with its tokenizer and compile it: ``kvpass.load("FOLDER").chat([...])``.
+
+    Args:
+        name: the folder of a transformers model, one of a model that comes with kvpass (``pydecoder``, ``recall``), or
+            ``module:callable``, which has no tokenizer.
+        config: as for :func:`kvpass.compile`.
+        verify: likewise.
+        draft: likewise.
+
+    Raises:
+        InputError: if there is no such model, or it cannot be loaded.
+        RefusedError: as :func:`kvpass.compile`.
+        VerificationError: likewise.
+    """
+    loaded = load_model(os.fspath(name))
+    tokenizer = chat_tokenizer(Path(name).expanduser()) or loaded.tokenizer
+    engine = compile(loaded.model, config, verify=verify, tokenizer=tokenizer, draft=draft)
+    engine.text_sampling = replace(engine.text_sampling, stop_token_ids=loaded.stop_token_ids)
+    return engine
 
 
 class Recompiler:

@@ -1,4 +1,4 @@
-"""A model named on the command line: a folder, or an import path of something that gives a module.
+"""A model by its name: a folder, or an import path of something that gives a module.
 
 Whatever cannot be used is an :class:`~kvpass.errors.InputError` of one line that says what to do.
 """
@@ -160,6 +160,18 @@ def _load_transformers(name: str, folder: Path) -> LoadedModel:
 def _tokenizer_of(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     return read_tokenizer(path) if path.is_file() else None
+
+
+def chat_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a transformers model, which has its chat template; None where the folder holds none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"transformers cannot load the tokenizer in {folder}: {_summary(error)}") from error
 
 
 def _call(name: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The ``kvpass`` command: ``demo``, ``generate``, ``inspect``, ``eval``, ``tune``, ``plan`` and ``trace``.
+"""The ``kvpass`` command: ``demo``, ``generate``, ``chat``, ``inspect``, ``eval``, ``tune``, ``plan`` and ``trace``.
 
 Results go to standard output, everything else to standard error. The exit code is 0, 1 for a model that was refused,
 or 2 for something that cannot be used; the latter two say why in one line each, and never with a traceback.
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from kvpass.cli.chat_command import chat
 from kvpass.cli.plan_command import plan
 from kvpass.cli.terminal import error_line, line, output, stages
 from kvpass.cli.trace_command import trace
@@ -81,6 +82,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.
 BlockSize = Annotated[int, typer.Option(help="Tokens per block, a power of two.")]
 
 
+app.command()(chat)
 app.command()(plan)
 app.command()(trace)
 

@@ -27,6 +27,7 @@ from kvpass.engine.request import News, Request
 from kvpass.engine.settling_module import SettlingModule, make_wide_blocks
 from kvpass.engine.step_loop import StepLoop
 from kvpass.engine.step_module import StepModule, weighing_module
+from kvpass.engine.text_calls import TextCalls
 from kvpass.engine.weights_watch import WeightsWatch
 from kvpass.errors import InputError
 from kvpass.runtime.pool.block_pool import BlockPool
@@ -38,7 +39,6 @@ from kvpass.runtime.sampling.beam_search import Beam, EarlyStopping, make_search
 from kvpass.runtime.schedule.latency import Latencies
 from kvpass.runtime.schedule.scheduler import Scheduler
 from kvpass.runtime.schedule.stats import EngineStats, gather_stats
-from kvpass.runtime.sequences.output_text import decode_of
 from kvpass.runtime.sequences.requests import make_samples, make_sequences, set_service
 from kvpass.runtime.sequences.sequence import Sequence
 from kvpass.runtime.speculation.speculation import Drafter, Speculator
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 GREEDY = Sampling()
 
 
-class Engine:
+class Engine(TextCalls):
     """Generates with a compiled module; made by :func:`kvpass.compile`.
 
     Attributes:
@@ -71,6 +71,7 @@ class Engine:
         tokenizer: Any = None,
         draft: Drafter | None = None,
     ) -> None:
+        super().__init__(tokenizer)
         self.module = module
         self.plan = plan
         self.config = config
@@ -78,7 +79,6 @@ class Engine:
         room = self._room = divide_memory(plan, config, module.device)
         caches = allocate_caches(plan, room.num_blocks, module.device, room.wide_blocks)
         self._eos_token_ids = eos_token_ids
-        self._decode = None if tokenizer is None else decode_of(tokenizer)
         self._pool = BlockPool(room.num_blocks, plan.block_size, config.scrub)
         windows = plan.group_windows
         policy = POLICIES[config.eviction]()

@@ -161,6 +161,31 @@ def test_generate_ends_before_a_stop_string(run_compiled):
     assert (result.exit_code, result.stdout) == (0, whole[: whole.index(stop)] + "\n")
 
 
+def test_a_chat_goes_on_until_an_empty_line(run, monkeypatch):
+    heard = []
+
+    class Chatty:
+        def stream_chat(self, messages, max_new_tokens, **options):
+            heard.append([dict(message) for message in messages])
+            assert (max_new_tokens, options) == (9, {"seed": 3})
+            yield from ("one ", "two")
+
+    monkeypatch.setattr(kvpass, "load", lambda model, config: Chatty())
+    lines = iter(("hello", "more", ""))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    result = run("chat", "--model", "FOLDER", "--system", "be short", "-n", 9, "--seed", 3)
+    assert (result.exit_code, result.stdout) == (0, "one two\none two\n")
+    first = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hello"}]
+    answered = [{"role": "assistant", "content": "one two"}, {"role": "user", "content": "more"}]
+    assert heard == [first, first + answered]
+
+
+def test_a_chat_without_a_template_says_so(run_compiled, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "hello")
+    result = run_compiled("chat", "--model", "decoder")
+    assert result.exit_code == 2 and "the tokenizer has no chat template" in only_line(result.stderr)
+
+
 @pytest.mark.slow
 def test_generate_with_a_transformers_folder(run_compiled, folder):
     transformers = pytest.importorskip("transformers")
