@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,8 @@ from kvpass.reports.site_reports import site_reports, with_validation
 from kvpass.runtime.sequences.output_text import decode_of
 from kvpass.runtime.speculation.speculation import Drafter
 from kvpass.types import HeavyHitters, Refusal
+
+LOGGER = logging.getLogger("kvpass")
 
 
 def compile(
@@ -213,6 +216,8 @@ def check_forgetting(plan: GraphPlan) -> None:
 
 
 def _refused(refusals: Sequence[Refusal], seconds: dict[str, float] | None = None) -> RefusedError:
+    for refusal in refusals:
+        LOGGER.info("refused by %s: %s", refusal.pass_name, refusal)
     listed = "\n".join(f"- {refusal}" for refusal in refusals[:8])
     message = f"kvpass cannot prove a rewrite of this model, and leaves it alone:\n{listed}"
     return RefusedError(message, RewriteReport(refusals=tuple(refusals), seconds=seconds or {}))
@@ -281,8 +286,24 @@ def rewrite(
         declared=captured.declared,
     )
     report = with_validation(report, found)
+    _log(report)
     module.guard = LedgerCheck(model.model, captured.ledger, captured.path_prefix, model.copied)
     return module, report
+
+
+def _log(report: RewriteReport) -> None:
+    """One line for each decision, for who asked :mod:`logging` for ``"kvpass"`` at INFO."""
+    for site in report.sites:
+        LOGGER.info(
+            "%s: %s, %d query heads on %d, mask %s; stored: %s as %s, %d bytes a token instead of %d",
+            site.name, site.spelling, site.query_heads, site.kv_heads, site.mask, site.cached, site.format,
+            site.bytes_per_token, site.bytes_per_token_before,
+        )  # fmt: skip
+    if report.verification is not None:
+        for check in report.verification.checks:
+            LOGGER.info("%s", check)
+    whole, export = sum(report.seconds.values()), report.seconds["export"]
+    LOGGER.info("compiled in %.1f s, %.1f s of them torch.export", whole, export)
 
 
 def _vocabulary(captured: CapturedGraph) -> int:

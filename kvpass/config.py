@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
-from kvpass.errors import ConfigError
-from kvpass.types import AttentionSinks, HeavyHitters, Sampling
+import torch
 
-BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from kvpass.errors import ConfigError
+from kvpass.types import AttentionSinks, HeavyHitters, Sampling, dtype_name
+
+BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "k4v2")
+# Other names of formats that people know; a torch.dtype stands for its name.
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8_e4m3"} | {
+    "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"
+}  # fmt: skip
 DEFAULT_MEMORY = "1GiB"
 EVICTION_POLICIES = ("lru", "lfu", "fifo", "cost")
 # Host memory that blocks pass through on their way to and from disk, where none was asked for.
@@ -65,7 +72,8 @@ class CacheConfig:
         dtype: format of keys and values; ``"auto"`` keeps the dtype that the model computes them in. Or a dict: of
             ``"key"`` and ``"value"`` for two formats, or of ``"default"`` (a format, or two) and ``"layers"``, which
             maps the number of an attention in the model (from 0, or from -1 backwards) to its format or two. The
-            formats are those of :data:`CACHE_DTYPES`; what is lossy is measured by the verification.
+            formats are those of :data:`CACHE_DTYPES`, or a ``torch.dtype``; what is lossy is measured by the
+            verification.
         block_size: tokens per block, a power of two.
         memory: bytes for all caches together, such as ``"1GiB"``, or a share of what is free on the device when the
             engine is made, such as ``0.9`` or ``"90%"``; excludes ``num_blocks``. When neither is given, 1 GiB.
@@ -94,7 +102,7 @@ class CacheConfig:
         ConfigError: on construction, for values that cannot be used.
     """
 
-    dtype: str | Mapping[str, Any] = "auto"
+    dtype: str | torch.dtype | Mapping[str, Any] = "auto"
     block_size: int = 32
     memory: str | int | float | None = None
     num_blocks: int | None = None
@@ -112,6 +120,7 @@ class CacheConfig:
     forgetting: AttentionSinks | HeavyHitters | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _without_aliases(self.dtype))
         _check_dtype(self.dtype)
         size = self.block_size
         if not _is_count(size) or size & (size - 1):
@@ -202,6 +211,13 @@ class CacheConfig:
         return parse_bytes(DEFAULT_MEMORY if self.memory is None else self.memory)
 
 
+def _without_aliases(dtype: Any) -> Any:
+    if isinstance(dtype, Mapping):
+        return {key: _without_aliases(choice) for key, choice in dtype.items()}
+    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
+    return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
 def _check_dtype(dtype: Any) -> None:
     if not isinstance(dtype, Mapping) or set(dtype) <= {"key", "value"}:
         _check_choice("dtype", dtype)
@@ -259,8 +275,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise ConfigError(f"top_p={sampling.top_p!r} must lie in (0, 1]")
     if not 0 <= sampling.min_p <= 1:
         raise ConfigError(f"min_p={sampling.min_p!r} must lie in [0, 1]")
-    if sampling.top_k != 0 and not _is_count(sampling.top_k):
-        raise ConfigError(f"top_k={sampling.top_k!r} must be 0 (all tokens) or a whole number of at least 1")
+    if sampling.top_k not in (0, -1) and not _is_count(sampling.top_k):
+        raise ConfigError(f"top_k={sampling.top_k!r} must be 0 or -1 (all tokens) or a whole number of at least 1")
     if any(isinstance(token, bool) or not isinstance(token, int) for token in sampling.stop_token_ids):
         raise ConfigError(f"stop_token_ids={sampling.stop_token_ids!r} must be token ids (whole numbers)")
     _check_logit_options(sampling)

@@ -161,6 +161,12 @@ class RewriteReport:
         Console(file=target, width=160, no_color=True).print(self)
         return target.getvalue().rstrip()
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        console = Console(file=io.StringIO(), width=160, record=True)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format='<pre style="line-height: normal">{code}</pre>')
+
     def _table(self) -> Table:
         table = Table(title="attention sites")
         for name in ("site", "spelling", "heads", "dims", "scale", "mask", "cached", "format", "B/token", "error"):

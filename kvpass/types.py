@@ -334,7 +334,7 @@ class Sampling:
     Attributes:
         temperature: 0 picks the most likely token (greedy).
         top_p: keep the smallest set of tokens whose probability reaches this (nucleus sampling), in (0, 1].
-        top_k: keep this many tokens; 0 keeps all.
+        top_k: keep this many tokens; 0 or -1 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
         seed: makes the choice reproducible, whatever else is in the batch; None draws a fresh seed.
         stop_token_ids: generation ends after one of these; it is the last token returned.

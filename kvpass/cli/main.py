@@ -1,4 +1,4 @@
-"""The ``kvpass`` command: ``demo``, ``generate``, ``chat``, ``inspect``, ``eval``, ``tune``, ``plan`` and ``trace``.
+"""The ``kvpass`` command; its commands are those of ``kvpass --help``.
 
 Results go to standard output, everything else to standard error. The exit code is 0, 1 for a model that was refused,
 or 2 for something that cannot be used; the latter two say why in one line each, and never with a traceback.
@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvpass.cli.chat_command import chat
+from kvpass.cli.env_command import env
 from kvpass.cli.plan_command import plan
 from kvpass.cli.terminal import error_line, line, output, stages
 from kvpass.cli.trace_command import trace
@@ -61,6 +62,7 @@ app = typer.Typer(
     cls=OneLineErrors,
     help="Run any PyTorch decoder with a paged KV cache that is proven equal to the original.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -83,6 +85,7 @@ BlockSize = Annotated[int, typer.Option(help="Tokens per block, a power of two."
 
 
 app.command()(chat)
+app.command()(env)
 app.command()(plan)
 app.command()(trace)
 
@@ -90,7 +93,7 @@ app.command()(trace)
 @app.callback(invoke_without_command=True)
 def show_help(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
         from kvpass import __version__

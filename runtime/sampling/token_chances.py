@@ -38,7 +38,8 @@ def probabilities(logits: Tensor, samplings: Ordered[Sampling]) -> Tensor:
 def _keep_top(weights: Tensor, samplings: Ordered[Sampling]) -> Tensor:
     """Mask ``[R, V]`` of the ``top_k`` largest weights, and of those the fewest that reach ``top_p`` of their sum."""
     vocab_size = weights.shape[-1]
-    top_k = torch.tensor([min(s.top_k or vocab_size, vocab_size) for s in samplings], device=weights.device)
+    kept = [min(s.top_k, vocab_size) if s.top_k > 0 else vocab_size for s in samplings]
+    top_k = torch.tensor(kept, device=weights.device)
     top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=weights.device)
     total = weights.sum(-1, dtype=torch.float64)
     count = torch.empty_like(top_k)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,15 +118,29 @@ def only_line(text):
     return text
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["generate", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], [], ["generate", "-h"], ["inspect", "--help"]])
 def test_help_is_printed(run, arguments):
     result = run(*arguments)
     assert result.exit_code == 0
     assert "Usage: kvpass" in result.stdout.replace("root", "kvpass")
 
 
-def test_version(run):
-    assert run("--version").stdout == f"kvpass {kvpass.__version__}\n"
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(run, option):
+    assert run(option).stdout == f"kvpass {kvpass.__version__}\n"
+
+
+def test_python_runs_the_command():
+    command = [sys.executable, "-m", "kvpass", "-V"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(kvpass.__file__).parents[1])
+    assert ran.stdout == f"kvpass {kvpass.__version__}\n"
+
+
+def test_env_says_what_serves(run):
+    lines = run("env").stdout.splitlines()
+    assert f"torch: {torch.__version__}" in lines and "backend reference: serves every device" in lines
+    found = json.loads(run("env", "--json").stdout)
+    assert {"processor", "CUDA devices", "backend cpu", "backend triton"} <= found.keys()
 
 
 def test_generate_with_token_ids_prints_the_new_ids(run_compiled):

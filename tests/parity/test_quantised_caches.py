@@ -166,6 +166,15 @@ def test_a_dtype_that_cannot_be_used_is_named(dtype: object, message: str) -> No
         kvpass.CacheConfig(dtype=dtype)
 
 
+def test_names_that_people_know_stand_for_formats() -> None:
+    same = {"fp8": "fp8_e4m3", "bf16": "bfloat16", torch.float8_e5m2: "fp8_e5m2", torch.float16: "float16"}
+    for given, meant in same.items():
+        assert kvpass.CacheConfig(dtype=given) == kvpass.CacheConfig(dtype=meant)
+    given = kvpass.CacheConfig(dtype={"default": torch.bfloat16, "layers": {0: {"key": "fp8", "value": "int8"}}})
+    assert given.formats(2) == (("fp8_e4m3", "int8"), ("bfloat16", "bfloat16"))
+    assert kvpass.CacheConfig(memory="1TiB").memory_bytes == 2**40
+
+
 def test_layers_are_counted_from_both_ends() -> None:
     config = kvpass.CacheConfig(dtype=DTYPE)
     assert list(config.formats(4)) == STORED

@@ -20,7 +20,7 @@ def brute_force(logits, options):
     weights = np.exp(values - values.max())
     weights /= weights.sum()
     order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
-    kept = order[: options.top_k or len(order)]
+    kept = order[: options.top_k if options.top_k > 0 else len(order)]
     if options.top_p < 1:
         reached = np.cumsum(weights[kept])
         kept = kept[: int((reached < options.top_p * reached[-1] * (1 - 1e-9)).sum()) + 1]
@@ -36,6 +36,7 @@ OPTIONS = [
     Sampling(temperature=7),
     Sampling(temperature=1, top_k=1),
     Sampling(temperature=1, top_k=5),
+    Sampling(temperature=1, top_k=-1, top_p=0.8),
     Sampling(temperature=1, top_k=10**9),
     Sampling(temperature=2, top_k=1500),
     Sampling(temperature=5, top_k=1500, top_p=0.93),

@@ -1,0 +1,57 @@
+"""What a compile tells of itself: one line of log for each decision, and a table in a notebook."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import kvpass
+from tests.parity.compiled import engine_of
+
+
+@contextmanager
+def lines_of_log() -> Iterator[list[str]]:
+    lines: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("kvpass"), Kept()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class RunningMean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+def test_each_decision_is_a_line_of_log() -> None:
+    engine_of.cache_clear()
+    with lines_of_log() as lines:
+        report = engine_of("einsum, tril of ones").report
+    assert [line.split(":")[0] for line in lines[: len(report.sites)]] == [site.name for site in report.sites]
+    assert report.verification is not None and set(report.verification.checks) <= set(lines)
+    assert lines[-1].startswith("compiled in ")
+
+
+def test_each_refusal_is_a_line_of_log() -> None:
+    model = nn.Sequential(nn.Embedding(40, 8), RunningMean(), nn.Linear(8, 40)).eval()
+    with lines_of_log() as lines, pytest.raises(kvpass.RefusedError):
+        kvpass.compile(model)
+    assert any(line.startswith("refused by prove-token-axis: ") for line in lines)
+
+
+def test_a_notebook_shows_the_table() -> None:
+    shown = engine_of("einsum, tril of ones").report._repr_html_()
+    assert shown.startswith("<pre") and "attention sites" in shown and "verified decode" in shown
