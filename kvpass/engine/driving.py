@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from threading import Lock, Thread
 
 from kvpass.engine.request import News, Request, wake_in
 from kvpass.engine.step_loop import StepLoop
+from kvpass.errors import InputError
 
 
 class Driver:
@@ -28,6 +30,7 @@ class Driver:
         self._servers = 0
         self._thread: Thread | None = None
         self._served = False
+        self._process = os.getpid()
         # What the serving thread sleeps on. Its put may be called by the garbage collector at any point.
         self._bell: SimpleQueue[None] = SimpleQueue()
         # Held by the worker thread that computes for the tasks of asyncio loops, and which futures these wait for.
@@ -39,6 +42,7 @@ class Driver:
 
         Raises:
             TimeoutError: if it is not after ``timeout`` seconds; looked at between steps.
+            InputError: if nobody could ever bring it: in a step of the thread that serves, or in a forked process.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not ready():
@@ -46,6 +50,7 @@ class Driver:
             if left is not None and left <= 0:
                 raise TimeoutError(f"the tokens waited for have not come within {timeout} seconds")
             if self._served:
+                self._check_can_wait()
                 self._park(news, ready, left)
             else:
                 with self._loop.computing():
@@ -138,14 +143,26 @@ class Driver:
         if self._served:
             self._bell.put(None)
 
+    def _check_can_wait(self) -> None:
+        self._loop.check_outside()
+        if os.getpid() != self._process:
+            raise InputError(
+                "this process was forked from one in which a thread serves the engine, and has no such thread: compile "
+                "the model here, or fork before engine.serving()"
+            )
+
     def _serve(self) -> None:
-        while self._served:
-            if self._loop.has_work:
-                self._compute()
-            else:
-                self._bell.get()
-                while not self._bell.empty():
+        try:
+            while self._served:
+                if self._loop.has_work:
+                    self._compute()
+                else:
                     self._bell.get()
+                    while not self._bell.empty():
+                        self._bell.get()
+        except BaseException as error:  # outside of a step, whose errors end its own requests alone
+            self._served = False
+            self._loop.fail_all(error)
 
     def _compute(self) -> None:
         with self._loop.computing():
@@ -166,5 +183,7 @@ class Driver:
             try:
                 while self._tasks and self._loop.has_work and not self._served:
                     self._compute()
+            except BaseException as error:
+                self._loop.fail_all(error)
             finally:
                 self._baton.release()

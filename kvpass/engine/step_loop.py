@@ -8,6 +8,7 @@ no lock, and are taken in by whoever holds it next: so neither an event loop nor
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
@@ -19,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpass.engine.failures import step_failed, why_failed
 from kvpass.engine.request import Request
 from kvpass.engine.settling_module import SettlingModule
 from kvpass.engine.step_module import StepModule, WeighingModule
-from kvpass.errors import InputError, IntegrityError, KvpassError, WeightsChangedError
+from kvpass.errors import InputError, IntegrityError, KvpassError, KvpassWarning
 from kvpass.kernels.row_moves import move_rows
 from kvpass.runtime.pool.state_slots import move_states
 from kvpass.runtime.schedule.batch import BatchBuilder
@@ -184,7 +186,22 @@ class StepLoop:
         except BaseException as error:
             concerned = [self.requests[s] for s in {*self._computed} or self.requests if s in self.requests]
             self._settle(failed=True)
-            self._drop(concerned, _step_failed(error))
+            self._drop(concerned, step_failed(error))
+
+    def fail_all(self, error: BaseException) -> None:
+        """End all requests because of an error outside of any step."""
+        with self._lock:
+            while self._submitted:
+                request = self._submitted.popleft()
+                self.requests[request.sequence] = request
+            self._scheduler.recover()
+            failure = KvpassError(f"the engine failed between two steps: {error!r}; its cause is chained")
+            failure.__cause__ = error
+            try:
+                self._drop(list(self.requests.values()), failure)
+            finally:
+                for request in list(self.requests.values()):
+                    request.end(failure)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -193,14 +210,14 @@ class StepLoop:
         Raises:
             InputError: if this thread holds it already.
         """
-        self._check_holder()
+        self.check_outside()
         with self._turnstile, self._settled():
             yield
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """As :meth:`exclusive`, for a step: lets those who wait for another reason go first."""
-        self._check_holder()
+        self.check_outside()
         with self._turnstile:
             pass
         with self._settled():
@@ -221,7 +238,8 @@ class StepLoop:
             finally:
                 self._holder = None
 
-    def _check_holder(self) -> None:
+    def check_outside(self) -> None:
+        """Raise :class:`InputError` where this thread is in a step, and so may not wait for one."""
         if self._holder == get_ident():
             raise InputError(
                 "the engine was called from within one of its own steps: a function that it calls there must not wait "
@@ -271,9 +289,16 @@ class StepLoop:
         for sequence in request.sequences:
             self.requests.pop(sequence, None)
             if self.speculator is not None:
-                self.speculator.forget(sequence)
+                self._have_forgotten(self.speculator, sequence)
         if request.search is not None and request in self._searching:
             self._searching.remove(request)
+
+    @staticmethod
+    def _have_forgotten(speculator: Speculator, sequence: Sequence) -> None:
+        try:
+            speculator.forget(sequence)
+        except Exception as error:  # a drafter of the caller's own; those who wait for the request must not hang for it
+            warnings.warn(f"the drafter failed to forget a request: {error!r}", KvpassWarning, stacklevel=2)
 
     def _note_beams(self, step: Step, logits: Tensor, tokens: list[list[int] | None]) -> list[list[int] | None]:
         """Hand the logits of beams to their searches; gives the tokens without theirs, which are chosen later."""
@@ -330,7 +355,7 @@ class StepLoop:
             broken = [beam for beam in request.sequences if beam.finish_reason == "error"]
             if broken and not request.ended:
                 request.sequence = broken[0]
-                self._drop([request], KvpassError(self._why_failed(request)))
+                self._drop([request], KvpassError(why_failed(request, self._plan)))
             return
         new = sequence.output_from(request.delivered)
         if news.arrived is not None:
@@ -342,36 +367,6 @@ class StepLoop:
         request.delivered += len(new)
         if sequence.state is SequenceState.FINISHED:
             self._forget(request)
-            request.end(KvpassError(self._why_failed(request)) if sequence.finish_reason == "error" else None)
+            request.end(KvpassError(why_failed(request, self._plan)) if sequence.finish_reason == "error" else None)
         else:
             news.wake()
-
-    def _why_failed(self, request: Request) -> str:
-        where = f"prompts[{request.index}] after {request.delivered} new tokens"
-        if request.sequence.failure is not None:
-            return f"{where}: {request.sequence.failure}"
-        last = request.sequence.output[-1:]
-        if last and last[0] in self._plan.forbidden_tokens:
-            return (
-                f"the model gave token {last[0]}, the padding token, for {where}: what follows it is not proven; end "
-                f"there with Sampling(stop_token_ids=({last[0]},))"
-            )
-        if last and last[0] >= self._plan.vocab_size:
-            return (
-                f"the model gave token {last[0]} for {where}, and can look up {self._plan.vocab_size} tokens: its "
-                f"logits are wider than its vocabulary; rule the others out with Sampling(allowed_tokens=...)"
-            )
-        return (
-            f"the model gave logits with NaN or infinity for {where}, so no token could be chosen: run the original "
-            f"model on it; if that is finite, the cache dtype may overflow, and bfloat16 or float32 reach further than "
-            f"float16"
-        )
-
-
-def _step_failed(error: BaseException) -> KvpassError:
-    if isinstance(error, WeightsChangedError):
-        failure: KvpassError = WeightsChangedError(str(error))
-    else:
-        failure = KvpassError(f"a step that this request took part in failed: {error!r}; its cause is chained")
-    failure.__cause__ = error
-    return failure

@@ -19,6 +19,7 @@ from kvpass.types import CachePlan, Sampling
 
 SEED_BITS = 64
 MOST_PRIORITY = 100
+MOST_SAMPLES = 4096  # of one prompt
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
@@ -44,6 +45,8 @@ def make_sequences(
     each = _whole_number(samples)
     if each is None or each < 1:
         raise InputError(f"n={samples!r} is not a whole number of at least 1")
+    if each > MOST_SAMPLES:
+        raise InputError(f"n={samples} samples of a prompt are more than {MOST_SAMPLES}: ask for them in several calls")
     samplings = _samplings(sampling, len(prompts))
     sequences = []
     for index, (prompt, options) in enumerate(zip(prompts, samplings, strict=True)):
