@@ -21,6 +21,7 @@ from kvpass.errors import (
     WeightsChangedError,
 )
 from kvpass.fx_passes.lowering.bind import PagedModule
+from kvpass.generation import generate, patch
 from kvpass.report import RewriteReport, SiteReport
 from kvpass.runtime.sampling.beam_search import Beam
 from kvpass.runtime.sequences.requests import sample_seed
@@ -72,6 +73,8 @@ __all__ = [
     "compile",
     "declare_meaning",
     "declare_tokenwise",
+    "generate",
     "load",
+    "patch",
     "sample_seed",
 ]

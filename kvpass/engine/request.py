@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Protocol
 
-from kvpass.runtime.sampling.beam_search import BeamSearch
+from torch import Tensor
+
+from kvpass.runtime.sampling.beam_search import Choice
 from kvpass.runtime.sequences.sequence import Sequence
 
 
@@ -42,6 +46,31 @@ class News:
             waker()
 
 
+class Search(Protocol):
+    """Sequences that go on as somebody else than the sampler says, all of one prompt.
+
+    Attributes:
+        sequences: those that are looked at now.
+        is_changing: they change hands: if an exception leaves it so, the search cannot go on.
+    """
+
+    sequences: list[Sequence]
+    is_changing: bool
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next ones can be chosen."""
+
+    def note(self, sequences: Ordered[Sequence], logits: Tensor, /) -> None:
+        """Take note of the logits ``[R, V]`` that follow some of them."""
+
+    def choose(self) -> list[Choice]:
+        """The next ones; none ends the search."""
+
+    def replace(self, sequences: list[Sequence], choices: Ordered[Choice], /) -> None:
+        """Go on with ``sequences``, which have the tokens of ``choices``."""
+
+
 @dataclass(eq=False)
 class Request:
     """One prompt of a call.
@@ -64,7 +93,7 @@ class Request:
     latest: float = field(default_factory=perf_counter)
     ended: bool = False
     failure: Exception | None = None
-    search: BeamSearch | None = None
+    search: Search | None = None
 
     @property
     def sequences(self) -> list[Sequence]:

@@ -23,6 +23,9 @@ class WeightsWatch:
     :data:`SAMPLE` elements. After a change whatever was computed is worth nothing: requests under way are computed
     again, with the tokens that they have.
 
+    Attributes:
+        changes: how often something was seen to have changed.
+
     Args:
         guard: the model's tensors, and those whose values decided something; None where no model is known: then
             nothing is looked at.
@@ -40,6 +43,7 @@ class WeightsWatch:
     ) -> None:
         self._guard = guard
         self._loop = loop
+        self.changes = 0
         self._start_over = start_over
         self._forget = forget
         loop.before_admission = self._admit
@@ -81,6 +85,7 @@ class WeightsWatch:
 
     def _forget_all(self) -> None:
         """Nothing that was computed before is used again."""
+        self.changes += 1
         self._start_over()
         self._forget()
 

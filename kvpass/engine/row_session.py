@@ -1,0 +1,191 @@
+"""The logits that follow rows of tokens, known rows by their content: for callers that choose tokens themselves.
+
+Each call gives whole rows, as a loop without a cache would compute them. A row that is one of the rows of the call
+before and one token more goes on where that one stands; of two rows that go on from one, the second is a fork. One of
+the rows of the call before is answered from memory. Any other row is computed anew, but for what the prefix cache has
+of it. Rows that nobody goes on with give their blocks back, and what is full of them stays in the prefix cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from kvpass.engine.request import News, Request
+from kvpass.errors import InputError
+from kvpass.runtime.sampling.beam_search import Choice
+from kvpass.runtime.sequences.requests import make_sequences
+from kvpass.runtime.sequences.sequence import Sequence
+from kvpass.types import Sampling
+
+if TYPE_CHECKING:
+    from kvpass.engine.engine import Engine
+
+Row = tuple[int, ...]
+OPEN_ENDED = Sampling(ignore_eos=True)
+
+
+class ChosenRows:
+    """The rows that come of one prompt, as the step loop sees a search: what goes on is chosen by the caller.
+
+    Attributes:
+        sequences: the rows, each held once its logits are there.
+        is_changing: they change hands.
+        logits: of each row that is computed, ``[V]``.
+        chosen: how the next rows go on; None until the caller has said.
+    """
+
+    def __init__(self, root: Sequence, news: News) -> None:
+        self.sequences = [root]
+        self.is_changing = False
+        self.logits: dict[Sequence, Tensor] = {}
+        self.chosen: list[Choice] | None = None
+        self._news = news
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next rows are known, and these computed."""
+        return self.chosen is not None and all(sequence in self.logits for sequence in self.sequences)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the logits of all rows are there."""
+        return self.chosen is None and all(sequence in self.logits for sequence in self.sequences)
+
+    def note(self, sequences: Ordered[Sequence], logits: Tensor) -> None:
+        """Take note of the logits ``[R, V]`` that follow some of the rows."""
+        self.logits |= zip(sequences, logits.clone(), strict=True)
+        self._news.wake()
+
+    def choose(self) -> list[Choice]:
+        """What was chosen; nothing where nobody goes on."""
+        return self.chosen or []
+
+    def replace(self, sequences: list[Sequence], choices: Ordered[Choice]) -> None:
+        """Go on with ``sequences``, which have the tokens of ``choices``."""
+        self.sequences, self.logits, self.chosen = sequences, {}, None
+
+
+class RowSession:
+    """Rows of tokens that grow, over the cache of an engine.
+
+    A context manager: on the way out, by exception too, it gives all blocks back. To be used by one thread at a time;
+    other requests run beside it.
+
+    Args:
+        engine: computes them.
+        longest: most tokens that a row will have.
+
+    Raises:
+        InputError: if the model has no rows as long as that.
+    """
+
+    def __init__(self, engine: Engine, longest: int) -> None:
+        self._plan = engine.plan
+        if self._plan.max_length is not None and longest > self._plan.max_length:
+            reason = f" ({self._plan.max_length_reason})" if self._plan.max_length_reason else ""
+            raise InputError(f"rows of {longest} tokens: the longest sequence is {self._plan.max_length}{reason}")
+        self._loop = engine._loop
+        self._driver = engine._driver
+        self._check = engine._check
+        self._weights = engine._weights
+        self._longest = longest
+        # What the call before gave, and for which weights.
+        self._known: dict[Row, Tensor] = {}
+        self._changes = self._weights.changes
+        self._live: list[tuple[Request, ChosenRows]] = []
+
+    def logits(self, rows: Ordered[Row]) -> Tensor:
+        """The logits that follow each row.
+
+        Args:
+            rows: token ids, at least one row of at least one token; equal rows are computed once.
+
+        Returns:
+            logits ``[len(rows), V]``, in the dtype of the model's.
+
+        Raises:
+            InputError: if a row is empty, too long, or holds what is no token id of the model.
+            CapacityError: if the pool is too small for one of the rows even alone.
+            WeightsChangedError: if the engine cannot go on with the model as it is.
+            KvpassError: if a step failed.
+        """
+        if not rows:
+            raise InputError("there are no rows: give at least one")
+        if self._changes != self._weights.changes:
+            self._known, self._changes = {}, self._weights.changes
+        answers = {row: self._known[row] for row in rows if row in self._known}
+        wanted = list(dict.fromkeys(row for row in rows if row not in answers))
+        if wanted:
+            answers |= self._compute(wanted)
+        self._known = answers
+        return torch.stack([answers[row] for row in rows])
+
+    def _compute(self, rows: list[Row]) -> dict[Row, Tensor]:
+        places = self._choose(rows)
+        with self._loop.exclusive():
+            pass  # whoever takes the lock has the rows go on that were chosen
+        news = self._live[0][0].news
+        self._driver.wait(news, lambda: all(found.is_computed or request.ended for request, found in self._live))
+        for request, _ in self._live:
+            if request.ended:
+                self.close()
+                raise request.failure or InputError("the engine was closed while rows were computed")
+        return {row: found.logits[found.sequences[place]] for row, (found, place) in places.items()}
+
+    def close(self) -> None:
+        """Give all blocks back; the session can go on with rows of any kind."""
+        self._loop.cancel([request for request, _ in self._live])
+        self._live, self._known = [], {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _choose(self, rows: list[Row]) -> dict[Row, tuple[ChosenRows, int]]:
+        """Say how each live row goes on, and ask for those that are new; gives where each row will be found."""
+        known = {
+            tuple(sequence.tokens.tolist()): (found, place)
+            for _, found in self._live
+            for place, sequence in enumerate(found.sequences)
+        }
+        if all(row in known for row in rows):
+            return {row: known[row] for row in rows}
+        for row in rows:
+            if len(row) > self._longest:
+                raise InputError(f"a row has {len(row)} tokens, and the session was opened for {self._longest}")
+            if row and not 0 <= row[-1] < self._plan.vocab_size:
+                raise InputError(f"token {row[-1]} is none of the model's: ids are 0 to {self._plan.vocab_size - 1}")
+        new = [row for row in rows if row[:-1] not in known]
+        roots = make_sequences([list(row) for row in new], 1, OPEN_ENDED, self._plan, ()) if new else []
+        for root in roots:
+            root.max_new_tokens = self._longest - root.num_tokens + 1
+        self._check(roots)
+        chosen: dict[ChosenRows, list[Choice]] = {found: [] for _, found in self._live}
+        places: dict[Row, tuple[ChosenRows, int]] = {}
+        for row in rows:
+            if row[:-1] in known:
+                found, place = known[row[:-1]]
+                places[row] = found, len(chosen[found])
+                chosen[found].append(Choice(place, row[-1], 0.0))
+        gone = [request for request, found in self._live if not chosen[found]]
+        self._live = [(request, found) for request, found in self._live if chosen[found]]
+        for _, found in self._live:
+            found.chosen = chosen[found]
+        self._loop.cancel(gone)
+        news = self._live[0][0].news if self._live else News(pending=0)
+        for row, root in zip(new, roots, strict=True):
+            found = ChosenRows(root, news)
+            news.pending += 1
+            self._live.append((Request(root, 0, news, search=found), found))
+            places[row] = found, 0
+        self._loop.submit([request for request, found in self._live if found.sequences[0] in roots])
+        return places
