@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvpass.compiler import compile
 from kvpass.config import CacheConfig
@@ -33,9 +33,27 @@ UNDERSTOOD = frozenset({
 })  # fmt: skip
 NEVER_BOTH = "kvpass.patch(model, config) says how its cache is made, and a model has one: patch it before it generates"
 
-_ENGINES: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
-_CONFIGS: WeakKeyDictionary[nn.Module, CacheConfig] = WeakKeyDictionary()
+PLACE = "_kvpass"  # attribute of a model
 _LOCK = threading.RLock()
+
+
+@dataclass
+class Door:
+    """What is kept of a model, as an attribute of it, so that it goes with the model; a copy of the model has none.
+
+    Attributes:
+        config: formats and size of its cache; None for the defaults.
+        engine: None until it first generates.
+    """
+
+    config: CacheConfig | None = None
+    engine: Engine | None = None
+
+    def __deepcopy__(self, memo: object) -> Door:
+        return Door(self.config)
+
+    def __reduce__(self) -> tuple[type[Door], tuple[CacheConfig | None]]:
+        return Door, (self.config,)
 
 
 def generate(
@@ -76,7 +94,7 @@ def generate(
     for name in CACHES:
         kwargs.pop(name, None)
     longest = generation_config.max_length
-    with RowSession(_engine_of(model), longest) as session:
+    with RowSession(engine_of(model), longest) as session:
         proxy = copy.copy(model)
         proxy.forward = _forward(session, input_ids.shape[1], _ends(generation_config))
         config = copy.copy(generation_config)
@@ -105,10 +123,11 @@ def patch(model: Any, config: CacheConfig | None = None) -> Any:
     if not callable(getattr(model, "generate", None)):
         raise InputError(f"a {type(model).__name__} has no generate to be patched: give a decoder of transformers")
     with _LOCK:
+        door = _door_of(model)
         if config is not None:
-            if model in _ENGINES and _ENGINES[model].config != config:
+            if door.engine is not None and door.engine.config != config:
                 raise InputError(NEVER_BOTH)
-            _CONFIGS[model] = config
+            door.config = config
     model.generate = partial(_generate_by_default, type(model).generate, model)
     return model
 
@@ -120,18 +139,32 @@ def _generate_by_default(original: Callable[..., Any], model: Any, *args: Any, *
     return original(model, *args, **kwargs)
 
 
-def _engine_of(model: Any) -> Engine:
-    """The engine of a model, compiled where there is none that can go on."""
+def engine_of(model: Any) -> Engine:
+    """The engine through which a model generates, compiled where there is none that can go on.
+
+    Raises:
+        InputError: as :func:`kvpass.compile`.
+        RefusedError: likewise.
+        VerificationError: likewise.
+    """
     with _LOCK:
-        engine = _ENGINES.get(model)
-        if engine is not None:
+        door = _door_of(model)
+        if door.engine is not None:
             try:
-                engine._weights.check()
-                return engine
+                door.engine._weights.check()
+                return door.engine
             except WeightsChangedError:
-                engine.close()
-        engine = _ENGINES[model] = compile(model, _CONFIGS.get(model))
-        return engine
+                door.engine.close()
+                door.engine = None
+        door.engine = compile(model, door.config)
+        return door.engine
+
+
+def _door_of(model: Any) -> Door:
+    door = model.__dict__.get(PLACE)
+    if door is None:
+        door = model.__dict__[PLACE] = Door()
+    return door  # type: ignore[no-any-return]
 
 
 def _check(generation_config: Any, kwargs: dict[str, Any]) -> None:

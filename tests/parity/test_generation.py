@@ -1,6 +1,9 @@
 """transformers' generate over kvpass's cache gives what it gives over its own, in all of its own loops."""
 
 import copy
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from torch import Tensor
 
 import kvpass
 from kvpass import generation
-from kvpass.generation import rows_of
+from kvpass.generation import engine_of, rows_of
 from tests.parity.harness import SEED
 from tests.parity.test_families import FAMILIES
 
@@ -103,20 +106,31 @@ def test_padded_batches_outputs_and_streams(model: Any) -> None:
     for run, streamer in zip((type(model).generate.__get__(model), model.generate), streamers, strict=True):
         run(ids_of(model, 1, 5), max_new_tokens=8, do_sample=False, streamer=streamer)
     assert streamers[0].put_tokens == streamers[1].put_tokens and streamers[1].ended
-    generation._ENGINES[model].check_integrity()
-    assert generation._ENGINES[model].stats().blocks_used == 0
+    engine_of(model).check_integrity()
+    assert engine_of(model).stats().blocks_used == 0
 
 
 def test_only_what_is_new_is_computed() -> None:
     found, found.vocab = model_of("llama")
     found.generation_config.eos_token_id = None
     kvpass.patch(found, CONFIG).generate(ids_of(found, 2, 30), max_new_tokens=20, do_sample=False)
-    stats = generation._ENGINES[found].stats()
+    stats = engine_of(found).stats()
     assert stats.prefill_tokens + stats.decode_tokens == 2 * (30 + 19)
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.mul_(1.1)
     assert torch.equal(*both(found, input_ids=ids_of(found, 2, 30), max_new_tokens=10, do_sample=False))
+
+
+def test_an_engine_goes_with_its_model_and_not_with_a_copy() -> None:
+    found, _ = model_of("llama")
+    kvpass.patch(found, CONFIG)
+    engine = weakref.ref(engine_of(found))
+    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert other.__dict__[generation.PLACE] == generation.Door(CONFIG)
+    del found, other
+    gc.collect()
+    assert engine() is None
 
 
 def test_a_pipeline_of_a_patched_model() -> None:
@@ -129,7 +143,7 @@ def test_a_pipeline_of_a_patched_model() -> None:
     plain = transformers.pipeline("text-generation", model=copy.deepcopy(found), tokenizer=tokenizer)
     patched = transformers.pipeline("text-generation", model=kvpass.patch(found, CONFIG), tokenizer=tokenizer)
     assert plain("w5 w9 w7", **options) == patched("w5 w9 w7", **options)
-    assert generation._ENGINES[found].stats().steps > 0
+    assert engine_of(found).stats().steps > 0
 
 
 def test_what_cannot_be_served_is_refused(model: Any) -> None:
@@ -148,7 +162,7 @@ def test_what_cannot_be_served_is_refused(model: Any) -> None:
         kvpass.patch(model, kvpass.CacheConfig(num_blocks=3))
     with pytest.raises(kvpass.InputError, match="no generate to be patched"):
         kvpass.patch(torch.nn.Linear(2, 2))
-    assert generation._ENGINES[model].stats().blocks_used == 0
+    assert engine_of(model).stats().blocks_used == 0
 
 
 def test_rows_are_what_is_not_padded() -> None:
