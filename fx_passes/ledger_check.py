@@ -75,7 +75,11 @@ class LedgerCheck:
         self._pointers = [_pointer(tensor) for tensor in self.tensors.values()]
         self._kinds = [_kind(tensor) for tensor in self.tensors.values()]
         self._joined = {id(tensor) for tensor in ledger.joined.values()}
-        self._watched = [*self._entries(model, ledger, copied), *self._plain(model, ledger, copied)]
+        self._watched = [
+            *self._entries(model, ledger, copied),
+            *self._plain(model, ledger, copied),
+            *self._constants(ledger, copied),
+        ]
         self._paths = _paths(model, [watched.name for watched in self._watched])
         self._check_digests(whole=True)
         for watched, sample in zip(self._watched, digests([_part(w.tensor) for w in self._watched]), strict=True):
@@ -151,6 +155,15 @@ class LedgerCheck:
                 name, holder, key = held.get(id(original), default)
                 what = decided.get(id(copy), "a constant of the graph")
                 yield _watch(name, what, original, holder, key, digests([copy])[0])
+
+    def _constants(self, ledger: ValueLedger, copied: Sequence[tuple[Tensor, Tensor]]) -> Iterator[_Watched]:
+        """Tensors of the graph that are neither parameters nor buffers, nor copies: of a class or a variable."""
+        known = {id(tensor) for tensor in self.tensors.values()} | {id(copy) for copy, _ in copied}
+        for name, tensor in ledger.tensors.items():
+            if id(tensor) not in known and name not in ledger.entries:
+                yield _watch(
+                    self._path(name), "a constant of the graph", tensor, {"": tensor}, "", digests([tensor])[0]
+                )
 
     def _path(self, name: str) -> str:
         return name.removeprefix(self._prefix)

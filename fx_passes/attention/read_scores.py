@@ -18,11 +18,13 @@ from kvpass.fx_passes.graph import (
     arguments,
     aten,
     emit,
+    is_call,
     is_symbolic_scalar,
     reads_parameter,
     shape_of,
     tensor_value,
 )
+from kvpass.fx_passes.op_facts.facts import is_item_of
 from kvpass.fx_passes.shape_values import Dependence, ShapeEvaluator
 from kvpass.fx_passes.token_axis.axes import Axes, Kind, is_score
 from kvpass.fx_passes.token_axis.contraction import Contraction, contraction_of
@@ -261,7 +263,13 @@ def _is_row(reader: ScoreReader, value: Any) -> bool:
 def _bias(reader: ScoreReader, node: Node, scores: Scores, other: Any, alpha: float) -> Scores:
     if isinstance(other, Node) and reader.inference.is_data(other):
         if not reader.has(reader.kinds_of(other, node), reader.key):
-            return replace(scores, shifted=True)
+            if alpha == -1 and is_largest(reader, other):
+                return replace(scores, shifted=True)
+            raise NotUnderstood(
+                "something that depends on token values is added to all scores of a query: a softmax does not see it, "
+                "but for rounding; only their own largest one may be subtracted",
+                node,
+            )
         raise NotUnderstood("the mask or bias of this attention depends on token values (data)", node)
     if is_symbolic_scalar(other):
         return replace(scores, shifted=True)
@@ -269,6 +277,13 @@ def _bias(reader: ScoreReader, node: Node, scores: Scores, other: Any, alpha: fl
     if alpha != 1:
         term = reader.emit(aten.mul.Tensor, term, alpha)
     return replace(scores, bias=term if scores.bias is None else reader.emit(aten.add.Tensor, scores.bias, term))
+
+
+def is_largest(reader: ScoreReader, node: Node) -> bool:
+    """Whether a node holds the largest of some scores, or the logarithm of the sum of their exponentials."""
+    while is_call(node, aten._to_copy, aten.clone, aten.detach, aten.alias) or is_item_of(node.target):
+        node = node.args[0]  # type: ignore[assignment]
+    return is_call(node, aten.amax, aten.max, aten.logsumexp) and reader.is_scores(node.args[0])
 
 
 def _tanh(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:

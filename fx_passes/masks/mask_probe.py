@@ -23,6 +23,7 @@ MEANT_TO_HIDE = 30.0
 # Two values are equal when a few float32 roundings of their terms explain the difference, and in no case when they
 # differ by more than this fraction of the largest value: then the terms are so large that they would explain anything.
 ROUNDING = 2.0**-21
+MOST_SHIFT = 65536.0  # of all scores of a query: float32 rounds them to 1/256 then
 ROUNDING_CAP = 1e-3
 
 SMALL_LENGTHS = (1, 2, 5, 12, 33)
@@ -278,9 +279,19 @@ class MaskProbe:
             if not self.absolute_scores:
                 own_hidden = hidden.diagonal(rows.start, -2, -1)
                 shift[:, rows] = torch.where(own_hidden, top[..., 0], part.diagonal(rows.start, -2, -1))
+                self._check_shift(shift[:, rows], rows.start)
             torch.sub(part, shift[:, rows, None], out=values[:, rows])
             values[:, rows].masked_fill_(hidden, -inf)
         return BiasMatrix(values, shift)
+
+    def _check_shift(self, shift: Tensor, start: int) -> None:
+        """Refuse rows whose scores would be rounded away by what is added to all of them."""
+        if not bool((shift.abs() <= MOST_SHIFT).all()):
+            row = int((shift.abs() > MOST_SHIFT).any(0).nonzero()[0])
+            raise NotProvenError(
+                f"the bias adds {float(shift[:, row].abs().max()):g} to every score of the query at position "
+                f"{start + row}: a softmax does not see it, but the scores are rounded away by it"
+            )
 
     def _check_rows(self, part: Tensor, hidden: Tensor, start: int) -> None:
         """Refuse rows ``[1 | Hq, r, S]``, from position ``start``, that see nothing at all or the future."""

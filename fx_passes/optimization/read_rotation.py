@@ -21,6 +21,7 @@ from kvpass.fx_passes.optimization.analytic_slices import Origin, Segment, numbe
 
 TOKENS = 3
 EXACT = 1e-9  # of float64 numbers of size 1
+LARGE = 1e4  # where a power that is added shows
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ class _Trial:
         return None
 
     def agrees(self, found: Rotation) -> bool:
-        """Whether the segment computes the formula, for numbers of size 1 and so small that epsilon counts."""
-        for scale in (1.0, max(found.eps, 1e-12) ** 0.5):
+        """Whether the segment computes the formula: for numbers of size 1, large, and so small that epsilon counts."""
+        for scale in (1.0, LARGE, max(found.eps, 1e-12) ** 0.5):
             heads = self.heads * scale
             normed = self.normed(heads, found.weight, found.eps)
             wanted = normed

@@ -15,7 +15,7 @@ from kvpass.fx_passes.graph import arguments, aten, expression, is_call, shape_o
 from kvpass.fx_passes.op_facts.facts import is_item_of
 from kvpass.fx_passes.token_axis.axes import Axes, Dim, Factor, Kind, MixesTokens, is_free, plain
 from kvpass.fx_passes.token_axis.infer_axes import Inference, Part
-from kvpass.fx_passes.token_axis.routing_rules import CASTS, row_index
+from kvpass.fx_passes.token_axis.routing_rules import keeps_numbers, row_index
 
 
 def grouped_product(inference: Inference, node: Node, named: dict[str, Any]) -> Axes:
@@ -95,7 +95,7 @@ def _ends_of_groups(inference: Inference, node: Node) -> int | None:
 
 
 def _uncast(node: Node) -> Node:
-    while is_call(node, *CASTS):
+    while keeps_numbers(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
@@ -106,6 +106,8 @@ def _sort_counted(inference: Inference, counts: Node) -> int | None:
     named = arguments(counts)
     if is_call(counts, aten.histc, aten.bincount):
         if is_call(counts, aten.histc) and (named["min"] != 0 or named["max"] != named["bins"] - 1):
+            return None
+        if is_call(counts, aten.bincount) and named.get("weights") is not None:
             return None
         return _sort_of_keys(inference, _uncast(named["self"]))
     if not is_call(counts, aten.sum) or named.get("keepdim"):
@@ -138,7 +140,7 @@ def _marked(marks: Node) -> Node | None:
 
 def _flat(node: Node) -> Node:
     """The tensor that a node reshapes: it has the same entries."""
-    while is_call(node, aten.reshape, aten.flatten, *CASTS):
+    while is_call(node, aten.reshape, aten.flatten) or keeps_numbers(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from kvpass.fx_passes.graph import arguments, aten, expression, is_call, shape_of
@@ -18,6 +19,8 @@ from kvpass.fx_passes.token_axis.axes import Axes, Dim, Factor, Kind, MixesToken
 from kvpass.fx_passes.token_axis.infer_axes import AxisRule, Inference, Several
 
 CASTS = (aten._to_copy, aten.clone)
+# What holds every row number and every expert that there can be; bfloat16 rounds from 257 on, a byte wraps at 128.
+WHOLE = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,16 @@ def nonzero(inference: Inference, node: Node, named: dict[str, Any]) -> Axes | S
     return (dim, plain(len(axes)))
 
 
+def keeps_numbers(node: Node) -> bool:
+    """Whether a node is a cast, or a copy, that keeps whole numbers as they are."""
+    return is_call(node, *CASTS) and node.meta["val"].dtype in WHOLE
+
+
 def row_index(inference: Inference, node: Any) -> RowIndex | None:
     """What the values of an index tensor say, or None when they are no rows of a picked dim."""
     if not isinstance(node, Node):
         return None
-    if is_call(node, *CASTS):
+    if keeps_numbers(node):
         return row_index(inference, node.args[0])
     if is_call(node, aten.floor_divide, aten.div):
         return _divided(inference, node)
@@ -150,7 +158,7 @@ def take_rows(inference: Inference, source: Node, indices: list[Node | None], no
 
 def _places_in_sorted(inference: Inference, node: Any) -> tuple[Dim, int] | None:
     """The dim and the sort of an index that says where in the sorted rows each row stands: a sort undone."""
-    if is_call(node, *CASTS):
+    if keeps_numbers(node):
         return _places_in_sorted(inference, node.args[0])
     if is_call(node, aten.argsort):
         inner = row_index(inference, node.args[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from kvpass.kernels.formats.settling import SettlingTables
 from kvpass.types import CachePlan, StepInputs
 
 # Largest rounding error of a format, relative to the number for fp8 and to the largest of its row for the others.
+FEW_WEIGHTS = 64  # a dtype that a smaller part of the weights has does not loosen the bound
 ROUNDING = {"int8": 0.5 / 127, "fp8_e4m3": 2.0**-4, "fp8_e5m2": 2.0**-3, "int4": 0.5 / 7, "k4": 0.57 / 7,
             "v2": 0.25}  # fmt: skip
 LONGEST = 640
@@ -275,8 +277,12 @@ class _Run:
 
 
 def dtypes_of(module: PagedModule) -> set[torch.dtype]:
-    """The dtypes that take part in the arithmetic: of weights and caches."""
-    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    """The dtypes that take part in the arithmetic: of weights, but for a few numbers among many, and of caches."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    dtypes = {dtype for dtype, count in counts.items() if count * FEW_WEIGHTS >= counts.total()}
     for spec in module.plan.caches:
         dtypes |= {find_format(spec.key_format).dtype, find_format(spec.value_format).dtype}
     return dtypes

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kvpass.engine.step_loop import StepLoop
 from kvpass.fx_passes.ledger_check import LedgerCheck, sample_of
@@ -15,13 +17,24 @@ WHOLE = 4096  # elements up to which a tensor is looked at as a whole
 SAMPLE = 256  # evenly spaced elements of a larger one
 
 
-class WeightsWatch:
-    """Looks at all parameters and buffers of a model when requests come in, and before each step at their versions.
+_WATCHES: WeakSet[WeightsWatch] = WeakSet()
 
-    A change in place through PyTorch is always seen: it has a version. One that goes around it (``.data``, numpy) is
-    seen by its content, when the engine was idle: that of small tensors as a whole, of larger ones that of
-    :data:`SAMPLE` elements. After a change whatever was computed is worth nothing: requests under way are computed
-    again, with the tokens that they have.
+
+def _tell_watches(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for watch in list(_WATCHES):
+        watch.note_optimizer(optimizer)
+
+
+register_optimizer_step_post_hook(_tell_watches)
+
+
+class WeightsWatch:
+    """Looks at all parameters and buffers of a model: at their content when requests come in, at the rest at each step.
+
+    A change in place through PyTorch is always seen: it has a version, or an optimizer made it. One that goes around it
+    (``.data``, numpy) is seen by its address, or by its content when the engine was idle: that of small tensors as a
+    whole, of larger ones that of :data:`SAMPLE` elements. After a change whatever was computed is worth nothing:
+    requests under way are computed again, with the tokens that they have.
 
     Attributes:
         changes: how often something was seen to have changed.
@@ -51,8 +64,11 @@ class WeightsWatch:
         self._tensors = [] if guard is None else list(guard.tensors.values())
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._samples: list[Tensor] = []
+        self._stepped = False
         self._known = self._marks()
         self._content = self._digest()
+        if self._tensors:
+            _WATCHES.add(self)
 
     def check(self) -> None:
         """Look before requests are submitted; at content as well where nothing is under way.
@@ -80,8 +96,13 @@ class WeightsWatch:
             self._forget_all()
 
     def _go_on(self) -> None:
-        if self._versions() != self._known[0]:
+        if self._stepped or self._marks() != self._known:
             self._admit(idle=False)
+
+    def note_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Look whether an optimizer that made a step has tensors of this model: a fused one leaves their versions."""
+        held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        self._stepped = self._stepped or any(id(tensor) in held for tensor in self._tensors)
 
     def _forget_all(self) -> None:
         """Nothing that was computed before is used again."""
@@ -91,8 +112,9 @@ class WeightsWatch:
 
     def _have_changed(self, idle: bool) -> bool:
         """Whether weights changed since this was last asked; content is looked at where nothing is under way."""
-        marks = self._marks()
-        if marks != self._known:
+        marks, stepped = self._marks(), self._stepped
+        self._stepped = False
+        if stepped or marks != self._known:
             self._known, self._samples = marks, []
             self._content = self._digest()
             return True
@@ -104,10 +126,7 @@ class WeightsWatch:
 
     def _marks(self) -> tuple[list[int], list[int]]:
         """Versions and addresses of all tensors."""
-        return self._versions(), [_address(tensor) for tensor in self._tensors]
-
-    def _versions(self) -> list[int]:
-        return [tensor._version for tensor in self._counted]
+        return [tensor._version for tensor in self._counted], [_address(tensor) for tensor in self._tensors]
 
     @torch.no_grad()
     def _digest(self) -> list[int]:
