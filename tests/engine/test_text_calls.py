@@ -6,12 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import kvpass
 from kvpass.loading import LoadedModel, load_model
 from kvpass.models import pydecoder
 
 PROMPT = "def add(a, b):"
+
+
+class Tiny(nn.Module):
+    """One layer, for as many tokens as the tokenizer has."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab_size, 16), nn.Linear(16, vocab_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)[:, None]
+        return self.head(nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0])
 
 
 class Chatty:
@@ -113,12 +126,10 @@ def test_tokens_are_drawn_as_the_generation_config_says(loaded: LoadedModel) -> 
     class Config:
         do_sample, temperature, top_p, top_k = True, 0.7, None, 50
 
-    model = loaded.model
+    assert loaded.tokenizer is not None
+    model = Tiny(loaded.tokenizer.get_vocab_size()).eval()
     model.generation_config = Config()  # type: ignore[assignment]
-    try:
-        engine = kvpass.compile(model, kvpass.CacheConfig(num_blocks=16), tokenizer=loaded.tokenizer, verify=False)
-    finally:
-        del model.generation_config
+    engine = kvpass.compile(model, kvpass.CacheConfig(num_blocks=16), tokenizer=loaded.tokenizer, verify=False)
     assert engine.text_sampling == kvpass.Sampling(temperature=0.7, top_k=50)
     assert engine.generate_text(PROMPT, 4, temperature=0)[0].token_ids == tuple(
         engine.generate([engine.tokenizer.encode(PROMPT).ids], 4)[0]
@@ -137,11 +148,12 @@ def test_what_cannot_be_used(engine: kvpass.Engine, loaded: LoadedModel) -> None
     with pytest.raises(kvpass.InputError, match="does not take these messages: robots do not speak"):
         engine.chat([{"role": "robot", "content": "beep"}])
     assert engine.stats().running == engine.stats().waiting == 0
+    small, config = Tiny(9).eval(), kvpass.CacheConfig(num_blocks=4)
     for tokenizer, why in ((None, "no tokenizer"), (lambda ids: "", "cannot encode")):
-        other = kvpass.compile(loaded.model, kvpass.CacheConfig(num_blocks=4), tokenizer=tokenizer, verify=False)
+        other = kvpass.compile(small, config, tokenizer=tokenizer, verify=False)
         with pytest.raises(kvpass.InputError, match=why):
             other.generate_text(PROMPT)
-    other = kvpass.compile(loaded.model, kvpass.CacheConfig(num_blocks=4), tokenizer=loaded.tokenizer, verify=False)
+    other = kvpass.compile(small, config, tokenizer=loaded.tokenizer, verify=False)
     with pytest.raises(kvpass.InputError, match="no chat template"):
         other.chat([{"role": "user", "content": "hello"}])
 

@@ -110,6 +110,7 @@ def test_padded_batches_outputs_and_streams(model: Any) -> None:
     assert engine_of(model).stats().blocks_used == 0
 
 
+@pytest.mark.slow
 def test_only_what_is_new_is_computed() -> None:
     found, found.vocab = model_of("llama")
     found.generation_config.eos_token_id = None
@@ -133,6 +134,7 @@ def test_an_engine_goes_with_its_model_and_not_with_a_copy() -> None:
     assert engine() is None
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_a_patched_model() -> None:
     found, found.vocab = model_of("llama")
     words = {f"w{i}": i for i in range(found.vocab)}
