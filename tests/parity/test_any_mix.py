@@ -112,7 +112,7 @@ def test_greedy_tokens_are_those_of_the_model(family: Family, mix: str) -> None:
     engine.check_integrity()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("kind", "mix"),
     [

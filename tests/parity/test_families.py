@@ -102,6 +102,7 @@ def test_history_matters(family: str) -> None:
     assert_not_blind(model, ragged_prompts(vocab_size), seen=0.7)
 
 
+@pytest.mark.slow
 def test_window_is_shorter_than_the_prompt() -> None:
     compiled = compiled_of("mistral", "sdpa")
     assert compiled.original.config.sliding_window == 24 < max(map(len, ragged_prompts(compiled.vocab_size)))
@@ -109,6 +110,7 @@ def test_window_is_shorter_than_the_prompt() -> None:
     assert masks == {"sliding window 24"}
 
 
+@pytest.mark.slow
 def test_generation_stops_at_the_end_of_sequence_of_the_model() -> None:
     model, vocab_size = zoo.tiny("llama", seed=SEED, **FAMILIES["llama"])
     prompts = ragged_prompts(vocab_size)

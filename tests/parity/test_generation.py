@@ -123,6 +123,7 @@ def test_only_what_is_new_is_computed() -> None:
     assert torch.equal(*both(found, input_ids=ids_of(found, 2, 30), max_new_tokens=10, do_sample=False))
 
 
+@pytest.mark.slow
 def test_an_engine_goes_with_its_model_and_not_with_a_copy() -> None:
     found, _ = model_of("llama")
     kvpass.patch(found, CONFIG)

@@ -71,7 +71,7 @@ def test_half_precision_decoder(name: str, dtype: torch.dtype) -> None:
     assert {tensor.dtype for pair in engine.caches for tensor in pair} == {dtype}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), FAMILIES)
 def test_half_precision_family(family: str, dtype: torch.dtype) -> None:
     zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
@@ -88,6 +88,7 @@ def test_half_precision_cache_under_a_float32_model() -> None:
     assert_plausible(model, engine.generate(prompts, NEW_TOKENS), prompts, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_float32_cache_under_a_half_precision_model() -> None:
     model = DECODERS["GQA by repeat_interleave"](SEED).bfloat16()
     engine = kvpass.compile(copy.deepcopy(model), kvpass.CacheConfig(dtype="float32", block_size=16, num_blocks=64))

@@ -6,6 +6,7 @@ from tests.grammar.check import judge
 from tests.grammar.decoder import UNSOUND, describe, draw
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("first", [100_000, 200_004])
 def test_right(first: int) -> None:
     verdicts = judge([draw(seed) for seed in range(first, first + 6)])
@@ -13,6 +14,7 @@ def test_right(first: int) -> None:
     assert [str(verdict) for verdict in verdicts if verdict.outcome != "right"] == []
 
 
+@pytest.mark.slow
 def test_unsound_ones_are_refused() -> None:
     specs = [{**draw(300_000 + i), "route": "written out", "unsound": fault} for i, fault in enumerate(UNSOUND)]
     verdicts = judge(specs, verify=False)

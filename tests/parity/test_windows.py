@@ -28,6 +28,7 @@ def engine(name: str) -> kvpass.Engine:
     return kvpass.compile(DECODERS[name](SEED), CONFIG)
 
 
+@pytest.mark.sampled(3)
 def test_long_sequences_hold_no_more_blocks_than_the_window(name: str, engine: kvpass.Engine) -> None:
     reach, masks = BOUNDED[name]
     assert {site.mask for site in engine.report.sites} == masks

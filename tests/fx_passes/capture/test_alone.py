@@ -30,7 +30,7 @@ def is_whole() -> bool:
     return torch.backends.mha.get_fastpath_enabled() and transformer._detect_is_causal_mask is DETECT
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_models_are_compiled_in_threads(count: int) -> None:
     barrier = threading.Barrier(count)

@@ -43,6 +43,7 @@ def test_the_graph_without_a_mask_stays_as_it_was(module):
     assert ours.keys() >= theirs.keys() and all(ours[name] is theirs[name] for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["no mask", "positions by place"])
 def test_the_verification_finds_a_tree_that_is_computed_as_a_chain(module, fault):
     assert verify_trees(module).passed

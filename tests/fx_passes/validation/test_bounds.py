@@ -91,7 +91,7 @@ FAULTS: dict[str, tuple[str, float, Callable[[Node], None]]] = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_caught_that_a_tenth_let_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, factor, fault = FAULTS[name]
