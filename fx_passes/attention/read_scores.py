@@ -263,11 +263,11 @@ def _is_row(reader: ScoreReader, value: Any) -> bool:
 def _bias(reader: ScoreReader, node: Node, scores: Scores, other: Any, alpha: float) -> Scores:
     if isinstance(other, Node) and reader.inference.is_data(other):
         if not reader.has(reader.kinds_of(other, node), reader.key):
-            if alpha == -1 and is_largest(reader, other):
+            if alpha == -1 and is_as_large(reader, other):
                 return replace(scores, shifted=True)
             raise NotUnderstood(
                 "something that depends on token values is added to all scores of a query: a softmax does not see it, "
-                "but for rounding; only their own largest one may be subtracted",
+                "but for rounding; only their own largest one, or their mean, may be subtracted",
                 node,
             )
         raise NotUnderstood("the mask or bias of this attention depends on token values (data)", node)
@@ -279,11 +279,11 @@ def _bias(reader: ScoreReader, node: Node, scores: Scores, other: Any, alpha: fl
     return replace(scores, bias=term if scores.bias is None else reader.emit(aten.add.Tensor, scores.bias, term))
 
 
-def is_largest(reader: ScoreReader, node: Node) -> bool:
-    """Whether a node holds the largest of some scores, or the logarithm of the sum of their exponentials."""
+def is_as_large(reader: ScoreReader, node: Node) -> bool:
+    """Whether a node holds a number of the size of some scores: the largest, their mean, their sum in logarithms."""
     while is_call(node, aten._to_copy, aten.clone, aten.detach, aten.alias) or is_item_of(node.target):
         node = node.args[0]  # type: ignore[assignment]
-    return is_call(node, aten.amax, aten.max, aten.logsumexp) and reader.is_scores(node.args[0])
+    return is_call(node, aten.amax, aten.max, aten.mean, aten.logsumexp) and reader.is_scores(node.args[0])
 
 
 def _tanh(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:

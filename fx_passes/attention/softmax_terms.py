@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from kvpass.fx_passes.attention.read_scores import NotUnderstood, ScoreReader, is_largest
+from kvpass.fx_passes.attention.read_scores import NotUnderstood, ScoreReader, is_as_large
 from kvpass.fx_passes.graph import arguments, aten, is_call, shape_of
 from kvpass.fx_passes.token_axis.axes import Axes, Kind
 
@@ -124,7 +124,7 @@ def _is_shift(reader: ScoreReader, node: Node) -> bool:
         and reader.inference.is_data(other)
         and not reader.has(reader.kinds_of(other, node), reader.key)
     )
-    return row and reader.is_scores(inner) and is_largest(reader, other)
+    return row and reader.is_scores(inner) and is_as_large(reader, other)
 
 
 def _without_sinks(reader: ScoreReader, node: Node, key: Kind) -> Softmax:
