@@ -34,6 +34,8 @@ from kvpass.fx_passes.token_axis.infer_axes import Inference
 SMALLEST_SCALE = 0.05  # of scores that are masked already: less, and a fill of -1e4 would hide nothing
 HIDDEN = -1e4  # a fill or bias of at most this hides a key: exp(-1e4) is 0 in every float format
 
+COPIES = (aten._to_copy, aten.clone, aten.detach, aten.alias)
+
 
 class NotUnderstood(Exception):
     """The scores are computed in a way that has no canonical form."""
@@ -263,7 +265,7 @@ def _is_row(reader: ScoreReader, value: Any) -> bool:
 def _bias(reader: ScoreReader, node: Node, scores: Scores, other: Any, alpha: float) -> Scores:
     if isinstance(other, Node) and reader.inference.is_data(other):
         if not reader.has(reader.kinds_of(other, node), reader.key):
-            if alpha == -1 and is_as_large(reader, other):
+            if alpha == -1 and is_as_large(reader, other, arguments(node)["self"]):
                 return replace(scores, shifted=True)
             raise NotUnderstood(
                 "something that depends on token values is added to all scores of a query: a softmax does not see it, "
@@ -279,11 +281,28 @@ def _bias(reader: ScoreReader, node: Node, scores: Scores, other: Any, alpha: fl
     return replace(scores, bias=term if scores.bias is None else reader.emit(aten.add.Tensor, scores.bias, term))
 
 
-def is_as_large(reader: ScoreReader, node: Node) -> bool:
-    """Whether a node holds a number of the size of some scores: the largest, their mean, their sum in logarithms."""
-    while is_call(node, aten._to_copy, aten.clone, aten.detach, aten.alias) or is_item_of(node.target):
+def is_as_large(reader: ScoreReader, node: Node, scores: Node) -> bool:
+    """Whether a node holds the largest of these scores, their mean, or their sum in logarithms.
+
+    They may be taken before the mask; of scores times a large number they would be no number of this size.
+    """
+    while is_call(node, *COPIES) or is_item_of(node.target):
         node = node.args[0]  # type: ignore[assignment]
-    return is_call(node, aten.amax, aten.max, aten.mean, aten.logsumexp) and reader.is_scores(node.args[0])
+    if not is_call(node, aten.amax, aten.max, aten.mean, aten.logsumexp) or not reader.is_scores(node.args[0]):
+        return False
+    if _original(node.args[0]) is _original(scores):
+        return True
+    taken, meant = reader.read(node.args[0]), reader.read(scores)  # type: ignore[arg-type]
+    same = (taken.contraction, taken.scale, taken.cap, taken.factors) == (
+        meant.contraction, meant.scale, meant.cap, meant.factors,
+    )  # fmt: skip
+    return same and taken.bias is None and taken.gate is None
+
+
+def _original(node: Any) -> Any:
+    while is_call(node, *COPIES):
+        node = node.args[0]
+    return node
 
 
 def _tanh(reader: ScoreReader, node: Node, named: dict[str, Any]) -> Scores:

@@ -124,7 +124,7 @@ def _is_shift(reader: ScoreReader, node: Node) -> bool:
         and reader.inference.is_data(other)
         and not reader.has(reader.kinds_of(other, node), reader.key)
     )
-    return row and reader.is_scores(inner) and is_as_large(reader, other)
+    return row and reader.is_scores(inner) and is_as_large(reader, other, inner)
 
 
 def _without_sinks(reader: ScoreReader, node: Node, key: Kind) -> Softmax:

@@ -59,6 +59,11 @@ class ShiftByData(Plain):
         return scores + (ids == 7).float()[:, None, :, None] * 1e9
 
 
+class ShiftByOtherScores(Plain):
+    def scores(self, scores: Tensor, ids: Tensor) -> Tensor:
+        return scores - (scores * 1e9).amax(-1, keepdim=True)
+
+
 class Experts(Plain):
     """Rows sorted by their expert, and multiplied group by group."""
 
@@ -104,7 +109,9 @@ class RoundedRows(Plain):
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("build", [RowShift, ShiftByData, SortedByTruth, RoundedEnds, WeighedCounts, RoundedRows])
+@pytest.mark.parametrize(
+    "build", [RowShift, ShiftByOtherScores, ShiftByData, SortedByTruth, RoundedEnds, WeighedCounts, RoundedRows]
+)
 def test_refused(build: type[nn.Module]) -> None:
     with pytest.raises(kvpass.RefusedError):
         kvpass.compile(build().eval(), CONFIG, verify=False)
