@@ -33,6 +33,7 @@ from kvpass.errors import CaptureError, InputError, RefusedError
 from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.capture.capture import capture
 from kvpass.fx_passes.capture.diagnose_capture import convolutions_over_tokens
+from kvpass.fx_passes.capture.kept_lengths import check_kept_lengths, kept_lengths
 from kvpass.fx_passes.capture.logits_rows import every_row
 from kvpass.fx_passes.graph import CapturedGraph, aten, is_call, shape_of
 from kvpass.fx_passes.ledger_check import LedgerCheck
@@ -193,7 +194,12 @@ def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
         raise _refused(convolutions)
     try:
         with torch.no_grad():
-            return capture(for_capture(model), example, path_prefix=prefix)
+            exported = for_capture(model)
+            with kept_lengths(exported.model) as kept:
+                captured = capture(exported, example, path_prefix=prefix)
+            text = torch.arange(example[0].numel(), device=device).view_as(example[0]) % _vocabulary(captured)
+            check_kept_lengths(model, kept, lambda: model(text, *example[1:]), MODEL)
+            return captured
     except CaptureError as error:
         report = RewriteReport(refusals=(Refusal(str(error), pass_name="capture"),))
         raise RefusedError(f"kvpass could not capture the model. {error}", report) from error

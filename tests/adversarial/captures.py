@@ -233,6 +233,22 @@ class Remembers(nn.Module):
         return self.inner(ids)
 
 
+class HandsOn(nn.Module):
+    """Keeps the length for another method of the same call; nothing of it outlasts the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.inner = redrawn(Tiny(attend=self._attend))
+
+    def _attend(self, model: Any, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return F.scaled_dot_product_attention(2 * q, k, v, attn_mask=window(8)(self.count))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.count = ids.shape[1]
+        return self.inner(ids)
+
+
 FLAGS = {"window": 100000}
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.adversarial.captures import hooked
+from tests.adversarial.captures import HandsOn, Remembers, hooked, made
 from tests.adversarial.masks import SLOPES
 from tests.adversarial.operands import MIXES
 from tests.adversarial.parts import DIM, HEAD_DIM, Attack, Build, causal, distances, masked, scored, tiny, window
@@ -138,4 +138,6 @@ WEIGHTED = (
 CONTROLS: tuple[Attack, ...] = (
     *(Attack(name, KLASS, build, where) for name, (build, where) in DECODERS.items()),
     *(Attack(f"{name}, of a parameter", KLASS, weighted(name), NEAR) for name in WEIGHTED),
+    Attack("a length handed on in an attribute", KLASS, made(HandsOn), FAR),
+    Attack("the longest length, kept for nothing", KLASS, made(Remembers, False), (12, 40)),
 )

@@ -36,7 +36,7 @@ KNOWN = {
     "counted by column of a mask", "counted by norm", "cut at 100 alone", "cut in a band by floor division",
     "equal heads part", "gate: a run of triggers", "group_norm weight", "hidden as wide, logits",
     "hidden, last row of logits", "int64 wraps", "known by text of the length", "layer_norm weight",
-    "load_state_dict", "mask rolled by nothing", "one head only", "one layer of two", "op grouped_mm",
+    "load_state_dict", "longest length so far", "mask rolled by nothing", "one head only", "one layer of two", "op grouped_mm",
     "op in a mask, tagged pointwise", "op of a weight that remembers", "op twist, tagged pointwise",
     "places by where", "places zero at multiples", "returns wider than the vocabulary", "rms_norm weight",
     "rotary keys by where", "rotary reversed in a band", "seen by FakeTensor", "seen by is_exporting",
