@@ -64,6 +64,9 @@ class Search(Protocol):
     def note(self, sequences: Ordered[Sequence], logits: Tensor, /) -> None:
         """Take note of the logits ``[R, V]`` that follow some of them."""
 
+    def note_scored(self, sequence: Sequence, first: int, logits: Tensor, /) -> None:
+        """Take note of the logits ``[n, V]`` of its tokens from ``first`` on, where ``scored_from`` asks for them."""
+
     def choose(self) -> list[Choice]:
         """The next ones; none ends the search."""
 

@@ -8,7 +8,9 @@ of it. Rows that nobody goes on with give their blocks back, and what is full of
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -26,6 +28,27 @@ if TYPE_CHECKING:
     from kvpass.engine.engine import Engine
 
 Row = tuple[int, ...]
+
+
+@dataclass
+class Answer:
+    """Logits ``[end - first, V]`` of the tokens ``first`` to ``end`` of a row; None before there are any."""
+
+    first: int
+    end: int
+    logits: Tensor | None
+
+    def add(self, logits: Tensor) -> None:
+        """Take those of the next tokens as well."""
+        self.logits = logits if self.logits is None else torch.cat((self.logits, logits))
+        self.end += len(logits)
+
+    def since(self, first: int) -> Tensor:
+        """Those from the token at ``first`` on."""
+        assert self.logits is not None
+        return self.logits[first - self.first :]
+
+
 OPEN_ENDED = Sampling(ignore_eos=True)
 
 
@@ -36,6 +59,7 @@ class ChosenRows:
         sequences: the rows, each held once its logits are there.
         is_changing: they change hands.
         logits: of each row that is computed, ``[V]``.
+        scored: logits ``[n, V]`` of tokens before the last, by the place of the first, where they were asked for.
         chosen: how the next rows go on; None until the caller has said.
     """
 
@@ -43,6 +67,7 @@ class ChosenRows:
         self.sequences = [root]
         self.is_changing = False
         self.logits: dict[Sequence, Tensor] = {}
+        self.scored: list[tuple[int, Tensor]] = []
         self.chosen: list[Choice] | None = None
         self._news = news
 
@@ -61,13 +86,22 @@ class ChosenRows:
         self.logits |= zip(sequences, logits.clone(), strict=True)
         self._news.wake()
 
+    def note_scored(self, sequence: Sequence, first: int, logits: Tensor) -> None:
+        """Take note of the logits ``[n, V]`` of tokens from ``first`` on, before any row goes on."""
+        self.scored.append((first, logits.clone()))
+
+    def answer(self, place: int) -> Tensor:
+        """The logits ``[n, V]`` of a computed row: of its last token, and of those before that were asked for."""
+        last = self.logits[self.sequences[place]][None]
+        return torch.cat([*(part for _, part in sorted(self.scored, key=lambda scored: scored[0])), last])
+
     def choose(self) -> list[Choice]:
         """What was chosen; nothing where nobody goes on."""
         return self.chosen or []
 
     def replace(self, sequences: list[Sequence], choices: Ordered[Choice]) -> None:
         """Go on with ``sequences``, which have the tokens of ``choices``."""
-        self.sequences, self.logits, self.chosen = sequences, {}, None
+        self.sequences, self.logits, self.scored, self.chosen = sequences, {}, [], None
 
 
 class RowSession:
@@ -95,7 +129,7 @@ class RowSession:
         self._weights = engine._weights
         self._longest = longest
         # What the call before gave, and for which weights.
-        self._known: dict[Row, Tensor] = {}
+        self._known: dict[Row, Answer] = {}
         self._changes = self._weights.changes
         self._live: list[tuple[Request, ChosenRows]] = []
 
@@ -114,19 +148,58 @@ class RowSession:
             WeightsChangedError: if the engine cannot go on with the model as it is.
             KvpassError: if a step failed.
         """
+        found = self.logits_from(rows, [len(row) - 1 for row in rows])
+        return torch.cat(found)
+
+    def logits_from(self, rows: Ordered[Row], firsts: Ordered[int], kept: Collection[Row] = ()) -> list[Tensor]:
+        """The logits behind the tokens of each row from one of them on.
+
+        What the call before gave of a row, or of one that begins alike, is taken from there.
+
+        Args:
+            rows: as for :meth:`logits`.
+            firsts: place in each row of the first token whose logits are wanted.
+            kept: rows of earlier calls that are not asked for now and will be gone on with.
+
+        Returns:
+            of each row, logits ``[len(row) - first, V]``.
+
+        Raises:
+            InputError: as :meth:`logits`; also CapacityError, WeightsChangedError and KvpassError.
+        """
         if not rows:
             raise InputError("there are no rows: give at least one")
         if self._changes != self._weights.changes:
             self._known, self._changes = {}, self._weights.changes
-        answers = {row: self._known[row] for row in rows if row in self._known}
-        wanted = list(dict.fromkeys(row for row in rows if row not in answers))
-        if wanted:
-            answers |= self._compute(wanted)
+        first: dict[Row, int] = {}
+        for row, wanted in zip(rows, firsts, strict=True):
+            first[row] = min(wanted, first.get(row, wanted))
+        answers: dict[Row, Answer] = {}
+        lacking: dict[Row, int] = {}
+        for row, wanted in first.items():
+            answers[row] = self._remember(row, wanted)
+            if answers[row].end < len(row):
+                lacking[row] = answers[row].end
+        if lacking:
+            for row, logits in self._compute(lacking, kept).items():
+                answers[row].add(logits)
         self._known = answers
-        return torch.stack([answers[row] for row in rows])
+        return [answers[row].since(wanted) for row, wanted in zip(rows, firsts, strict=True)]
 
-    def _compute(self, rows: list[Row]) -> dict[Row, Tensor]:
-        places = self._choose(rows)
+    def _remember(self, row: Row, first: int) -> Answer:
+        """What the call before gave of the tokens of a row from ``first`` on, without a gap."""
+        if first == len(row) - 1:
+            known = self._known.get(row)
+            return Answer(first, first, None) if known is None else Answer(first, known.end, known.since(first))
+        for other, answer in self._known.items():
+            end = min(common_length(row, other), answer.end)
+            if answer.first <= first < end:
+                return Answer(first, end, answer.since(first)[: end - first])
+        return Answer(first, first, None)
+
+    def _compute(self, rows: dict[Row, int], kept: Collection[Row]) -> dict[Row, Tensor]:
+        """The logits of some rows, each from a token on."""
+        places = self._choose(rows, kept)
         with self._loop.exclusive():
             pass  # whoever takes the lock has the rows go on that were chosen
         news = self._live[0][0].news
@@ -135,7 +208,7 @@ class RowSession:
             if request.ended:
                 self.close()
                 raise request.failure or InputError("the engine was closed while rows were computed")
-        return {row: found.logits[found.sequences[place]] for row, (found, place) in places.items()}
+        return {row: found.answer(place)[rows[row] - len(row) :] for row, (found, place) in places.items()}
 
     def close(self) -> None:
         """Give all blocks back; the session can go on with rows of any kind."""
@@ -150,36 +223,38 @@ class RowSession:
     ) -> None:
         self.close()
 
-    def _choose(self, rows: list[Row]) -> dict[Row, tuple[ChosenRows, int]]:
+    def _choose(self, rows: dict[Row, int], kept: Collection[Row]) -> dict[Row, tuple[ChosenRows, int]]:
         """Say how each live row goes on, and ask for those that are new; gives where each row will be found."""
         known = {
             tuple(sequence.tokens.tolist()): (found, place)
             for _, found in self._live
             for place, sequence in enumerate(found.sequences)
         }
-        if all(row in known for row in rows):
-            return {row: known[row] for row in rows}
         for row in rows:
             if len(row) > self._longest:
                 raise InputError(f"a row has {len(row)} tokens, and the session was opened for {self._longest}")
             if row and not 0 <= row[-1] < self._plan.vocab_size:
                 raise InputError(f"token {row[-1]} is none of the model's: ids are 0 to {self._plan.vocab_size - 1}")
-        new = [row for row in rows if row[:-1] not in known]
+        last = {row for row, first in rows.items() if first == len(row) - 1}
+        if all(row in known for row in last) and len(last) == len(rows):
+            return {row: known[row] for row in rows}
+        new = [row for row in rows if row not in last or row[:-1] not in known]
         roots = make_sequences([list(row) for row in new], 1, OPEN_ENDED, self._plan, ()) if new else []
-        for root in roots:
+        for row, root in zip(new, roots, strict=True):
             root.max_new_tokens = self._longest - root.num_tokens + 1
+            root.scored_from = None if row in last else rows[row]
         self._check(roots)
         chosen: dict[ChosenRows, list[Choice]] = {found: [] for _, found in self._live}
         places: dict[Row, tuple[ChosenRows, int]] = {}
-        for row in rows:
-            if row[:-1] in known:
-                found, place = known[row[:-1]]
-                places[row] = found, len(chosen[found])
-                chosen[found].append(Choice(place, row[-1], 0.0))
-        gone = [request for request, found in self._live if not chosen[found]]
-        self._live = [(request, found) for request, found in self._live if chosen[found]]
+        for row in last - set(new):
+            found, place = known[row[:-1]]
+            places[row] = found, len(chosen[found])
+            chosen[found].append(Choice(place, row[-1], 0.0))
+        waiting = {known[row][0] for row in kept if row in known}
+        gone = [request for request, found in self._live if not chosen[found] and found not in waiting]
+        self._live = [(request, found) for request, found in self._live if chosen[found] or found in waiting]
         for _, found in self._live:
-            found.chosen = chosen[found]
+            found.chosen = chosen[found] or None
         self._loop.cancel(gone)
         news = self._live[0][0].news if self._live else News(pending=0)
         for row, root in zip(new, roots, strict=True):
@@ -189,3 +264,11 @@ class RowSession:
             places[row] = found, 0
         self._loop.submit([request for request, found in self._live if found.sequences[0] in roots])
         return places
+
+
+def common_length(one: Row, other: Row) -> int:
+    """How many tokens two rows begin with alike."""
+    most = min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    return next(place for place in range(most) if one[place] != other[place])

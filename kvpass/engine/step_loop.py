@@ -31,7 +31,7 @@ from kvpass.runtime.schedule.batch import BatchBuilder
 from kvpass.runtime.schedule.latency import Latencies
 from kvpass.runtime.schedule.scheduler import Scheduler
 from kvpass.runtime.sequences.sequence import Sequence, SequenceState
-from kvpass.runtime.sequences.step import Step
+from kvpass.runtime.sequences.step import Step, TokenRange
 from kvpass.runtime.speculation.accepted_rows import rows_to_move
 from kvpass.runtime.speculation.speculation import Speculator
 from kvpass.runtime.speculation.verification import choose_tokens
@@ -149,13 +149,16 @@ class StepLoop:
                 source, target = torch.tensor(step.copies, device=self._module.device).t().contiguous()
                 torch.ops.kvpass.copy_blocks([tensor for pair in self.caches for tensor in pair], source, target)
             move_states(self.states, step.state_moves)
-            inputs = self._batches.build(step, self.states)
+            scored = step.scored() if self._searching else []
+            inputs = self._batches.build(step, self.states, scored)
             received: NDArray[np.float64] | None = None
             if self._weighing is None:
                 logits = self._module(inputs, self.caches)
             else:
                 logits, mass = self._weighing.forward_with_mass(inputs, self.caches)
                 received = mass.double().cpu().numpy()
+            if scored:
+                logits = self._note_scored(scored, logits)
             tokens = choose_tokens(logits, step)
             if self._searching:
                 tokens = self._note_beams(step, logits, tokens)
@@ -299,6 +302,18 @@ class StepLoop:
             speculator.forget(sequence)
         except Exception as error:  # a drafter of the caller's own; those who wait for the request must not hang for it
             warnings.warn(f"the drafter failed to forget a request: {error!r}", KvpassWarning, stacklevel=2)
+
+    def _note_scored(self, scored: list[TokenRange], logits: Tensor) -> Tensor:
+        """Hand out the logits of tokens that were asked for beside the newest ones; gives the others."""
+        counts = [end - start for _, start, end in scored]
+        parts: list[Tensor] = list(logits.split([len(logits) - sum(counts), *counts]))
+        others = parts.pop(0)
+        for (sequence, start, end), part in zip(scored, parts, strict=True):
+            search = self.requests[sequence].search
+            assert search is not None
+            search.note_scored(sequence, start, part)
+            sequence.scored_from = end
+        return others
 
     def _note_beams(self, step: Step, logits: Tensor, tokens: list[list[int] | None]) -> list[list[int] | None]:
         """Hand the logits of beams to their searches; gives the tokens without theirs, which are chosen later."""

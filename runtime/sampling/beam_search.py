@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kvpass.errors import InputError
+from kvpass.errors import InputError, IntegrityError
 from kvpass.runtime.sequences.sequence import Sequence
 from kvpass.types import CachePlan
 
@@ -88,6 +88,10 @@ class BeamSearch:
         values, tokens = logprobs.topk(count_continuations(self._num_beams, len(self._ends)), dim=-1)
         for row, sequence in enumerate(sequences):
             self._computed[sequence] = values[row].cpu(), tokens[row].cpu()
+
+    def note_scored(self, sequence: Sequence, first: int, logits: Tensor) -> None:
+        """Never called: beams ask for the logits of their newest tokens alone."""
+        raise IntegrityError("a beam search was given logits that it had not asked for")
 
     def choose(self) -> list[Choice]:
         """The next beams, the likeliest first; none if the search is done. Outputs that end now are in ``found``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from kvpass.runtime.sequences.draft_tree import DraftTree
 from kvpass.runtime.sequences.sequence import Sequence
-from kvpass.runtime.sequences.step import Step
+from kvpass.runtime.sequences.step import Step, TokenRange
 from kvpass.runtime.sequences.table_rows import TableRows
 from kvpass.types import StepInputs
 
@@ -22,12 +24,12 @@ class BatchBuilder:
         self._device = device
         self._rows = TableRows()
 
-    def build(self, step: Step, states: tuple[Tensor, ...] = ()) -> StepInputs:
+    def build(self, step: Step, states: tuple[Tensor, ...] = (), scored: Ordered[TokenRange] = ()) -> StepInputs:
         """Flatten a step that is not empty: T tokens of N sequences, oldest sequence first, with their ``states``.
 
         Returns:
             StepInputs on the device; ``logits_index`` has ``1 + drafted`` rows for each of ``step.sampled``, in that
-            order. Later steps leave them as they are.
+            order, then those of the tokens ``scored``. Later steps leave them as they are.
         """
         size = self._block_size
         sequences: tuple[Sequence, ...]
@@ -53,6 +55,7 @@ class BatchBuilder:
         slots = tables[:, rows, places // size] * size + places % size
         for row, tree in trees.items():
             positions[query_start[row + 1] - len(tree.tokens) : query_start[row + 1]] = known[row] - 1 + tree.depths()
+        sampled = _rows_with_logits(step, query_start[1:], ends - known)
         return StepInputs(
             token_ids=self._move(tokens),
             positions=self._move(positions),
@@ -60,7 +63,7 @@ class BatchBuilder:
             block_tables=self._move(tables),
             seq_lens=self._move(ends - gone),
             query_start=self._move(query_start),
-            logits_index=self._move(_rows_with_logits(step, query_start[1:], ends - known)),
+            logits_index=self._move(np.concatenate((sampled, *_rows_of(scored, step, query_start)))),
             tree_mask=torch.from_numpy(_tree_mask(query_start, trees)).to(self._device) if trees else None,
             state_slots=self._move(np.array([s.state_slot for s in sequences], dtype=np.int64)) if states else None,
             states=states,
@@ -68,6 +71,14 @@ class BatchBuilder:
 
     def _move(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _rows_of(scored: Ordered[TokenRange], step: Step, query_start: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The rows of some tokens of a step."""
+    if not scored:
+        return []
+    first = {sequence: int(row) - start for (sequence, start, _), row in zip(step.ranges, query_start, strict=False)}
+    return [np.arange(first[sequence] + start, first[sequence] + end) for sequence, start, end in scored]
 
 
 def _forgotten_blocks(sequences: tuple[Sequence, ...]) -> NDArray[np.int64]:

@@ -86,6 +86,8 @@ class Sequence:
         text: the output as text; None unless the request has stop strings.
         logprobs: of each generated token, where the request asks for them.
         failure: why it finished in error, where that is known and not in its tokens or logits.
+        scored_from: place of the first token whose logits are still to be handed out, all that follow included; None
+            where only the newest token's are wanted.
     """
 
     __slots__ = (
@@ -112,6 +114,7 @@ class Sequence:
         "rank",
         "received",
         "sampling",
+        "scored_from",
         "seed",
         "shares_tail",
         "state",
@@ -168,6 +171,7 @@ class Sequence:
         self.text = text
         self.logprobs: list[TokenLogprobs] = []
         self.failure: str | None = None
+        self.scored_from: int | None = None
         # Grows by doubling: what a request asks for at most is no measure of what it will need.
         self._tokens: TokenArray = np.array(prompt, dtype=np.int32)
 

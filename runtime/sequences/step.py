@@ -36,6 +36,14 @@ class Step:
     expired: tuple[Sequence, ...] = ()
     state_moves: tuple[StateMove, ...] = ()
 
+    def scored(self) -> list[TokenRange]:
+        """Those of the tokens whose logits are asked for beside what is sampled."""
+        return [
+            (sequence, max(start, sequence.scored_from), min(end, sequence.num_tokens - 1))
+            for sequence, start, end in self.ranges
+            if sequence.scored_from is not None and sequence.scored_from < min(end, sequence.num_tokens - 1)
+        ]
+
     def finish(self, counts: SchedulerCounts, used: int, size: int) -> None:
         """Take note in the sequences that their ranges, of which there are some, are computed, and count it.
 

@@ -56,8 +56,11 @@ class StepRegistry:
         """The registered blocks with which ``sequence`` begins."""
         if self._prefix_cache is None:
             return None
-        # At least one token has to be computed, or there would be no logits.
-        return self._prefix_cache.match(sequence.tokens, sequence.num_tokens - 1, sequence.namespace)
+        # At least one token has to be computed, or there would be no logits; and all whose logits are asked for.
+        most = sequence.num_tokens - 1
+        if sequence.scored_from is not None:
+            most = min(most, sequence.scored_from)
+        return self._prefix_cache.match(sequence.tokens, most, sequence.namespace)
 
     def find_more(self, sequence: Sequence) -> Match | None:
         """What others have registered since of the tokens that ``sequence`` is about to compute; None if nothing."""

@@ -148,3 +148,35 @@ def test_the_engine_is_closed_meanwhile():
     engine.close()
     with pytest.raises(kvpass.InputError, match="was closed"):
         session.logits([(1, 2, 3)])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 24}, {"num_blocks": 16, "max_sequences": 2}])
+def test_the_logits_of_any_tokens_of_rows(options):
+    numbers = random.Random(7)
+    engine = make_engine(**options, max_batch_tokens=9)
+    with RowSession(engine, 60) as session:
+        rows = [(1, 2, 3), (1, 2, 3, 4, 5), (7,)]
+        for turn in range(80):
+            firsts = [numbers.randrange(len(row)) if turn % 3 else len(row) - 1 for row in rows]
+            kept = [rows[0]] if turn % 2 else []
+            found = session.logits_from(rows, firsts, kept)
+            for row, first, logits in zip(rows, firsts, found, strict=True):
+                wanted = [logits_of(row[: end + 1]) for end in range(first, len(row))]
+                assert np.array_equal(logits.numpy(), np.stack(wanted)), f"turn {turn}: {row} from {first}"
+            engine.check_integrity()
+            if turn % 5 == 4:
+                rows = [row[: numbers.randint(1, len(row))] for row in rows[: numbers.randint(1, 3)]]
+            for _ in range(numbers.randint(1, 4) if turn % 4 else 1):
+                rows = grown([row[:50] for row in rows], numbers)
+    check_idle(engine)
+
+
+def test_a_kept_row_goes_on_where_it_stood():
+    engine = make_engine()
+    with RowSession(engine, 60) as session:
+        session.logits([(1, 2, 3, 4, 5), (6, 7, 8)])
+        session.logits_from([(1, 2, 3, 4, 5, 6)], [5], kept=[(6, 7, 8)])
+        before = engine.stats().prefill_tokens
+        assert right(session, [(6, 7, 8, 9)])
+        assert engine.stats().prefill_tokens == before
+    check_idle(engine)
