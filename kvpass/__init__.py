@@ -4,6 +4,9 @@ import kvpass.kernels.ops  # noqa: F401 - registers the kvpass:: ops
 from kvpass.compiler import compile, load
 from kvpass.config import CacheConfig
 from kvpass.declarations import declare_meaning, declare_tokenwise
+from kvpass.dynamo.cached import CachedScope, cached
+from kvpass.dynamo.incremental import IncrementalScope, incremental
+from kvpass.dynamo.scopes import ScopeStats
 from kvpass.engine.draft_engine import DraftEngine
 from kvpass.engine.engine import Engine
 from kvpass.engine.handle import Handle
@@ -46,6 +49,7 @@ __all__ = [
     "CacheConfig",
     "CachePlan",
     "CacheSpec",
+    "CachedScope",
     "CapacityError",
     "CaptureError",
     "ConfigError",
@@ -53,6 +57,7 @@ __all__ = [
     "Engine",
     "Handle",
     "HeavyHitters",
+    "IncrementalScope",
     "InputError",
     "IntegrityError",
     "KvpassError",
@@ -64,16 +69,19 @@ __all__ = [
     "RefusedError",
     "RewriteReport",
     "Sampling",
+    "ScopeStats",
     "SiteReport",
     "StepInputs",
     "TextOutput",
     "TokenLogprobs",
     "VerificationError",
     "WeightsChangedError",
+    "cached",
     "compile",
     "declare_meaning",
     "declare_tokenwise",
     "generate",
+    "incremental",
     "load",
     "patch",
     "sample_seed",

@@ -8,6 +8,7 @@ of it. Rows that nobody goes on with give their blocks back, and what is full of
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Answer:
         return self.logits[first - self.first :]
 
 
+HORIZON = 2**22  # tokens; proofs speak of no longer sequences
 OPEN_ENDED = Sampling(ignore_eos=True)
 
 
@@ -232,7 +234,10 @@ class RowSession:
         }
         for row in rows:
             if len(row) > self._longest:
-                raise InputError(f"a row has {len(row)} tokens, and the session was opened for {self._longest}")
+                raise InputError(
+                    f"a row has {len(row)} tokens, and the longest may have {self._longest}: so many were asked for, "
+                    "or the model or the pool allow no more (CacheConfig memory)"
+                )
             if row and not 0 <= row[-1] < self._plan.vocab_size:
                 raise InputError(f"token {row[-1]} is none of the model's: ids are 0 to {self._plan.vocab_size - 1}")
         last = {row for row, first in rows.items() if first == len(row) - 1}
@@ -264,6 +269,12 @@ class RowSession:
             places[row] = found, 0
         self._loop.submit([request for request, found in self._live if found.sequences[0] in roots])
         return places
+
+
+def longest_row(engine: Engine) -> int:
+    """Most tokens of a row: as the model allows, and as the pool of an engine has room for."""
+    scheduler, most = engine._scheduler, engine.plan.max_length or HORIZON
+    return bisect_right(range(1, most + 1), False, key=lambda length: not scheduler.has_room(length))
 
 
 def common_length(one: Row, other: Row) -> int:

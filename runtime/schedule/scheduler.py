@@ -113,6 +113,10 @@ class Scheduler:
         """Running sequences of which nothing but the newest token is left to compute."""
         return [sequence for sequence in self._queues.running if sequence.num_computed == sequence.num_tokens - 1]
 
+    def has_room(self, length: int) -> bool:
+        """Whether the pool has room for a sequence of so many tokens when nothing else runs."""
+        return self._holdings.most_held(0, length, 1) <= self._pool.num_blocks
+
     def check_fits(self, sequence: Sequence) -> None:
         """Raise :class:`CapacityError` if the pool is too small for ``sequence`` even when nothing else runs."""
         need = self._holdings.most_held(0, sequence.max_cached_tokens, 1)

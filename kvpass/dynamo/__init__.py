@@ -1,0 +1,1 @@
+"""``torch.compile(model, backend="kvpass")``, and the scopes in which what it compiled keeps a cache."""

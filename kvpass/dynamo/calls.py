@@ -1,0 +1,119 @@
+"""A call of the user's model as a scope sees it: which argument holds the tokens, and what else there is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from kvpass.adapters import IDS, POSITIONS
+
+MASKS = ("attention_mask", "padding_mask", "mask")
+PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None))
+
+
+class LeftAlone(Exception):
+    """A scope cannot keep a cache for a call, which is computed as it would be outside; says why."""
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call.
+
+    Attributes:
+        arguments: by name, as they were given; ``tokens`` is the name of the token ids ``[B, S]``, ``mask`` and
+            ``positions`` of what may come with them, None where it was not given.
+    """
+
+    signature: inspect.Signature
+    arguments: dict[str, Any]
+    tokens: str
+    mask: str | None = None
+    positions: str | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids ``[B, S]``."""
+        return self._tensor(self.tokens)
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """Ones and zeros, of the shape of the ids; None where there is none."""
+        return None if self.mask is None else self._tensor(self.mask)
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """The position of each token; None where they are not given."""
+        return None if self.positions is None else self._tensor(self.positions)
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What two calls have in common that differ in their tokens alone."""
+        roles = (self.tokens, self.mask, self.positions)
+        others = {name: value for name, value in self.arguments.items() if name not in roles}
+        return (*roles, repr(sorted(others.items())))
+
+    def _tensor(self, name: str) -> Tensor:
+        found = self.arguments[name]
+        assert isinstance(found, Tensor)
+        return found
+
+    def for_tokens(self, ids: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
+        """What stands in the place of tokens, mask and positions for other ids ``[B, S]`` of rows without padding."""
+        found = {self.tokens: ids}
+        if self.mask is not None:
+            found[self.mask] = torch.ones_like(ids, dtype=self._tensor(self.mask).dtype)
+        if self.positions is not None:
+            counted = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
+            found[self.positions] = counted.to(self._tensor(self.positions).dtype)
+        return found
+
+    def bound(self, replaced: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call, some of them replaced."""
+        arguments = self.arguments | dict(replaced)
+        bound = self.signature.bind_partial()
+        for name, parameter in self.signature.parameters.items():
+            if name in arguments:
+                value = arguments[name]
+                bound.arguments[name] = (value,) if parameter.kind is parameter.VAR_POSITIONAL else value
+        return bound.args, bound.kwargs
+
+
+def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+    """A call of a model.
+
+    Raises:
+        LeftAlone: if it has arguments that no cache knows of.
+        TypeError: if the arguments do not fit the forward's signature.
+    """
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*args, **kwargs)
+    arguments = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL and len(arguments.get(name, ())) == 1:
+            arguments = {name: arguments[name][0]}
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    if not names:
+        raise LeftAlone("the model is called without token ids")
+    tokens = next(name for name in (*IDS, *names) if name in names)
+    ids = arguments[tokens]
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype is torch.bool or 0 in ids.shape:
+        raise LeftAlone(f"its argument {tokens} is no batch of token ids [batch, length], but {list(ids.shape)}")
+    mask = next((name for name in MASKS if name in names and name != tokens), None)
+    positions = next((name for name in POSITIONS if name in names and name != tokens), None)
+    for name, value in arguments.items():
+        if name in (tokens, mask, positions):
+            continue
+        if not all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value)):
+            raise LeftAlone(f"the model is given {name}, and what that means for a cache is not known")
+    for name in [name for name in (mask, positions) if name is not None]:
+        if arguments[name].shape not in (ids.shape, (1, ids.shape[1])):
+            given, wanted = list(arguments[name].shape), list(ids.shape)
+            raise LeftAlone(f"its argument {name} has shape {given}, and the token ids {wanted}")
+    return ModelCall(signature, arguments, tokens, mask, positions)

@@ -1,0 +1,175 @@
+"""The engine behind a graph of Dynamo's: one for each graph and the tensors it reads, kept with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpass.adapters import LogitsModel, end_of_sequence, example_for, locate_logits
+from kvpass.compiler import capture_model, check_model, rewrite
+from kvpass.config import CacheConfig
+from kvpass.dynamo.calls import LeftAlone, ModelCall
+from kvpass.dynamo.graph_model import GivenCall, GraphModel, Input
+from kvpass.dynamo.graph_site import GraphSite
+from kvpass.engine.engine import Engine
+from kvpass.errors import RefusedError, WeightsChangedError
+from kvpass.fx_passes.capture.alone import alone
+from kvpass.fx_passes.graph import LogitsRows
+from kvpass.outputs import Path
+
+PLACE = "_kvpass_graphs"  # attribute of a model
+LEAST_BOUND = 1e-3  # of the largest logit
+
+
+@dataclass(eq=False)
+class GraphEngine:
+    """An engine that gives a graph's logits.
+
+    Attributes:
+        engine: over the graph, rewritten.
+        rows: which rows of logits the graph gives.
+        output: which of its outputs they are.
+        rank: dims of that output.
+        path: of the logits in what the model returns.
+        tensors: of the model, in the order of the graph's inputs, with their versions.
+    """
+
+    engine: Engine
+    rows: LogitsRows
+    output: int
+    rank: int
+    path: Path
+    tensors: list[tuple[Tensor, int]]
+
+    def agree(self, found: Tensor, wanted: Tensor) -> bool:
+        """Whether logits ``[V]`` are the model's own, within the bound that the verification held them to."""
+        checked = self.engine.report.verification
+        bounds = (LEAST_BOUND, *((checked.tolerance, checked.format_tolerance or 0.0) if checked is not None else ()))
+        apart = (found.float() - wanted.float()).abs().max()
+        return bool(apart <= max(bounds) * wanted.float().abs().max())
+
+    def reads(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the engine goes on with these."""
+        if [id(tensor) for tensor in tensors] != [id(tensor) for tensor, _ in self.tensors]:
+            return False
+        if any(tensor._version != version for tensor, version in self.tensors if version >= 0):
+            return False
+        try:
+            self.engine._weights.check()
+        except WeightsChangedError:
+            return False
+        return True
+
+
+@dataclass(eq=False)
+class GraphEngines:
+    """Those of one model, as an attribute of it, so that they go with it; a copy of the model has none.
+
+    Attributes:
+        found: by graph and configuration of the cache: an engine, or why there is none.
+    """
+
+    found: dict[tuple[str, str], GraphEngine | RefusedError] = field(default_factory=dict)
+    lock: Any = field(default_factory=RLock, repr=False)
+
+    def __deepcopy__(self, memo: object) -> GraphEngines:
+        return GraphEngines()
+
+    def __reduce__(self) -> tuple[type[GraphEngines], tuple[()]]:
+        return GraphEngines, ()
+
+
+def engines_of(model: nn.Module) -> GraphEngines:
+    """Those of a model."""
+    found = model.__dict__.get(PLACE)
+    if found is None:
+        found = model.__dict__.setdefault(PLACE, GraphEngines())
+    return found  # type: ignore[no-any-return]
+
+
+def engine_of_graph(
+    model: nn.Module, call: ModelCall, site: GraphSite, inputs: Sequence[Input | Tensor], config: CacheConfig
+) -> GraphEngine:
+    """The engine of a graph, made where there is none that can go on.
+
+    Args:
+        model: the user's, which the graph was traced of.
+        call: how it was called.
+        site: the graph.
+        inputs: what each of its placeholders is.
+        config: formats and size of the cache.
+
+    Raises:
+        LeftAlone: if the graph does not give the model's logits.
+        RefusedError: if it could not be proven; also VerificationError.
+        InputError: if the model cannot be used as it is.
+    """
+    tensors = [one for one in inputs if isinstance(one, Tensor)]
+    engines, key = engines_of(model), (site.text, repr(config))
+    with engines.lock:
+        known = engines.found.get(key)
+        if isinstance(known, RefusedError):
+            raise known
+        if known is not None:
+            if known.reads(tensors):
+                return known
+            known.engine.close()
+        try:
+            made = engines.found[key] = _make(model, call, site, inputs, config)
+        except RefusedError as error:
+            engines.found[key] = error
+            raise
+        return made
+
+
+@alone()
+def _make(
+    model: nn.Module, call: ModelCall, site: GraphSite, inputs: Sequence[Input | Tensor], config: CacheConfig
+) -> GraphEngine:
+    device = check_model(model)
+    names = {id(tensor): name for name, tensor in (*_named(model.named_parameters), *_named(model.named_buffers))}
+    held: dict[str, Tensor] = {}
+    filled: list[Input | str] = []
+    for place, one in enumerate(inputs):
+        if isinstance(one, Tensor):
+            name = names.get(id(one), f"constant_{place}")
+            held[name] = one
+            filled.append(name)
+        else:
+            filled.append(one)
+    mask = call.attention_mask
+    original = GivenCall(model, call)
+    graph = GraphModel(site.graph, filled, held, mask_dtype=torch.int64 if mask is None else mask.dtype)
+    graph.output = _which_output(original, graph, device)
+    adapter = LogitsModel(graph, call.positions is not None)
+    captured = capture_model(adapter, device)
+    rows = captured.rows
+    module, report = rewrite(original, config, device, captured=captured)
+    engine = Engine(module, module.plan, config, report, end_of_sequence(model))
+    outside = [(one, one._version if id(one) not in names else -1) for one in inputs if isinstance(one, Tensor)]
+    nodes = next(node for node in site.graph.graph.nodes if node.op == "output").args[0]
+    value = nodes[graph.output].meta["example_value"]
+    return GraphEngine(engine, rows, graph.output, value.dim(), original.path or (), outside)
+
+
+def _named(of: Any) -> list[tuple[str, Tensor]]:
+    return list(of(remove_duplicate=False))
+
+
+def _which_output(original: GivenCall, graph: GraphModel, device: torch.device) -> int:
+    """Which of the graph's outputs are the logits that the model returns."""
+    example = example_for(original, device)
+    with torch.no_grad():
+        locate_logits(original, example)
+        logits = original(*example)
+        outputs = graph.outputs(*example)
+    for place, output in enumerate(outputs):
+        alike = isinstance(output, Tensor) and output.shape == logits.shape and output.dtype == logits.dtype
+        if alike and torch.allclose(output.float(), logits.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+            return place
+    raise LeftAlone("none of the outputs of its graph are the logits that the model returns")

@@ -1,0 +1,108 @@
+"""A graph of Dynamo's as a module of token ids, with the model's own tensors under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter
+
+from kvpass.adapters import LogitsModel
+from kvpass.dynamo.calls import ModelCall
+
+
+class Input(Enum):
+    """What an input of a graph is filled with."""
+
+    TOKENS = "token ids [B, S]"
+    MASK = "ones [B, S]"
+    POSITIONS = "positions [B, S]"
+    BATCH = "B"
+    LENGTH = "S"
+
+
+class GraphModel(nn.Module):
+    """``forward(input_ids [B, S], position_ids [B, S] | None)`` gives one of the graph's outputs.
+
+    Args:
+        graph: torch-level; its placeholders in the order of ``inputs``.
+        inputs: for each placeholder what it is, or the dotted name of a tensor.
+        tensors: by name.
+        output: which of the outputs.
+        mask_dtype: of the mask, where there is one.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        inputs: Sequence[Input | str],
+        tensors: Mapping[str, Tensor],
+        output: int = 0,
+        mask_dtype: torch.dtype = torch.int64,
+    ) -> None:
+        super().__init__()
+        self.traced = graph
+        self.inputs = list(inputs)
+        self.output = output
+        self.mask_dtype = mask_dtype
+        for name, tensor in tensors.items():
+            *path, leaf = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if not isinstance(owner._modules.get(part), nn.Module):
+                    owner.add_module(part, nn.Module())
+                owner = owner._modules[part]  # type: ignore[assignment]
+            if isinstance(tensor, nn.Parameter):
+                owner.register_parameter(leaf, tensor)
+            else:
+                owner.register_buffer(leaf, tensor, persistent=False)
+        self.eval()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """The output, a tensor."""
+        found = self.outputs(input_ids, position_ids)[self.output]
+        assert isinstance(found, Tensor)
+        return found
+
+    def outputs(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Any, ...]:
+        """All outputs."""
+        return tuple(Interpreter(self.traced).run(*self._arguments(input_ids, position_ids)))
+
+    def _arguments(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Any]:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        values: dict[Input, Any] = {
+            Input.TOKENS: input_ids,
+            Input.POSITIONS: position_ids,
+            Input.MASK: torch.ones_like(input_ids, dtype=self.mask_dtype),
+            Input.BATCH: input_ids.shape[0],
+            Input.LENGTH: input_ids.shape[1],
+        }
+        return [values[one] if isinstance(one, Input) else self._tensor(one) for one in self.inputs]
+
+    def _tensor(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        found = getattr(self.get_submodule(path), leaf)
+        assert isinstance(found, Tensor)
+        return found
+
+
+class GivenCall(LogitsModel):
+    """The user's model, called as it was called in a scope, but for the tokens; it has the last word."""
+
+    def __init__(self, model: nn.Module, call: ModelCall) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.copied = []
+        self.path = None
+        self.positions_name = call.positions
+        self._call = call
+        self.train(model.training)
+
+    def call(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
+        """All that the model returns."""
+        args, kwargs = self._call.bound(self._call.for_tokens(input_ids, position_ids))
+        return self.model._call_impl(*args, **kwargs)  # not what model.compile() has put in the place of it

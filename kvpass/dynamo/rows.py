@@ -1,0 +1,95 @@
+"""The rows of a batch as they are without padding, and logits put back to where their tokens stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpass.dynamo.graph_engines import GraphEngine
+from kvpass.engine.row_session import Row
+from kvpass.errors import InputError
+from kvpass.fx_passes.graph import LogitsRows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a call.
+
+    Attributes:
+        rows: the tokens of each, without padding.
+        starts: where the first token of each stands.
+        length: of the padded rows.
+    """
+
+    rows: list[Row]
+    starts: list[int]
+    length: int
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any row is shorter than the batch."""
+        return any(len(row) < self.length for row in self.rows)
+
+    @property
+    def is_padded_behind(self) -> bool:
+        """Whether the last token of any row is followed by padding."""
+        return any(start + len(row) < self.length for row, start in zip(self.rows, self.starts, strict=True))
+
+    def place(self, logits: Sequence[Tensor]) -> Tensor:
+        """Logits ``[B, S, V]`` with those of each row, ``[len(row), V]``, in their places; zero at padding."""
+        if not self.is_padded:
+            return torch.stack(list(logits))
+        placed = logits[0].new_zeros(len(self.rows), self.length, logits[0].shape[-1])
+        for out, start, part in zip(placed, self.starts, logits, strict=True):
+            out[start : start + len(part)] = part
+        return placed
+
+
+def read_batch(
+    ids: Tensor, mask: Tensor | None, positions: Tensor | None = None, before: Sequence[int] | None = None
+) -> Batch:
+    """The rows of token ids ``[B, S]``.
+
+    Args:
+        ids: token ids.
+        mask: ones, and zeros at padding, of the same shape or ``[1, S]``; None where nothing is padded.
+        positions: of each token; likewise, None where they follow from the rest.
+        before: tokens that each row goes on from; None for none.
+
+    Raises:
+        InputError: if a row is padding alone or has a gap, or the positions do not count its tokens.
+    """
+    present = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask != 0).expand_as(ids)
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("the mask holds more than ones and zeros: a scope knows masks of padding alone")
+    rows, starts = [], []
+    for row, here in zip(ids.tolist(), present.tolist(), strict=True):
+        if not any(here):
+            raise InputError("a row of the batch is padding and nothing else: leave it out")
+        first = here.index(True)
+        count = sum(here)
+        if not all(here[first : first + count]):
+            raise InputError("a row has padding between its tokens: pad it on one side")
+        rows.append(tuple(row[first : first + count]))
+        starts.append(first)
+    batch = Batch(rows, starts, ids.shape[1])
+    if positions is not None:
+        offsets = [0] * len(rows) if before is None else before
+        shifts = [offset - start for offset, start in zip(offsets, starts, strict=True)]
+        wanted = torch.tensor(shifts)[:, None] + torch.arange(batch.length)
+        given = positions.expand_as(ids).cpu()
+        if not bool(((given == wanted) | ~present.cpu()).all()):
+            raise InputError("position_ids do not count the tokens of each row from 0: leave them out, or count so")
+    return batch
+
+
+def as_graph_gives(found: GraphEngine, logits: Tensor) -> Tensor:
+    """Logits ``[B, S, V]`` in the shape that a graph gives them in."""
+    if found.rows is LogitsRows.EVERY:
+        return logits
+    if found.rows is LogitsRows.MERGED:
+        return logits.flatten(0, 1)
+    return logits[:, -1:] if found.rank == 3 else logits[:, -1]

@@ -1,0 +1,168 @@
+"""Scopes in which a model that ``torch.compile(backend="kvpass")`` has compiled keeps a cache.
+
+Two meanings, no third: within :func:`~kvpass.cached` the model is given whole sequences, as without a cache, and what
+is known of them by their content is not computed again; within :func:`~kvpass.incremental` what it is given goes on
+with sequences that the scope keeps. A scope belongs to the thread that enters it.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from kvpass.dynamo.calls import LeftAlone, ModelCall, read_call
+from kvpass.dynamo.doorway import Doorway, doorway_of
+from kvpass.dynamo.graph_engines import GraphEngine
+from kvpass.dynamo.graph_site import GraphSite, answered_by
+from kvpass.dynamo.under_way import CallUnderWay, StaticShape
+from kvpass.engine.engine import Engine
+from kvpass.engine.row_session import RowSession, longest_row
+from kvpass.errors import InputError, RefusedError
+from kvpass.runtime.schedule.stats import EngineStats
+
+ATTEMPTS = 3  # shapes that Dynamo is shown until it makes a graph for all
+
+
+@dataclass(frozen=True)
+class ScopeStats:
+    """What a scope has done.
+
+    Attributes:
+        calls: of the model.
+        left_alone: those of them that were computed as outside of the scope.
+        graphs: graphs of Dynamo's that answered the others.
+        recompiles: those of them that Dynamo made after the first had answered.
+        engine: figures of the engine behind them; None before there is one.
+    """
+
+    calls: int
+    left_alone: int
+    graphs: int
+    recompiles: int
+    engine: EngineStats | None
+
+
+class Scope(ABC):
+    """What both scopes have in common; a context manager.
+
+    Args:
+        compiled: what ``torch.compile(model, backend="kvpass")`` returns.
+
+    Raises:
+        InputError: if it is something else.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._doorway: Doorway = doorway_of(compiled)
+        self._model: nn.Module = self._doorway.model
+        self._thread: int | None = None
+        self._is_over = False
+        self._sessions: dict[Engine, RowSession] = {}
+        self._sites: dict[GraphSite, None] = {}
+        self._alone: dict[tuple[Any, ...], LeftAlone | RefusedError] = {}
+        self._calls = self._left_alone = 0
+
+    def __enter__(self) -> Self:
+        if self._thread is not None:
+            raise InputError("a scope can be entered once: make a new one")
+        self._check_mode()
+        self._doorway.enter(self)
+        self._thread = threading.get_ident()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._check_inside()
+        self._is_over = True
+        self._doorway.leave()
+        for session in self._sessions.values():
+            session.close()
+
+    def stats(self) -> ScopeStats:
+        """Figures so far; of the engine those of all that use it.
+
+        Raises:
+            InputError: in another thread than the scope's.
+        """
+        self._check_thread()
+        engine = next(reversed(self._sessions), None)
+        graphs, figures = len(self._sites), None if engine is None else engine.stats()
+        return ScopeStats(self._calls, self._left_alone, graphs, max(0, graphs - 1), figures)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns for a call in the scope."""
+        self._check_mode()
+        self._calls += 1
+        try:
+            call = read_call(self._model, args, kwargs)
+            if call.form in self._alone:
+                raise self._alone[call.form]
+            try:
+                return self._answered(call)
+            except (LeftAlone, RefusedError) as reason:
+                self._alone[call.form] = reason
+                raise
+        except (LeftAlone, RefusedError) as reason:
+            self._leave_alone(reason)
+        self._left_alone += 1
+        with answered_by(None):
+            return self._doorway.inner(*args, **kwargs)
+
+    @abstractmethod
+    def _compute(self, found: GraphEngine, call: ModelCall) -> Tensor:
+        """The logits of a call, in the shape that its graph gives them in."""
+
+    @abstractmethod
+    def _leave_alone(self, reason: LeftAlone | RefusedError) -> None:
+        """Say why a call is computed as outside of the scope, or raise where it must not be."""
+
+    def _answered(self, call: ModelCall) -> Any:
+        """The model's outputs, with logits from the cache in them.
+
+        Raises:
+            LeftAlone: if the call is none that a cache can be kept for.
+            RefusedError: if no rewrite could be proven.
+        """
+        under_way = CallUnderWay(self._model, call, self._compute, self._note)
+        for attempt in range(ATTEMPTS):
+            args, kwargs = under_way.show(attempt)
+            try:
+                with answered_by(under_way):
+                    outputs = self._doorway.inner(*args, **kwargs)
+            except StaticShape:
+                continue
+            if not under_way.is_answered:
+                raise LeftAlone("torch.compile makes no graph of its forward")
+            return outputs
+        raise LeftAlone("torch.compile makes a graph for one shape alone: leave out dynamic=False")
+
+    def _session(self, engine: Engine) -> RowSession:
+        found = self._sessions.get(engine)
+        if found is None:
+            for session in self._sessions.values():  # of weights that are gone, or of another form of the call
+                session.close()
+            found = self._sessions[engine] = RowSession(engine, longest_row(engine))
+        return found
+
+    def _note(self, site: GraphSite) -> None:
+        self._sites[site] = None
+        self._doorway.options = site.options
+
+    def _check_mode(self) -> None:
+        if self._model.training:
+            raise InputError("the model is in training mode: call model.eval() before it is used in a scope of kvpass")
+
+    def _check_thread(self) -> None:
+        if self._thread is not None and self._thread != threading.get_ident():
+            raise InputError("this scope belongs to another thread: enter one in each thread, they share the cache")
+
+    def _check_inside(self) -> None:
+        self._check_thread()
+        if self._thread is None or self._is_over:
+            raise InputError("this scope is not entered: write `with kvpass.incremental(model) as cache:`")
