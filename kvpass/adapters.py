@@ -107,6 +107,13 @@ def locate_logits(model: LogitsModel, example: tuple[Tensor, ...]) -> None:
     model.path = find_logits(output, batch, length, rows)
 
 
+def has_own_cache(model: nn.Module) -> bool:
+    """Whether the model keeps a cache of its own unless it is called with ``use_cache=False``."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return "use_cache" in parameters or (takes_more and hasattr(getattr(model, "config", None), "use_cache"))
+
+
 def _call_form(model: nn.Module, takes_positions: bool) -> tuple[str | None, str | None, dict[str, Any]]:
     """Names under which token ids and position ids are passed, and arguments that are always the same."""
     parameters = inspect.signature(model.forward).parameters
@@ -118,10 +125,7 @@ def _call_form(model: nn.Module, takes_positions: bool) -> tuple[str | None, str
     demanded = positions is not None and parameters[positions].default is inspect.Parameter.empty
     if takes_positions and positions is None:
         raise InputError(f"example_inputs holds position ids, but the model's forward takes none of {POSITIONS}")
-    fixed: dict[str, Any] = {}
-    takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if "use_cache" in parameters or (takes_more and hasattr(getattr(model, "config", None), "use_cache")):
-        fixed["use_cache"] = False
+    fixed: dict[str, Any] = {"use_cache": False} if has_own_cache(model) else {}
     if "return_dict" in parameters:
         fixed["return_dict"] = True
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

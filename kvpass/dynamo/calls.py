@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kvpass.adapters import IDS, POSITIONS
+from kvpass.adapters import IDS, POSITIONS, has_own_cache
 
 MASKS = ("attention_mask", "padding_mask", "mask")
 PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None))
@@ -85,35 +85,57 @@ class ModelCall:
         return bound.args, bound.kwargs
 
 
-def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
-    """A call of a model.
+@dataclass(frozen=True)
+class CallForm:
+    """How a model is called.
 
-    Raises:
-        LeftAlone: if it has arguments that no cache knows of.
-        TypeError: if the arguments do not fit the forward's signature.
+    Attributes:
+        signature: of its forward.
+        has_own_cache: whether it keeps a cache of its own unless it is told not to.
     """
-    signature = inspect.signature(model.forward)
-    bound = signature.bind(*args, **kwargs)
-    arguments = dict(bound.arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL and len(arguments.get(name, ())) == 1:
-            arguments = {name: arguments[name][0]}
-    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
-    if not names:
-        raise LeftAlone("the model is called without token ids")
-    tokens = next(name for name in (*IDS, *names) if name in names)
-    ids = arguments[tokens]
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype is torch.bool or 0 in ids.shape:
-        raise LeftAlone(f"its argument {tokens} is no batch of token ids [batch, length], but {list(ids.shape)}")
-    mask = next((name for name in MASKS if name in names and name != tokens), None)
-    positions = next((name for name in POSITIONS if name in names and name != tokens), None)
-    for name, value in arguments.items():
-        if name in (tokens, mask, positions):
-            continue
-        if not all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value)):
-            raise LeftAlone(f"the model is given {name}, and what that means for a cache is not known")
-    for name in [name for name in (mask, positions) if name is not None]:
-        if arguments[name].shape not in (ids.shape, (1, ids.shape[1])):
-            given, wanted = list(arguments[name].shape), list(ids.shape)
-            raise LeftAlone(f"its argument {name} has shape {given}, and the token ids {wanted}")
-    return ModelCall(signature, arguments, tokens, mask, positions)
+
+    signature: inspect.Signature
+    has_own_cache: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> CallForm:
+        """That of a model."""
+        return cls(inspect.signature(model.forward), has_own_cache(model))
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        """A call of the model.
+
+        Raises:
+            LeftAlone: if it has arguments that no cache knows of.
+            TypeError: if the arguments do not fit the forward's signature.
+        """
+        bound = self.signature.bind(*args, **kwargs)
+        arguments = dict(bound.arguments)
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL and len(arguments.get(name, ())) == 1:
+                arguments[name] = arguments[name][0]
+        if self.has_own_cache:
+            more = next((p.name for p in self.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+            if "use_cache" in self.signature.parameters:
+                arguments.setdefault("use_cache", False)
+            else:
+                arguments[more] = {"use_cache": False} | arguments.get(more, {})
+        names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+        if not names:
+            raise LeftAlone("the model is called without token ids")
+        tokens = next(name for name in (*IDS, *names) if name in names)
+        ids = arguments[tokens]
+        if ids.dim() != 2 or ids.is_floating_point() or ids.dtype is torch.bool or 0 in ids.shape:
+            raise LeftAlone(f"its argument {tokens} is no batch of token ids [batch, length], but {list(ids.shape)}")
+        mask = next((name for name in MASKS if name in names and name != tokens), None)
+        positions = next((name for name in POSITIONS if name in names and name != tokens), None)
+        for name, value in arguments.items():
+            if name in (tokens, mask, positions):
+                continue
+            if not all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value)):
+                raise LeftAlone(f"the model is given {name}, and what that means for a cache is not known")
+        for name in [name for name in (mask, positions) if name is not None]:
+            if arguments[name].shape not in (ids.shape, (1, ids.shape[1])):
+                given, wanted = list(arguments[name].shape), list(ids.shape)
+                raise LeftAlone(f"its argument {name} has shape {given}, and the token ids {wanted}")
+        return ModelCall(self.signature, arguments, tokens, mask, positions)

@@ -6,13 +6,16 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
+from types import CodeType, FunctionType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch.fx import GraphModule
 
-from kvpass.dynamo.graph_site import kvpass
+from kvpass.dynamo.graph_site import GraphSite, kvpass, traced_frame
 from kvpass.dynamo.options import BackendOptions, parse_options
 from kvpass.errors import InputError, KvpassWarning, RefusedError
 from kvpass.report import RewriteReport
@@ -36,6 +39,8 @@ class Doorway:
     Attributes:
         model: the user's own, which was compiled.
         inner: what Dynamo has put in the place of its forward.
+        whole: traces the model for scopes, hooks and all, apart from what Dynamo keeps of it for other calls.
+        code: of the function that ``whole`` traces.
         options: of the compile, as far as they are known.
     """
 
@@ -43,12 +48,19 @@ class Doorway:
         self.model = model
         self.options = options
         self.inner: Callable[..., Any] = getattr(compiled, attribute)
+        function = FunctionType(_call.__code__.replace(co_name=f"call_{id(self)}"), globals())
+        self.code: CodeType = function.__code__
+        self.whole: Callable[..., Any] = torch.compile(function, backend=self._site)
         self._reported: set[str] = set()
         self._holder = compiled
         self._attribute = attribute
         self._here = threading.local()
         self._inside = 0
+        self.__wrapped__ = self.inner  # for who asks for the signature
         self._lock = threading.Lock()
+
+    def _site(self, graph: GraphModule, example_inputs: list[Any]) -> GraphSite:
+        return GraphSite(graph, None, self.options, traced_frame())
 
     def enter(self, scope: Answering) -> None:
         """Have the calls of this thread go to a scope.
@@ -60,7 +72,7 @@ class Doorway:
             raise InputError("this thread is in a scope of this model already: leave it before it enters another")
         with self._lock:
             if self._inside == 0:
-                self.inner = getattr(self._holder, self._attribute)
+                self.inner = self.__wrapped__ = getattr(self._holder, self._attribute)
                 setattr(self._holder, self._attribute, self)
             self._inside += 1
         self._here.scope = scope
@@ -98,6 +110,10 @@ def as_refused(reason: Exception) -> RefusedError:
     """A reason to leave a model alone, as an error."""
     refusals = (Refusal(str(reason), pass_name="torch.compile"),)
     return RefusedError(f"kvpass keeps no cache for this model: {reason}", RewriteReport(refusals=refusals))
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model._call_impl(*args, **kwargs)  # not what model.compile() has put in the place of it
 
 
 _DOORWAYS: WeakKeyDictionary[nn.Module, Doorway] = WeakKeyDictionary()

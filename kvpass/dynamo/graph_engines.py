@@ -17,7 +17,7 @@ from kvpass.dynamo.calls import LeftAlone, ModelCall
 from kvpass.dynamo.graph_model import GivenCall, GraphModel, Input
 from kvpass.dynamo.graph_site import GraphSite
 from kvpass.engine.engine import Engine
-from kvpass.errors import RefusedError, WeightsChangedError
+from kvpass.errors import RefusedError
 from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.graph import LogitsRows
 from kvpass.outputs import Path
@@ -54,16 +54,12 @@ class GraphEngine:
         return bool(apart <= max(bounds) * wanted.float().abs().max())
 
     def reads(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the engine goes on with these."""
-        if [id(tensor) for tensor in tensors] != [id(tensor) for tensor, _ in self.tensors]:
-            return False
-        if any(tensor._version != version for tensor, version in self.tensors if version >= 0):
-            return False
-        try:
-            self.engine._weights.check()
-        except WeightsChangedError:
-            return False
-        return True
+        """Whether the engine was made of these tensors, and those that it cannot watch are as they were."""
+        known = self.tensors
+        return len(known) == len(tensors) and all(
+            one is tensor and (version < 0 or one._version == version)
+            for one, (tensor, version) in zip(tensors, known, strict=True)
+        )
 
 
 @dataclass(eq=False)
@@ -93,7 +89,11 @@ def engines_of(model: nn.Module) -> GraphEngines:
 
 
 def engine_of_graph(
-    model: nn.Module, call: ModelCall, site: GraphSite, inputs: Sequence[Input | Tensor], config: CacheConfig
+    model: nn.Module,
+    call: ModelCall,
+    site: GraphSite,
+    inputs: Sequence[Input | Tensor],
+    stale: GraphEngine | None = None,
 ) -> GraphEngine:
     """The engine of a graph, made where there is none that can go on.
 
@@ -102,7 +102,7 @@ def engine_of_graph(
         call: how it was called.
         site: the graph.
         inputs: what each of its placeholders is.
-        config: formats and size of the cache.
+        stale: one that cannot go on, since weights have changed.
 
     Raises:
         LeftAlone: if the graph does not give the model's logits.
@@ -110,17 +110,17 @@ def engine_of_graph(
         InputError: if the model cannot be used as it is.
     """
     tensors = [one for one in inputs if isinstance(one, Tensor)]
-    engines, key = engines_of(model), (site.text, repr(config))
+    engines, key = engines_of(model), (site.text, site.options.cache_key)
     with engines.lock:
         known = engines.found.get(key)
         if isinstance(known, RefusedError):
             raise known
         if known is not None:
-            if known.reads(tensors):
+            if known is not stale and known.reads(tensors):
                 return known
             known.engine.close()
         try:
-            made = engines.found[key] = _make(model, call, site, inputs, config)
+            made = engines.found[key] = _make(model, call, site, inputs, site.options.cache)
         except RefusedError as error:
             engines.found[key] = error
             raise

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from kvpass.dynamo.options import BackendOptions, parse_options
@@ -62,9 +63,12 @@ class GraphSite:
         options: of the compile.
         frame: where it comes from.
         text: the same for equal graphs.
+        readings: what its inputs and outputs are, by what those are that come from the call.
     """
 
-    def __init__(self, graph: GraphModule, example_inputs: list[Any], options: BackendOptions, frame: Frame) -> None:
+    def __init__(
+        self, graph: GraphModule, example_inputs: list[Any] | None, options: BackendOptions, frame: Frame
+    ) -> None:
         self.options = options
         self.frame = frame
         copied = Graph()
@@ -73,13 +77,29 @@ class GraphSite:
         self.placeholders = [node for node in copied.nodes if node.op == "placeholder"]
         for node in self.placeholders:
             node.meta.pop("grapharg", None)  # of no use but to Dynamo, whose example it holds
-        self.text = hashlib.sha256(self.graph.code.encode()).hexdigest()
-        self._inner: Callable[..., Any] = options.compile_inner(graph, example_inputs)
+        self.text = _text_of(self.graph)
+        self.readings: dict[tuple[tuple[int, Any], ...], Any] = {}
+        self._inner: Callable[..., Any] | None = None
+        if example_inputs is not None:
+            self._inner = options.compile_inner(graph, example_inputs)
 
     def __call__(self, *args: Any) -> Any:
         """The graph's outputs."""
         call = _ASKED.call
-        return self._inner(*args) if call is None else call.answer(self, args)
+        if call is not None:
+            return call.answer(self, args)
+        return self.graph(*args) if self._inner is None else self._inner(*args)
+
+
+def _text_of(graph: GraphModule) -> str:
+    """The same for graphs that compute the same, their constants and the graphs within them included."""
+    digest = hashlib.sha256()
+    for name, module in graph.named_modules():
+        digest.update(f"{name}:{module.code if isinstance(module, GraphModule) else module!r}".encode())
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{key}:{value.dtype}:{value.shape}:{value.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def kvpass(
@@ -96,10 +116,10 @@ def kvpass(
     Raises:
         ConfigError: if an option cannot be used.
     """
-    return GraphSite(graph, example_inputs, parse_options(options), _frame())
+    return GraphSite(graph, example_inputs, parse_options(options), traced_frame())
 
 
-def _frame() -> Frame:
+def traced_frame() -> Frame:
     """The function that Dynamo is tracing."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,6 +33,11 @@ class BackendOptions:
     cache: CacheConfig
     inner: str | Inner = "eager"
     on_refusal: OnRefusal = "warn"
+
+    @cached_property
+    def cache_key(self) -> str:
+        """The same for configurations that make the same cache."""
+        return repr(self.cache)
 
     def compile_inner(self, graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """A graph of Dynamo's as the inner compiler makes it run."""

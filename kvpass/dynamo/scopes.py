@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
-from kvpass.dynamo.calls import LeftAlone, ModelCall, read_call
+from kvpass.dynamo.calls import CallForm, LeftAlone, ModelCall
 from kvpass.dynamo.doorway import Doorway, doorway_of
 from kvpass.dynamo.graph_engines import GraphEngine
 from kvpass.dynamo.graph_site import GraphSite, answered_by
 from kvpass.dynamo.under_way import CallUnderWay, StaticShape
 from kvpass.engine.engine import Engine
 from kvpass.engine.row_session import RowSession, longest_row
-from kvpass.errors import InputError, RefusedError
+from kvpass.errors import InputError, KvpassError, RefusedError
 from kvpass.runtime.schedule.stats import EngineStats
 
 ATTEMPTS = 3  # shapes that Dynamo is shown until it makes a graph for all
@@ -47,6 +51,26 @@ class ScopeStats:
     engine: EngineStats | None
 
 
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # whose fused forms nothing is known of
+
+
+@contextmanager
+def traced_whole(gradients: bool) -> Iterator[None]:
+    """Have Dynamo make one graph where it can.
+
+    Sizes and numbers that follow from data, such as the tokens of an expert, do not break it then. With ``gradients``,
+    which are not computed, torch's own attention modules do not turn to their fused forms; without, functions that have
+    gradients of their own are what they compute.
+    """
+    options = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+    with dynamo_config.patch(options), torch.set_grad_enabled(gradients):
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
 class Scope(ABC):
     """What both scopes have in common; a context manager.
 
@@ -60,6 +84,8 @@ class Scope(ABC):
     def __init__(self, compiled: Any) -> None:
         self._doorway: Doorway = doorway_of(compiled)
         self._model: nn.Module = self._doorway.model
+        self._fuses = any(isinstance(module, FUSED) for module in self._model.modules())
+        self._form = CallForm.of(self._model)
         self._thread: int | None = None
         self._is_over = False
         self._sessions: dict[Engine, RowSession] = {}
@@ -100,7 +126,7 @@ class Scope(ABC):
         self._check_mode()
         self._calls += 1
         try:
-            call = read_call(self._model, args, kwargs)
+            call = self._form.read(args, kwargs)
             if call.form in self._alone:
                 raise self._alone[call.form]
             try:
@@ -129,14 +155,21 @@ class Scope(ABC):
             LeftAlone: if the call is none that a cache can be kept for.
             RefusedError: if no rewrite could be proven.
         """
-        under_way = CallUnderWay(self._model, call, self._compute, self._note)
+        under_way = CallUnderWay(self._doorway, call, self._compute, self._note)
         for attempt in range(ATTEMPTS):
             args, kwargs = under_way.show(attempt)
             try:
-                with answered_by(under_way):
-                    outputs = self._doorway.inner(*args, **kwargs)
+                with answered_by(under_way), traced_whole(self._fuses):
+                    outputs = self._doorway.whole(self._model, args, kwargs)
             except StaticShape:
                 continue
+            except (KvpassError, LeftAlone):
+                raise
+            except Exception as error:
+                if under_way.is_asked:
+                    raise
+                # Whatever the model itself raises, it raises outside as well.
+                raise LeftAlone(f"torch.compile cannot trace its forward: {_first_line(error)}") from error
             if not under_way.is_answered:
                 raise LeftAlone("torch.compile makes no graph of its forward")
             return outputs

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo.external_utils import wrap_inline
+from torch import Tensor
 from torch.fx import Node
 
 from kvpass.dynamo.absent import absent
 from kvpass.dynamo.calls import LeftAlone, ModelCall
+from kvpass.dynamo.doorway import Doorway
 from kvpass.dynamo.graph_engines import GraphEngine, engine_of_graph
 from kvpass.dynamo.graph_model import Input
 from kvpass.dynamo.graph_site import GraphSite
+from kvpass.errors import WeightsChangedError
 
 EXPLAIN = "torch._dynamo.explain(model)(ids)"
-INLINED = wrap_inline(lambda: None).__code__
 
 
 class StaticShape(Exception):
     """A graph was made for the very shape of its tokens; another shape has Dynamo make one for all."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a graph takes and gives.
+
+    Attributes:
+        inputs: of each placeholder what it is filled with; None for a tensor of the model.
+        outputs: a node for a tensor, a size of the token ids, or a constant.
+    """
+
+    inputs: list[Input | None]
+    outputs: list[Any]
 
 
 class CallUnderWay:
@@ -31,10 +45,11 @@ class CallUnderWay:
     for a batch or a length of one.
 
     Attributes:
+        is_asked: whether a graph has asked for its outputs.
         is_answered: whether the logits were computed.
 
     Args:
-        model: the user's.
+        doorway: of the model.
         call: of it.
         compute: the logits of the call, of an engine, in the shape that the graph gives them in.
         note: told of each graph that asks.
@@ -42,13 +57,13 @@ class CallUnderWay:
 
     def __init__(
         self,
-        model: nn.Module,
+        doorway: Doorway,
         call: ModelCall,
         compute: Callable[[GraphEngine, ModelCall], Tensor],
         note: Callable[[GraphSite], object],
     ) -> None:
-        self.is_answered = False
-        self._model = model
+        self.is_asked = self.is_answered = False
+        self._doorway = doorway
         self._call = call
         self._compute = compute
         self._note = note
@@ -80,67 +95,67 @@ class CallUnderWay:
             StaticShape: if it was made for one shape.
             RefusedError: if no rewrite of it could be proven.
         """
+        self.is_asked = True
         self._note(site)
-        if self.is_answered or not site.frame.is_whole:
+        if self.is_answered or not site.frame.is_whole or site.frame.code is not self._doorway.code:
             raise LeftAlone(f"its forward becomes several graphs, as {EXPLAIN} shows")
-        if site.frame.code not in self._own_code():
-            raise LeftAlone(f"torch.compile traces parts of its forward alone, as {EXPLAIN} shows")
-        inputs = self._inputs(site, args)
-        found = engine_of_graph(self._model, self._call, site, inputs, site.options.cache)
-        symbols = self._symbols(site)
-        outputs = [self._size(one, symbols) for one in _outputs(site)]
+        roles = tuple((place, role) for place, value in enumerate(args) if (role := self._roles.get(id(value))))
+        reading = site.readings.get(roles)
+        if reading is None:
+            reading = site.readings[roles] = read_graph(site, dict(roles))
+        inputs = [value if one is None else one for value, one in zip(args, reading.inputs, strict=True)]
+        model, ids = self._doorway.model, self._call.ids
+        found = engine_of_graph(model, self._call, site, inputs)
         with torch.no_grad():
-            outputs[found.output] = self._compute(found, self._call)
+            try:
+                logits = self._compute(found, self._call)
+            except WeightsChangedError:
+                found = engine_of_graph(model, self._call, site, inputs, stale=found)
+                logits = self._compute(found, self._call)
         self.is_answered = True
+        sizes = {Input.BATCH: ids.shape[0], Input.LENGTH: ids.shape[1]}
+        outputs = [
+            absent() if isinstance(one, Node) else sizes[one] if isinstance(one, Input) else one
+            for one in reading.outputs
+        ]
+        outputs[found.output] = logits
         return tuple(outputs)
 
-    def _own_code(self) -> tuple[Any, ...]:
-        """The functions that are the whole model; hooks of the model's own are no part of its forward."""
-        model = self._model
-        hooks = (model._forward_hooks, model._forward_pre_hooks)
-        forward = getattr(model.forward, "__code__", None)
-        return (INLINED,) if any(hooks) or forward is None else (INLINED, forward)
 
-    def _inputs(self, site: GraphSite, args: Sequence[Any]) -> list[Input | Tensor]:
-        """What each input of a graph is."""
-        symbols, inputs = self._symbols(site, args), []
-        for node, value in zip(site.placeholders, args, strict=True):
-            if isinstance(value, Tensor):
-                inputs.append(self._roles.get(id(value), value))
-            elif str(node.meta.get("example_value")) in symbols:
-                inputs.append(symbols[str(node.meta["example_value"])])
-            else:
-                raise LeftAlone(f"its graph takes the number {value!r}, and what it means for a cache is not known")
-        if Input.TOKENS not in inputs:
-            raise LeftAlone("its graph does not take the token ids that the model is called with")
-        return inputs
+def read_graph(site: GraphSite, roles: Mapping[int, Input]) -> Reading:
+    """What the inputs and outputs of a graph are.
 
-    def _symbols(self, site: GraphSite, args: Sequence[Any] = ()) -> dict[str, Input]:
-        """What the symbols of a graph's sizes mean."""
-        if args:
-            self._places = [place for place, value in enumerate(args) if id(value) in self._roles]
-        found: dict[str, Input] = {}
-        for place in self._places:
-            shape = site.placeholders[place].meta["example_value"].shape
-            for meaning, size in zip((Input.BATCH, Input.LENGTH), shape, strict=True):
-                if not isinstance(size, torch.SymInt) or found.get(str(size), meaning) is not meaning:
-                    raise StaticShape
-                found[str(size)] = meaning
-        return found
+    Args:
+        site: the graph.
+        roles: of the inputs that come from the call, by place.
 
-    def _size(self, output: Any, symbols: dict[str, Input]) -> Any:
-        """What is handed out in the place of an output that are no logits."""
-        value = output.meta.get("example_value") if isinstance(output, Node) else output
-        if isinstance(value, Tensor):
-            return absent()
-        meaning = symbols.get(str(value))
-        if isinstance(value, torch.SymInt) and meaning is not None:
-            return self._call.ids.shape[0 if meaning is Input.BATCH else 1]
-        if isinstance(output, Node):
-            raise LeftAlone(f"its graph gives {value}, which is neither a tensor nor a size")
-        return output
-
-
-def _outputs(site: GraphSite) -> list[Any]:
+    Raises:
+        LeftAlone: if that cannot be told.
+        StaticShape: if the graph was made for one shape.
+    """
+    symbols: dict[str, Input] = {}
+    for place in roles:
+        shape = site.placeholders[place].meta["example_value"].shape
+        for meaning, size in zip((Input.BATCH, Input.LENGTH), shape, strict=True):
+            if str(size).isdecimal() or symbols.get(str(size), meaning) is not meaning:
+                raise StaticShape
+            symbols[str(size)] = meaning
+    if Input.TOKENS not in roles.values():
+        raise LeftAlone("its graph does not take the token ids that the model is called with")
+    inputs: list[Input | None] = []
+    for place, node in enumerate(site.placeholders):
+        value = node.meta.get("example_value")
+        if not isinstance(value, Tensor) and str(value) not in symbols:
+            raise LeftAlone(f"its graph takes a number, {node.name}, and what it means for a cache is not known")
+        inputs.append(roles.get(place) if isinstance(value, Tensor) else symbols[str(value)])
     (node,) = (node for node in site.graph.graph.nodes if node.op == "output")
-    return list(node.args[0])
+    outputs: list[Any] = []
+    for output in node.args[0]:
+        value = output.meta.get("example_value") if isinstance(output, Node) else output
+        if isinstance(value, torch.SymInt) and str(value) in symbols:
+            outputs.append(symbols[str(value)])
+        elif isinstance(output, Node) and not isinstance(value, Tensor):
+            raise LeftAlone(f"its graph gives {value}, which is neither a tensor nor a size")
+        else:
+            outputs.append(output)
+    return Reading(inputs, outputs)

@@ -248,7 +248,8 @@ class RowSession:
         for row, root in zip(new, roots, strict=True):
             root.max_new_tokens = self._longest - root.num_tokens + 1
             root.scored_from = None if row in last else rows[row]
-        self._check(roots)
+        if roots:  # what goes on is looked at before each step
+            self._check(roots)
         chosen: dict[ChosenRows, list[Choice]] = {found: [] for _, found in self._live}
         places: dict[Row, tuple[ChosenRows, int]] = {}
         for row in last - set(new):
