@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,7 @@ from kvpass.fx_passes.validation.checks import Oracle, Validation, in_exact_form
 from kvpass.fx_passes.validation.verify import reference_graph
 from kvpass.kernels.backends import has_kernel
 from kvpass.loading import chat_tokenizer, load_model
+from kvpass.progress import compile_progress
 from kvpass.report import RewriteReport
 from kvpass.reports.site_reports import site_reports, with_validation
 from kvpass.runtime.sequences.output_text import decode_of
@@ -252,18 +253,35 @@ def rewrite(
 
     Formats that need it are calibrated with the token ids ``examples [B, S]``, or with random ones.
     """
+    with compile_progress() as begin:
+        return _rewrite(begin, model, config, device, check, captured, examples)
+
+
+def _rewrite(
+    begin: Callable[[str], None],
+    model: LogitsModel,
+    config: CacheConfig,
+    device: torch.device,
+    check: bool,
+    captured: CapturedGraph | None,
+    examples: Tensor | None,
+) -> tuple[PagedModule, RewriteReport]:
+    begin("capture")
     start = time.perf_counter()
     captured = captured or capture_model(model, device)
     spent = time.perf_counter() - start
     seconds = {"export": captured.export_seconds, "capture": max(0.0, spent - captured.export_seconds)}
     before, untouched = count_nodes(captured.graph), captured.copy()
     with _as_refused_error(seconds):
+        begin("proof")
         proof = prove(captured, config)
+        begin("plan")
         planned = plan(proof, config, _vocabulary(captured))
         if config.forgetting is not None:
             check_forgetting(planned)
         reference = reference_graph(captured, [site.node.name for site in planned.sites])
         sites = site_reports(captured, planned)
+        begin("rewrite")
         fuse = has_kernel("norm_rotary_write", device.type)
         paged = lower(proof, planned, fuse=fuse, fold=config.fold_rotations)
         with failing_closed(proof.log, "bind"):
@@ -273,6 +291,7 @@ def rewrite(
             raise _refused([tree_step], seconds | proof.log.seconds)
         with failing_closed(proof.log, "calibrate"):
             exact, scales = in_exact_formats(paged, planned.cache_plan, device, examples)
+        begin("verification")
         oracle = Oracle(model, every_row(model, captured.rows), untouched, reference)
         found = Validation(oracle, paged, exact, module, isinstance(config.forgetting, HeavyHitters))
         if check:

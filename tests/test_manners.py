@@ -1,14 +1,19 @@
 """What a compile tells of itself: one line of log for each decision, and a table in a notebook."""
 
+import io
 import logging
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import kvpass
+from kvpass.progress import STAGES, compile_progress, silent
 from tests.parity.compiled import engine_of
 
 
@@ -55,3 +60,24 @@ def test_each_refusal_is_a_line_of_log() -> None:
 def test_a_notebook_shows_the_table() -> None:
     shown = engine_of("einsum, tril of ones").report._repr_html_()
     assert shown.startswith("<pre") and "attention sites" in shown and "verified decode" in shown
+
+
+def test_a_long_compile_shows_on_a_terminal_what_it_does() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=80)
+    with compile_progress(console, patience=0.0) as begin:
+        for stage in STAGES:
+            begin(stage)
+            time.sleep(0.3)
+    assert all(stage in shown.getvalue() for stage in ("proof", "verification"))
+    for quiet in (Console(file=shown), console):
+        shown.truncate(0)
+        with silent() if quiet is console else nullcontext(), compile_progress(quiet, patience=0.0) as begin:
+            begin("proof")
+            time.sleep(0.2)
+        assert not shown.getvalue()
+    with pytest.raises(KeyboardInterrupt), compile_progress(console, patience=0.05):
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert not threads

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from kvpass.progress import silent
+
 WIDTH_IN_A_PIPE = 160
 
 
@@ -45,7 +47,7 @@ def stage(console: Console, text: str) -> Iterator[None]:
     """Show that something is under way, and print how long it took."""
     began = time.perf_counter()
     if console.is_terminal:
-        with console.status(text):
+        with console.status(text), silent():
             yield
     else:
         yield
@@ -59,7 +61,7 @@ def stages() -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda text: None
         return
-    with console.status("") as status:
+    with console.status("") as status, silent():
         yield lambda text: status.update(Text(text))
 
 
