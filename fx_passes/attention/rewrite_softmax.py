@@ -11,7 +11,7 @@ from kvpass.fx_passes.attention.canonical_attention import DenseInputs, emit_den
 from kvpass.fx_passes.attention.layouts import arrange, spread
 from kvpass.fx_passes.attention.read_scores import NotUnderstood, ScoreReader, Scores
 from kvpass.fx_passes.attention.softmax_terms import Coefficient, Softmax, Term, read_terms
-from kvpass.fx_passes.graph import CapturedGraph, aten, emit, is_call
+from kvpass.fx_passes.graph import CapturedGraph, aten, emit, expression, is_call, shape_of
 from kvpass.fx_passes.shape_values import ShapeEvaluator
 from kvpass.fx_passes.token_axis.axes import Axes, Dim, Factor, Kind, MixesTokens, kinds_in, renamed
 from kvpass.fx_passes.token_axis.contraction import Contraction, contraction_of, operand_dims, tagged_operands
@@ -229,10 +229,10 @@ def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, layou
     """The extra logit of each head, ``[Hq]``: it must be the same for every query and sequence."""
     if softmax.sinks is None:
         return None
-    sinks = softmax.sinks
-    while is_call(sinks, aten.expand):
-        sinks = sinks.args[0]  # type: ignore[assignment]  # before they were spread over sequences and queries
+    sinks = _before_expand(softmax.sinks)
     axes = renamed(reader.kinds_of(sinks, softmax.scores), layout.names)
+    if is_call(sinks, aten.repeat):
+        sinks, axes = _before_repeat(sinks, axes)
     if not _is_per_head(reader, sinks, axes):
         raise NotUnderstood("the column of sinks is not one number for each head", softmax.node)
     flat = arrange(captured, sinks, axes, layout.scores, node)
@@ -242,6 +242,34 @@ def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, layou
     for dim in (0, 1, 1):
         flat = emit(captured, aten.select.int, flat, dim, 0, like=node)
     return emit(captured, aten.expand.default, flat, [heads], like=node)
+
+
+def _before_expand(node: Node) -> Node:
+    """A tensor before it was spread over sequences and queries."""
+    while is_call(node, aten.expand):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _before_repeat(node: Node, axes: Axes) -> tuple[Node, Axes]:
+    """The same before ``repeat``, and what its dims count; as it is where that spreads over anything else."""
+    source, repeats = node.args
+    assert isinstance(source, Node) and isinstance(repeats, (list, tuple))
+    if len(repeats) != len(shape_of(source)):
+        return node, axes
+    left: list[Dim] = []
+    for times, size, dim in zip(repeats, shape_of(source), axes, strict=True):
+        count = expression(times)
+        factors, spread = list(dim), expression(1)
+        while factors and factors[0].kind is not Kind.HEAD and spread != count:
+            spread *= factors.pop(0).size
+        rest = expression(1)
+        for factor in factors:
+            rest *= factor.size
+        if spread != count or rest != size:
+            return node, axes
+        left.append(tuple(factors))
+    return _before_expand(source), tuple(left)
 
 
 def _is_per_head(reader: ScoreReader, sinks: Node, axes: Axes) -> bool:

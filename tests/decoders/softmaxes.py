@@ -25,6 +25,22 @@ class SinkInTheSum(Heads):
         return weights / (weights.sum(-1, keepdim=True) + (self.sinks - largest).exp()) @ v
 
 
+class SinkOfMergedHeads(Heads):
+    """Batch and heads in one dim, as `bmm` wants them: the column of sinks is repeated for every sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.ones(HEADS, 1, 1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, _, s, _ = q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        scores = torch.bmm(q, k.mT * HEAD_DIM**-0.5).masked_fill(future(s, q.device), -torch.inf)
+        column = self.sinks.repeat(b, 1, 1).expand(-1, s, 1)
+        weights = torch.cat([column, scores], -1).softmax(-1)[..., 1:]
+        return torch.bmm(weights, v).unflatten(0, (b, -1))
+
+
 class LogSumExpByHand(Heads):
     """exp of scores less their log-sum-exp, itself written with max, exp, sum and log."""
 
