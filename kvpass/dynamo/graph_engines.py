@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from kvpass.adapters import LogitsModel, end_of_sequence, example_for, locate_logits
 from kvpass.compiler import capture_model, check_model, rewrite
-from kvpass.config import CacheConfig
 from kvpass.dynamo.calls import LeftAlone, ModelCall
-from kvpass.dynamo.graph_model import GivenCall, GraphModel, Input
+from kvpass.dynamo.graph_model import GivenCall, GraphInputs, GraphModel, Input
 from kvpass.dynamo.graph_site import GraphSite
+from kvpass.dynamo.saved import SavedGraph, key_of, load, save
 from kvpass.engine.engine import Engine
 from kvpass.errors import RefusedError
 from kvpass.fx_passes.capture.alone import alone
@@ -120,7 +120,7 @@ def engine_of_graph(
                 return known
             known.engine.close()
         try:
-            made = engines.found[key] = _make(model, call, site, inputs, site.options.cache)
+            made = engines.found[key] = _make(model, call, site, inputs)
         except RefusedError as error:
             engines.found[key] = error
             raise
@@ -128,9 +128,7 @@ def engine_of_graph(
 
 
 @alone()
-def _make(
-    model: nn.Module, call: ModelCall, site: GraphSite, inputs: Sequence[Input | Tensor], config: CacheConfig
-) -> GraphEngine:
+def _make(model: nn.Module, call: ModelCall, site: GraphSite, inputs: Sequence[Input | Tensor]) -> GraphEngine:
     device = check_model(model)
     names = {id(tensor): name for name, tensor in (*_named(model.named_parameters), *_named(model.named_buffers))}
     held: dict[str, Tensor] = {}
@@ -142,19 +140,29 @@ def _make(
             filled.append(name)
         else:
             filled.append(one)
+    key = key_of(model, call, site, held)
+    saved = load(key, model, held)
+    if saved is None:
+        saved = _rewritten(model, call, site, GraphInputs(filled, held), device)
+        save(key, saved, held)
+    engine = Engine(saved.module, saved.module.plan, site.options.cache, saved.report, end_of_sequence(model))
+    outside = [(one, one._version if id(one) not in names else -1) for one in inputs if isinstance(one, Tensor)]
+    node = next(node for node in site.graph.graph.nodes if node.op == "output").args[0][saved.output]
+    return GraphEngine(engine, saved.rows, saved.output, node.meta["example_value"].dim(), saved.path, outside)
+
+
+def _rewritten(
+    model: nn.Module, call: ModelCall, site: GraphSite, inputs: GraphInputs, device: torch.device
+) -> SavedGraph:
+    """Prove, plan, lower and verify a graph."""
     mask = call.attention_mask
     original = GivenCall(model, call)
-    graph = GraphModel(site.graph, filled, held, mask_dtype=torch.int64 if mask is None else mask.dtype)
+    graph = GraphModel(site.graph, inputs, torch.int64 if mask is None else mask.dtype)
     graph.output = _which_output(original, graph, device)
-    adapter = LogitsModel(graph, call.positions is not None)
-    captured = capture_model(adapter, device)
+    captured = capture_model(LogitsModel(graph, call.positions is not None), device)
     rows = captured.rows
-    module, report = rewrite(original, config, device, captured=captured)
-    engine = Engine(module, module.plan, config, report, end_of_sequence(model))
-    outside = [(one, one._version if id(one) not in names else -1) for one in inputs if isinstance(one, Tensor)]
-    nodes = next(node for node in site.graph.graph.nodes if node.op == "output").args[0]
-    value = nodes[graph.output].meta["example_value"]
-    return GraphEngine(engine, rows, graph.output, value.dim(), original.path or (), outside)
+    module, report = rewrite(original, site.options.cache, device, captured=captured)
+    return SavedGraph(module, report, rows, graph.output, original.path or (), captured.ledger, captured.path_prefix)
 
 
 def _named(of: Any) -> list[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -24,31 +25,38 @@ class Input(Enum):
     LENGTH = "S"
 
 
+@dataclass(frozen=True)
+class GraphInputs:
+    """What the placeholders of a graph are filled with.
+
+    Attributes:
+        order: for each placeholder what it is, or the dotted name of a tensor.
+        tensors: by name.
+    """
+
+    order: Sequence[Input | str]
+    tensors: Mapping[str, Tensor]
+
+
 class GraphModel(nn.Module):
     """``forward(input_ids [B, S], position_ids [B, S] | None)`` gives one of the graph's outputs.
 
     Args:
-        graph: torch-level; its placeholders in the order of ``inputs``.
-        inputs: for each placeholder what it is, or the dotted name of a tensor.
-        tensors: by name.
-        output: which of the outputs.
+        graph: torch-level.
+        inputs: of it.
         mask_dtype: of the mask, where there is one.
+
+    Attributes:
+        output: which of the outputs.
     """
 
-    def __init__(
-        self,
-        graph: GraphModule,
-        inputs: Sequence[Input | str],
-        tensors: Mapping[str, Tensor],
-        output: int = 0,
-        mask_dtype: torch.dtype = torch.int64,
-    ) -> None:
+    def __init__(self, graph: GraphModule, inputs: GraphInputs, mask_dtype: torch.dtype = torch.int64) -> None:
         super().__init__()
         self.traced = graph
-        self.inputs = list(inputs)
-        self.output = output
+        self.inputs = list(inputs.order)
+        self.output = 0
         self.mask_dtype = mask_dtype
-        for name, tensor in tensors.items():
+        for name, tensor in inputs.tensors.items():
             *path, leaf = name.split(".")
             owner: nn.Module = self
             for part in path:

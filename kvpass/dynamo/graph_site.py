@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,17 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from kvpass.dynamo.options import BackendOptions, parse_options
+from kvpass.errors import ConfigError
+
+try:
+    from torch._dynamo.aot_compile_types import SerializableCallable
+except ImportError:  # where it was before torch 2.11
+    from torch._dynamo.aot_compile import SerializableCallable  # type: ignore[attr-defined]
 
 
 class Answering(Protocol):
@@ -54,7 +62,7 @@ class Frame:
     is_whole: bool
 
 
-class GraphSite:
+class GraphSite(SerializableCallable):
     """A graph that Dynamo has traced, with tensors of the model and of the call as its inputs.
 
     Attributes:
@@ -89,6 +97,26 @@ class GraphSite:
         if call is not None:
             return call.answer(self, args)
         return self.graph(*args) if self._inner is None else self._inner(*args)
+
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: GraphSite) -> bytes:
+        """What torch's ahead-of-time compile saves of a graph: itself, and how it was to be compiled.
+
+        Raises:
+            ConfigError: if the inner compiler is a function, which no file can hold.
+        """
+        if not isinstance(fn.options.inner, str):
+            raise ConfigError("inner is a function, which cannot be saved: name a backend of torch's, or 'eager'")
+        return pickle.dumps((GraphModule(fn.graph, fn.graph.graph), fn.options))
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> GraphSite:
+        """The graph again; an inner compiler other than ``"eager"`` compiles it when it is first called."""
+        graph, options = pickle.loads(data)
+        site = cls(graph, None, options, Frame(None, False))
+        if options.inner != "eager":
+            site._inner = torch.compile(graph, backend=options.inner)
+        return site
 
 
 def _text_of(graph: GraphModule) -> str:
