@@ -2,8 +2,10 @@
 
 import io
 import logging
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -13,8 +15,9 @@ from rich.console import Console
 from torch import nn
 
 import kvpass
+from kvpass.fx_passes.capture.quiet_export import quiet_export
 from kvpass.progress import STAGES, compile_progress, silent
-from tests.parity.compiled import engine_of
+from tests.parity.compiled import engine_of, original_of
 
 
 @contextmanager
@@ -81,3 +84,36 @@ def test_a_long_compile_shows_on_a_terminal_what_it_does() -> None:
         raise KeyboardInterrupt
     threads = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     assert not threads
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        if x.sum() > 0:
+            print("a line of the model's own", file=sys.stderr)
+        return self.head(x)
+
+
+def test_a_refused_capture_prints_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(kvpass.RefusedError):
+        kvpass.compile(Branches().eval())
+    assert "def forward" not in capfd.readouterr().err
+    with quiet_export():
+        torch.manual_seed(0)
+        model = Branches().eval()
+        for token in range(9):
+            model(torch.tensor([[token]]))
+    assert "a line of the model's own" in capfd.readouterr().err
+
+
+def test_no_warning_of_torch_comes_of_a_compile_and_an_engine_has_a_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        engine = kvpass.compile(original_of("einsum, tril of ones"), kvpass.CacheConfig(num_blocks=16))
+    assert repr(engine) == "<kvpass.Engine: 2 attentions, 0 of 16 blocks in use>"
+    engine.close()
+    assert repr(engine).endswith("closed>")

@@ -23,6 +23,7 @@ from kvpass.fx_passes.capture.explain_failure import why_not_captured
 from kvpass.fx_passes.capture.length_as_text import lengths_that_are_no_text
 from kvpass.fx_passes.capture.length_conditions import longest_valid
 from kvpass.fx_passes.capture.logits_rows import return_every_row, rows_returned
+from kvpass.fx_passes.capture.quiet_export import quiet_export
 from kvpass.fx_passes.capture.squeezed_dims import name_squeezed_dims
 from kvpass.fx_passes.graph import ROLE, CapturedGraph, Role, aten, expression, read_attribute
 from kvpass.fx_passes.op_facts.declared import MEANINGS
@@ -94,7 +95,7 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...], path_prefix: str) -> 
     dims = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in inputs)
     start = time.perf_counter()
     try:
-        with plain_attention_modules(), lengths_that_are_no_text():
+        with plain_attention_modules(), lengths_that_are_no_text(), quiet_export():
             program = export(model, inputs, dynamic_shapes=(dims,) if _takes_varargs(model) else dims, strict=False)
             declared = check_declarations(program, inputs)
             program = program.run_decompositions(_decompositions())

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, closing
 from copy import deepcopy
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from kvpass.engine.step_module import StepModule, weighing_module
 from kvpass.engine.text_calls import TextCalls
 from kvpass.engine.weights_watch import WeightsWatch
 from kvpass.errors import InputError
+from kvpass.report import RewriteReport
 from kvpass.runtime.pool.block_pool import BlockPool
 from kvpass.runtime.pool.capacity import allocate_caches, bytes_per_block, divide_memory
 from kvpass.runtime.pool.state_slots import StateSlots, allocate_states
@@ -43,9 +44,6 @@ from kvpass.runtime.sequences.requests import make_samples, make_sequences, set_
 from kvpass.runtime.sequences.sequence import Sequence
 from kvpass.runtime.speculation.speculation import Drafter, Speculator
 from kvpass.types import CachePlan, Sampling
-
-if TYPE_CHECKING:
-    from kvpass.report import RewriteReport
 
 GREEDY = Sampling()
 
@@ -85,14 +83,13 @@ class Engine(TextCalls):
         prefix_cache = PrefixCache(self._pool, windows, policy) if shares_prefixes(plan, config) else None
         self._wide = make_wide_blocks(plan, room, self._pool, config.scrub)
         self._moves = moves = make_moves(module, plan, config, caches, self._pool, prefix_cache, self._wide)
-        swap = moves if config.host_bytes else None
         self._scheduler = Scheduler(
             self._pool,
             prefix_cache,
             room.max_batch_tokens,
             room.max_sequences,
             windows,
-            swap,
+            moves if config.host_bytes else None,
             forgetting=config.forgetting,
             prefix=plan.prefix,
             slots=StateSlots(room.state_slots) if plan.states else None,
@@ -108,6 +105,10 @@ class Engine(TextCalls):
         self._driver = Driver(self._loop)
         self._closed = False
         self.speculate(draft)
+
+    def __repr__(self) -> str:
+        used, state = f"{self._pool.num_used} of {self._pool.num_blocks} blocks", ", closed" if self._closed else ""
+        return f"<kvpass.Engine: {len(self.report.sites)} attentions, {used} in use{state}>"
 
     @property
     def caches(self) -> Ordered[tuple[Tensor, Tensor]]:
