@@ -62,6 +62,8 @@ def read_batch(
     Raises:
         InputError: if a row is padding alone or has a gap, or the positions do not count its tokens.
     """
+    if mask is None and positions is None:
+        return Batch([tuple(row) for row in ids.tolist()], [0] * len(ids), ids.shape[1])
     present = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask != 0).expand_as(ids)
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
         raise InputError("the mask holds more than ones and zeros: a scope knows masks of padding alone")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -51,20 +50,17 @@ class ScopeStats:
     engine: EngineStats | None
 
 
-FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # whose fused forms nothing is known of
+# Nothing is known of their fused forms, to which they do not turn with gradients on; these are not computed. Other
+# models are traced without, where functions that have gradients of their own are what they compute.
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-@contextmanager
-def traced_whole(gradients: bool) -> Iterator[None]:
-    """Have Dynamo make one graph where it can.
-
-    Sizes and numbers that follow from data, such as the tokens of an expert, do not break it then. With ``gradients``,
-    which are not computed, torch's own attention modules do not turn to their fused forms; without, functions that have
-    gradients of their own are what they compute.
-    """
-    options = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
-    with dynamo_config.patch(options), torch.set_grad_enabled(gradients):
-        yield
+def traced_whole() -> AbstractContextManager[object]:
+    """Have Dynamo make one graph where sizes and numbers follow from data, such as the tokens of an expert."""
+    found: AbstractContextManager[object] = dynamo_config.patch(
+        capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
+    )
+    return found
 
 
 def _first_line(error: Exception) -> str:
@@ -156,14 +152,21 @@ class Scope(ABC):
             RefusedError: if no rewrite could be proven.
         """
         under_way = CallUnderWay(self._doorway, call, self._compute, self._note)
+        is_known = bool(self._sites)  # then Dynamo most likely has its graph, and the options of a trace can be spared
         for attempt in range(ATTEMPTS):
             args, kwargs = under_way.show(attempt)
+            tracing = nullcontext() if is_known else traced_whole()
             try:
-                with answered_by(under_way), traced_whole(self._fuses):
+                with answered_by(under_way), torch.set_grad_enabled(self._fuses), tracing:
                     outputs = self._doorway.whole(self._model, args, kwargs)
             except StaticShape:
                 continue
-            except (KvpassError, LeftAlone):
+            except LeftAlone:
+                if not is_known:
+                    raise
+                is_known = False
+                continue
+            except KvpassError:
                 raise
             except Exception as error:
                 if under_way.is_asked:
