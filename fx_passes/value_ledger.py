@@ -91,6 +91,8 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     flat = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
+    if flat.numel() == 1:  # which is contiguous whatever its stride says
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvpass.adapters import IDS, POSITIONS, has_own_cache
+from kvpass.dynamo.given_masks import CausalMask, read_causal
 
-MASKS = ("attention_mask", "padding_mask", "mask")
+MASKS = ("attention_mask", "padding_mask", "mask", "attn_mask", "causal_mask", "tgt_mask", "src_mask")
 PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None))
 
 
@@ -29,6 +30,7 @@ class ModelCall:
     Attributes:
         arguments: by name, as they were given; ``tokens`` is the name of the token ids ``[B, S]``, ``mask`` and
             ``positions`` of what may come with them, None where it was not given.
+        causal: what the mask is, where it is one of queries and keys; else it is one of padding.
     """
 
     signature: inspect.Signature
@@ -36,6 +38,7 @@ class ModelCall:
     tokens: str
     mask: str | None = None
     positions: str | None = None
+    causal: CausalMask | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -44,8 +47,8 @@ class ModelCall:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """Ones and zeros, of the shape of the ids; None where there is none."""
-        return None if self.mask is None else self._tensor(self.mask)
+        """Ones, and zeros at padding, of the shape of the ids; None where there is none."""
+        return None if self.mask is None or self.causal is not None else self._tensor(self.mask)
 
     @property
     def position_ids(self) -> Tensor | None:
@@ -57,17 +60,26 @@ class ModelCall:
         """What two calls have in common that differ in their tokens alone."""
         roles = (self.tokens, self.mask, self.positions)
         others = {name: value for name, value in self.arguments.items() if name not in roles}
-        return (*roles, repr(sorted(others.items())))
+        return (*roles, self.causal, repr(sorted(others.items())))
 
     def _tensor(self, name: str) -> Tensor:
         found = self.arguments[name]
         assert isinstance(found, Tensor)
         return found
 
+    def apart(self) -> ModelCall:
+        """The same call with tensors of its own, of one number each; for who keeps it."""
+        roles = [name for name in (self.tokens, self.mask, self.positions) if name is not None]
+        return replace(
+            self, arguments=self.arguments | {name: self._tensor(name).flatten()[:1].clone() for name in roles}
+        )
+
     def for_tokens(self, ids: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
         """What stands in the place of tokens, mask and positions for other ids ``[B, S]`` of rows without padding."""
         found = {self.tokens: ids}
-        if self.mask is not None:
+        if self.mask is not None and self.causal is not None:
+            found[self.mask] = self.causal.build(ids.shape[0], ids.shape[1], ids.device)
+        elif self.mask is not None:
             found[self.mask] = torch.ones_like(ids, dtype=self._tensor(self.mask).dtype)
         if self.positions is not None:
             counted = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
@@ -85,17 +97,19 @@ class ModelCall:
         return bound.args, bound.kwargs
 
 
-@dataclass(frozen=True)
+@dataclass
 class CallForm:
     """How a model is called.
 
     Attributes:
         signature: of its forward.
         has_own_cache: whether it keeps a cache of its own unless it is told not to.
+        causal: the mask of queries and keys that it was given last.
     """
 
     signature: inspect.Signature
     has_own_cache: bool
+    causal: CausalMask | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> CallForm:
@@ -134,8 +148,22 @@ class CallForm:
                 continue
             if not all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value)):
                 raise LeftAlone(f"the model is given {name}, and what that means for a cache is not known")
-        for name in [name for name in (mask, positions) if name is not None]:
+        causal = None if mask is None else self._causal(arguments[mask], ids)
+        for name in [name for name in (None if causal else mask, positions) if name is not None]:
             if arguments[name].shape not in (ids.shape, (1, ids.shape[1])):
                 given, wanted = list(arguments[name].shape), list(ids.shape)
                 raise LeftAlone(f"its argument {name} has shape {given}, and the token ids {wanted}")
-        return ModelCall(self.signature, arguments, tokens, mask, positions)
+        return ModelCall(self.signature, arguments, tokens, mask, positions, causal)
+
+    def _causal(self, mask: Tensor, ids: Tensor) -> CausalMask | None:
+        """What a mask of queries and keys is; None where it is one of padding.
+
+        Raises:
+            LeftAlone: if it may be either.
+        """
+        batch, length = ids.shape
+        found = read_causal(mask, batch, length, self.causal)
+        if found is not None and mask.shape == ids.shape and self.causal != found:
+            raise LeftAlone("its mask has as many rows as tokens, and may be one of padding: give it more dims")
+        self.causal = found or self.causal
+        return found

@@ -155,9 +155,9 @@ def _rewritten(
     model: nn.Module, call: ModelCall, site: GraphSite, inputs: GraphInputs, device: torch.device
 ) -> SavedGraph:
     """Prove, plan, lower and verify a graph."""
-    mask = call.attention_mask
+    call = call.apart()
     original = GivenCall(model, call)
-    graph = GraphModel(site.graph, inputs, torch.int64 if mask is None else mask.dtype)
+    graph = GraphModel(site.graph, inputs, call)
     graph.output = _which_output(original, graph, device)
     captured = capture_model(LogitsModel(graph, call.positions is not None), device)
     rows = captured.rows

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
@@ -19,7 +18,7 @@ class Input(Enum):
     """What an input of a graph is filled with."""
 
     TOKENS = "token ids [B, S]"
-    MASK = "ones [B, S]"
+    MASK = "ones [B, S], or a causal mask [..., S, S]"
     POSITIONS = "positions [B, S]"
     BATCH = "B"
     LENGTH = "S"
@@ -38,24 +37,30 @@ class GraphInputs:
     tensors: Mapping[str, Tensor]
 
 
+def roles_of(call: ModelCall) -> dict[str, Input]:
+    """What the arguments of a call are that go with its tokens, by their names."""
+    named = {call.tokens: Input.TOKENS, call.mask: Input.MASK, call.positions: Input.POSITIONS}
+    return {name: role for name, role in named.items() if name is not None}
+
+
 class GraphModel(nn.Module):
     """``forward(input_ids [B, S], position_ids [B, S] | None)`` gives one of the graph's outputs.
 
     Args:
         graph: torch-level.
         inputs: of it.
-        mask_dtype: of the mask, where there is one.
+        call: says what masks and positions are.
 
     Attributes:
         output: which of the outputs.
     """
 
-    def __init__(self, graph: GraphModule, inputs: GraphInputs, mask_dtype: torch.dtype = torch.int64) -> None:
+    def __init__(self, graph: GraphModule, inputs: GraphInputs, call: ModelCall) -> None:
         super().__init__()
         self.traced = graph
         self.inputs = list(inputs.order)
         self.output = 0
-        self.mask_dtype = mask_dtype
+        self.call = call
         for name, tensor in inputs.tensors.items():
             *path, leaf = name.split(".")
             owner: nn.Module = self
@@ -80,15 +85,9 @@ class GraphModel(nn.Module):
         return tuple(Interpreter(self.traced).run(*self._arguments(input_ids, position_ids)))
 
     def _arguments(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Any]:
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        values: dict[Input, Any] = {
-            Input.TOKENS: input_ids,
-            Input.POSITIONS: position_ids,
-            Input.MASK: torch.ones_like(input_ids, dtype=self.mask_dtype),
-            Input.BATCH: input_ids.shape[0],
-            Input.LENGTH: input_ids.shape[1],
-        }
+        found = self.call.for_tokens(input_ids, position_ids)
+        values: dict[Input, Any] = {Input.BATCH: input_ids.shape[0], Input.LENGTH: input_ids.shape[1]}
+        values |= {role: found[name] for name, role in roles_of(self.call).items()}
         return [values[one] if isinstance(one, Input) else self._tensor(one) for one in self.inputs]
 
     def _tensor(self, name: str) -> Tensor:

@@ -99,6 +99,8 @@ class IncrementalScope(Scope):
             self._sequences[number] = row
 
     def _compute(self, found: GraphEngine, call: ModelCall) -> Tensor:
+        if call.causal is not None:
+            raise LeftAlone(f"it is given {call.mask}, a mask of whole sequences: kvpass.cached takes them")
         if not self._sequences:
             self.add(len(call.ids))
         chosen = list(range(len(self._sequences))) if self._chosen is None else self._chosen

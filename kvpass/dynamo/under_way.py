@@ -14,7 +14,7 @@ from kvpass.dynamo.absent import absent
 from kvpass.dynamo.calls import LeftAlone, ModelCall
 from kvpass.dynamo.doorway import Doorway
 from kvpass.dynamo.graph_engines import GraphEngine, engine_of_graph
-from kvpass.dynamo.graph_model import Input
+from kvpass.dynamo.graph_model import Input, roles_of
 from kvpass.dynamo.graph_site import GraphSite
 from kvpass.errors import WeightsChangedError
 
@@ -80,12 +80,21 @@ class CallUnderWay:
         ids = torch.cat((ids, ids[:1].expand(more, -1)))
         ids = torch.cat((ids, ids[:, :1].expand(-1, longer)), 1)
         self._shown = call.for_tokens(ids)
-        for tensor in self._shown.values():
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        named = {call.tokens: Input.TOKENS, call.mask: Input.MASK, call.positions: Input.POSITIONS}
-        self._roles = {id(tensor): named[name] for name, tensor in self._shown.items()}
+        roles = roles_of(call)
+        for name, tensor in self._shown.items():
+            for dim, meaning in enumerate(self._meanings(roles[name])):
+                if meaning is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        self._roles = {id(tensor): roles[name] for name, tensor in self._shown.items()}
         return call.bound(self._shown)
+
+    def _meanings(self, role: Input) -> tuple[Input | None, ...]:
+        """What the sizes of an argument are; None for one that is always 1."""
+        causal = self._call.causal
+        if role is not Input.MASK or causal is None:
+            return Input.BATCH, Input.LENGTH
+        outer = (Input.BATCH if batched else None for batched in causal.batched)
+        return (*outer, Input.LENGTH, Input.LENGTH)
 
     def answer(self, site: GraphSite, args: Sequence[Any]) -> tuple[Any, ...]:
         """The outputs of a graph that runs on ``args``: the logits of the call, and what must not be used.
@@ -102,7 +111,8 @@ class CallUnderWay:
         roles = tuple((place, role) for place, value in enumerate(args) if (role := self._roles.get(id(value))))
         reading = site.readings.get(roles)
         if reading is None:
-            reading = site.readings[roles] = read_graph(site, dict(roles))
+            meanings = {place: self._meanings(role) for place, role in roles}
+            reading = site.readings[roles] = read_graph(site, dict(roles), meanings)
         inputs = [value if one is None else one for value, one in zip(args, reading.inputs, strict=True)]
         model, ids = self._doorway.model, self._call.ids
         found = engine_of_graph(model, self._call, site, inputs)
@@ -122,12 +132,13 @@ class CallUnderWay:
         return tuple(outputs)
 
 
-def read_graph(site: GraphSite, roles: Mapping[int, Input]) -> Reading:
+def read_graph(site: GraphSite, roles: Mapping[int, Input], meanings: Mapping[int, Sequence[Input | None]]) -> Reading:
     """What the inputs and outputs of a graph are.
 
     Args:
         site: the graph.
         roles: of the inputs that come from the call, by place.
+        meanings: of the sizes of each; None for one that is always 1.
 
     Raises:
         LeftAlone: if that cannot be told.
@@ -136,7 +147,9 @@ def read_graph(site: GraphSite, roles: Mapping[int, Input]) -> Reading:
     symbols: dict[str, Input] = {}
     for place in roles:
         shape = site.placeholders[place].meta["example_value"].shape
-        for meaning, size in zip((Input.BATCH, Input.LENGTH), shape, strict=True):
+        for meaning, size in zip(meanings[place], shape, strict=True):
+            if meaning is None:
+                continue
             if str(size).isdecimal() or symbols.get(str(size), meaning) is not meaning:
                 raise StaticShape
             symbols[str(size)] = meaning

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kvpass
 from kvpass.dynamo.graph_engines import engines_of
-from tests.dynamo.toys import OPTIONS, VOCAB, Chatty, Losing, Masked, Toy, compiled, tokens, toy
+from tests.dynamo.toys import OPTIONS, VOCAB, Chatty, Given, Losing, Masked, Toy, compiled, tokens, toy
 
 
 class Averaging(Toy):
@@ -380,6 +380,33 @@ def test_padded_batches() -> None:
         ids = torch.cat((ids, tokens(2, 1)), 1)
         found = served(ids[:, -1:])
         torch.testing.assert_close(found[1], model(ids[1:, 4:])[0, -1:], rtol=1e-3, atol=1e-4)
+
+
+def seen(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+GIVEN = {
+    "booleans": lambda b, s: seen(s),
+    "ones": lambda b, s: seen(s).long()[None, None],
+    "added": lambda b, s: torch.zeros(b, 1, s, s).masked_fill(~seen(s), float("-inf")),
+}
+
+
+@pytest.mark.parametrize("made", GIVEN)
+def test_a_causal_mask_of_the_caller(made: str) -> None:
+    model = toy(Given)
+    served = compiled(model)
+    with kvpass.cached(served) as cache:
+        for batch, length in ((2, 9), (1, 10), (3, 11), (1, 12), (1, 1)):
+            check(model, served, tokens(batch, length), mask=GIVEN[made](batch, length))
+        assert cache.stats().left_alone == 0
+        wide = seen(9)
+        wide[2, 5] = True  # a token that sees a later one
+        with pytest.warns(kvpass.KvpassWarning, match="has shape"):
+            check(model, served, tokens(2, 9), mask=wide)
+    with pytest.raises(kvpass.RefusedError, match="a mask of whole sequences"), kvpass.incremental(served):
+        served(tokens(2, 9), GIVEN[made](2, 9))
 
 
 @pytest.mark.parametrize(("dtype", "options"), [(torch.bfloat16, {}), (torch.float32, {"dtype": "int8"})])

@@ -56,6 +56,18 @@ class Masked(Toy):
         return self.head(self.body(ids, attention_mask))
 
 
+class Given(Toy):
+    """Its caller makes the mask."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        b, s = x.shape
+        hidden = self.embed(x) + self.places(torch.arange(s))
+        q, k, v = self.qkv(hidden).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        shown = mask if mask.is_floating_point() else mask.bool()
+        attended = F.scaled_dot_product_attention(3 * q, k, v, attn_mask=shown)
+        return self.head(hidden + attended.transpose(1, 2).reshape(b, s, DIM))
+
+
 class Chatty(Toy):
     """Its forward is two graphs of Dynamo's."""
 
