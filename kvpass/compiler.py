@@ -181,14 +181,19 @@ def check_model(model: nn.Module) -> torch.device:
 
 
 @alone()
-def capture_model(model: LogitsModel, device: torch.device) -> CapturedGraph:
+def capture_model(model: LogitsModel, device: torch.device, inside: str = "") -> CapturedGraph:
     """The graph of an adapted model.
+
+    Args:
+        model: adapted.
+        device: of its tensors.
+        inside: path within the adapted module of what the user knows by name.
 
     Raises:
         RefusedError: if it cannot be captured.
     """
     declare_known_ops()
-    example, prefix = example_for(model, device), f"{MODEL}.{MODEL}"
+    example, prefix = example_for(model, device), f"{MODEL}.{MODEL}{inside and '.'}{inside}"
     locate_logits(model, example)
     convolutions = convolutions_over_tokens(for_capture(model), example, prefix)
     if convolutions:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from kvpass.dynamo.calls import LeftAlone, ModelCall
 from kvpass.dynamo.graph_engines import GraphEngine
-from kvpass.dynamo.graph_site import answered_by
-from kvpass.dynamo.rows import Batch, as_graph_gives, read_batch
+from kvpass.dynamo.rows import as_graph_gives, read_batch
 from kvpass.dynamo.scopes import Scope
+from kvpass.dynamo.under_way import Reading
 from kvpass.errors import InputError, RefusedError
 from kvpass.fx_passes.graph import LogitsRows
-from kvpass.outputs import logits_at
 
 Rows = Literal["last", "all"]
 
@@ -27,9 +25,8 @@ class CachedScope(Scope):
         if rows not in get_args(Rows):
             raise InputError(f"rows={rows!r} is unknown: choose 'last' or 'all'")
         self._rows = rows
-        self._padding_is_known: set[GraphEngine] = set()
 
-    def _compute(self, found: GraphEngine, call: ModelCall) -> Tensor:
+    def _compute(self, found: GraphEngine, call: ModelCall, reading: Reading) -> Tensor:
         batch = read_batch(call.ids, call.attention_mask, call.position_ids)
         session = self._session(found.engine)
         everything = self._rows == "all" and found.rows is not LogitsRows.LAST
@@ -42,29 +39,9 @@ class CachedScope(Scope):
                     "kvpass.cached(model, rows='all')"
                 )
             logits = session.logits(batch.rows)[:, None]
-        if batch.is_padded and call.positions is None and found not in self._padding_is_known:
-            self._check_padding(found, call, batch, logits)
-            self._padding_is_known.add(found)
+        if batch.is_padded:
+            found.check_padding(self._model, call, batch.is_padded_behind)
         return as_graph_gives(found, logits)
-
-    def _check_padding(self, found: GraphEngine, call: ModelCall, batch: Batch, logits: Tensor) -> None:
-        """Compare the first padded batch with the model itself, which may count padding as positions.
-
-        Raises:
-            LeftAlone: if it does.
-        """
-        args, kwargs = call.bound({})
-        with answered_by(None), torch.no_grad():
-            wanted = logits_at(self._model._call_impl(*args, **kwargs), found.path).reshape(
-                len(batch.rows), -1, logits.shape[-1]
-            )
-        for row, (tokens, start) in enumerate(zip(batch.rows, batch.starts, strict=True)):
-            end = start + len(tokens) - batch.length - 1
-            if not found.agree(logits[row, end if logits.shape[1] > 1 else -1], wanted[row, end]):
-                raise LeftAlone(
-                    "it gives a padded row other logits than the same row alone, for it counts padding as positions: "
-                    "pass position_ids, or rows of one length"
-                )
 
     def _leave_alone(self, reason: LeftAlone | RefusedError) -> None:
         self._doorway.leave_alone(reason)

@@ -20,7 +20,15 @@ PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device,
 
 
 class LeftAlone(Exception):
-    """A scope cannot keep a cache for a call, which is computed as it would be outside; says why."""
+    """A scope cannot keep a cache for a call, which is computed as it would be outside; says why.
+
+    Attributes:
+        lasting: whether that is so of every call of its form.
+    """
+
+    def __init__(self, reason: str, lasting: bool = True) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class ModelCall:
         """What two calls have in common that differ in their tokens alone."""
         roles = (self.tokens, self.mask, self.positions)
         others = {name: value for name, value in self.arguments.items() if name not in roles}
-        return (*roles, self.causal, repr(sorted(others.items())))
+        dtypes = [self._tensor(name).dtype for name in roles if name is not None]
+        return (*roles, *dtypes, self.causal, repr(sorted(others.items())))
 
     def _tensor(self, name: str) -> Tensor:
         found = self.arguments[name]

@@ -6,9 +6,9 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ class Doorway:
         inner: what Dynamo has put in the place of its forward.
         whole: traces the model for scopes, hooks and all, apart from what Dynamo keeps of it for other calls.
         code: of the function that ``whole`` traces.
-        options: of the compile, as far as they are known.
+        options: of the compile.
     """
 
     def __init__(self, compiled: nn.Module, attribute: str, model: nn.Module, options: BackendOptions) -> None:
@@ -50,17 +50,23 @@ class Doorway:
         self.inner: Callable[..., Any] = getattr(compiled, attribute)
         function = FunctionType(_call.__code__.replace(co_name=f"call_{id(self)}"), globals())
         self.code: CodeType = function.__code__
-        self.whole: Callable[..., Any] = torch.compile(function, backend=self._site)
+        self.whole: Callable[..., Any] = torch.compile(function, backend=partial(_site, options))
         self._reported: set[str] = set()
         self._holder = compiled
         self._attribute = attribute
-        self._here = threading.local()
-        self._inside = 0
+        self._scopes: dict[int, Answering] = {}
         self.__wrapped__ = self.inner  # for who asks for the signature
         self._lock = threading.Lock()
 
-    def _site(self, graph: GraphModule, example_inputs: list[Any]) -> GraphSite:
-        return GraphSite(graph, None, self.options, traced_frame())
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of the model has none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def is_of(self, compiled: nn.Module) -> bool:
+        """Whether it stands before this very module."""
+        return self._holder is compiled
 
     def enter(self, scope: Answering) -> None:
         """Have the calls of this thread go to a scope.
@@ -68,21 +74,19 @@ class Doorway:
         Raises:
             InputError: if it is in one already.
         """
-        if getattr(self._here, "scope", None) is not None:
-            raise InputError("this thread is in a scope of this model already: leave it before it enters another")
         with self._lock:
-            if self._inside == 0:
+            if threading.get_ident() in self._scopes:
+                raise InputError("this thread is in a scope of this model already: leave it before it enters another")
+            if not self._scopes:
                 self.inner = self.__wrapped__ = getattr(self._holder, self._attribute)
                 setattr(self._holder, self._attribute, self)
-            self._inside += 1
-        self._here.scope = scope
+            self._scopes[threading.get_ident()] = scope
 
-    def leave(self) -> None:
-        """Have them go where they went before."""
-        self._here.scope = None
+    def leave(self, thread: int) -> None:
+        """Have the calls of a thread go where they went before."""
         with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
+            del self._scopes[thread]
+            if not self._scopes:
                 setattr(self._holder, self._attribute, self.inner)
 
     def leave_alone(self, reason: Exception) -> None:
@@ -102,7 +106,7 @@ class Doorway:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the model."""
-        scope: Answering | None = getattr(self._here, "scope", None)
+        scope = self._scopes.get(threading.get_ident())
         return self.inner(*args, **kwargs) if scope is None else scope.run(args, kwargs)
 
 
@@ -116,7 +120,11 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return model._call_impl(*args, **kwargs)  # not what model.compile() has put in the place of it
 
 
-_DOORWAYS: WeakKeyDictionary[nn.Module, Doorway] = WeakKeyDictionary()
+def _site(options: BackendOptions, graph: GraphModule, example_inputs: list[Any]) -> GraphSite:
+    return GraphSite(graph, None, options, traced_frame())
+
+
+PLACE = "_kvpass_doorway"  # attribute of a compiled module, so that it goes with it
 _LOCK = threading.Lock()
 
 
@@ -129,19 +137,24 @@ def doorway_of(compiled: Any) -> Doorway:
     if not isinstance(compiled, nn.Module):
         kind = type(compiled).__name__
         raise InputError(f"a scope needs a compiled model, not a {kind}: give it what {HOW} returns")
-    if isinstance(compiled, OptimizedModule):
-        attribute, model = "forward", compiled._orig_mod
-        callback: Any = compiled.dynamo_ctx.callback
-        backend = innermost_backend(callback)
+    with _LOCK:
+        found = compiled.__dict__.get(PLACE)
+        if isinstance(found, Doorway) and found.is_of(compiled):
+            return found
+        if isinstance(compiled, OptimizedModule):
+            attribute, model, context = "forward", compiled._orig_mod, compiled.dynamo_ctx
+        else:
+            attribute, model, context = "_compiled_call_impl", compiled, None
+            call = getattr(compiled, attribute, None)
+            if call is None:
+                raise InputError(f"this model was not compiled: a scope needs what {HOW} returns")
+            cells = (cell.cell_contents for cell in getattr(call, "__closure__", None) or ())
+            context = next((one for one in cells if hasattr(one, "callback")), None)
+        callback: Any = None if context is None else context.callback
+        backend: Any = None if callback is None else innermost_backend(callback)
         if getattr(backend, "compiler_fn", backend) is not kvpass:
             raise InputError(f"this model was compiled by another backend: a scope needs {HOW}")
         options = parse_options(getattr(backend, "kwargs", {}).get("options"))
-    else:
-        attribute, model, options = "_compiled_call_impl", compiled, parse_options(None)
-        if getattr(compiled, attribute, None) is None:
-            raise InputError(f"this model was not compiled: a scope needs what {HOW} returns")
-    with _LOCK:
-        found = _DOORWAYS.get(compiled)
-        if found is None:
-            found = _DOORWAYS[compiled] = Doorway(compiled, attribute, model, options)
-        return found
+        made = Doorway(compiled, attribute, model, options)
+        compiled.__dict__[PLACE] = made
+        return made

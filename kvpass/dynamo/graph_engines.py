@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from kvpass.adapters import LogitsModel, end_of_sequence, example_for, locate_logits
 from kvpass.compiler import capture_model, check_model, rewrite
 from kvpass.dynamo.calls import LeftAlone, ModelCall
-from kvpass.dynamo.graph_model import GivenCall, GraphInputs, GraphModel, Input
-from kvpass.dynamo.graph_site import GraphSite
+from kvpass.dynamo.effects import writes_to_tensors
+from kvpass.dynamo.graph_model import HELD, GivenCall, GraphInputs, GraphModel, Input
+from kvpass.dynamo.graph_site import GraphSite, is_foreign
+from kvpass.dynamo.padding import check_padding
 from kvpass.dynamo.saved import SavedGraph, key_of, load, save
 from kvpass.engine.engine import Engine
-from kvpass.errors import RefusedError
+from kvpass.engine.row_session import longest_row
+from kvpass.errors import ConfigError, InputError, RefusedError
 from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.graph import LogitsRows
 from kvpass.outputs import Path
 
 PLACE = "_kvpass_graphs"  # attribute of a model
+MOST_ENGINES = 4  # of one model, for as many graphs
 LEAST_BOUND = 1e-3  # of the largest logit
 
 
@@ -37,6 +41,7 @@ class GraphEngine:
         rank: dims of that output.
         path: of the logits in what the model returns.
         tensors: of the model, in the order of the graph's inputs, with their versions.
+        padding: what was found of padding: whether behind the text, with positions, after how many changes of weights.
     """
 
     engine: Engine
@@ -45,13 +50,27 @@ class GraphEngine:
     rank: int
     path: Path
     tensors: list[tuple[Tensor, int]]
+    padding: dict[tuple[bool, bool, int], LeftAlone | None] = field(default_factory=dict)
 
-    def agree(self, found: Tensor, wanted: Tensor) -> bool:
-        """Whether logits ``[V]`` are the model's own, within the bound that the verification held them to."""
-        checked = self.engine.report.verification
-        bounds = (LEAST_BOUND, *((checked.tolerance, checked.format_tolerance or 0.0) if checked is not None else ()))
-        apart = (found.float() - wanted.float()).abs().max()
-        return bool(apart <= max(bounds) * wanted.float().abs().max())
+    def check_padding(self, model: nn.Module, call: ModelCall, behind: bool) -> None:
+        """Leave a call with padding alone, unless the model was found to take no notice of it.
+
+        Raises:
+            LeftAlone: if it does.
+        """
+        key = behind, call.positions is not None, self.engine._weights.changes
+        if key not in self.padding:
+            checked = self.engine.report.verification
+            bound = max(LEAST_BOUND, 0.0 if checked is None else checked.tolerance)
+            longest, vocab_size = longest_row(self.engine), self.engine.plan.vocab_size
+            self.padding[key] = None
+            try:
+                check_padding(model, self.path, call, behind, longest, vocab_size, bound)
+            except LeftAlone as reason:
+                self.padding[key] = reason
+        found = self.padding[key]
+        if found is not None:
+            raise found
 
     def reads(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the engine was made of these tensors, and those that it cannot watch are as they were."""
@@ -72,6 +91,14 @@ class GraphEngines:
 
     found: dict[tuple[str, str], GraphEngine | RefusedError] = field(default_factory=dict)
     lock: Any = field(default_factory=RLock, repr=False)
+
+    def close_idle(self, newest: GraphEngine) -> None:
+        """Let go of the oldest engines that nobody uses, where there are many: each has a pool of its own."""
+        made = [(key, found) for key, found in self.found.items() if isinstance(found, GraphEngine)]
+        for key, found in made[: max(0, len(made) - MOST_ENGINES)]:
+            if found is not newest and not found.engine._loop.has_work:
+                found.engine.close()
+                del self.found[key]
 
     def __deepcopy__(self, memo: object) -> GraphEngines:
         return GraphEngines()
@@ -120,10 +147,15 @@ def engine_of_graph(
                 return known
             known.engine.close()
         try:
-            made = engines.found[key] = _make(model, call, site, inputs)
+            made = _make(model, call, site, inputs)
         except RefusedError as error:
             engines.found[key] = error
             raise
+        except (ConfigError, InputError) as error:
+            raise LeftAlone(str(error)) from error
+        engines.found.pop(key, None)
+        engines.found[key] = made
+        engines.close_idle(made)
         return made
 
 
@@ -140,13 +172,19 @@ def _make(model: nn.Module, call: ModelCall, site: GraphSite, inputs: Sequence[I
             filled.append(name)
         else:
             filled.append(one)
-    key = key_of(model, call, site, held)
+    is_portable = not any(map(is_foreign, site.graph.graph.nodes))
+    key = key_of(model, call, site, held) if is_portable else ""
     saved = load(key, model, held)
     if saved is None:
         saved = _rewritten(model, call, site, GraphInputs(filled, held), device)
-        save(key, saved, held)
+        if is_portable:
+            save(key, saved, held)
     engine = Engine(saved.module, saved.module.plan, site.options.cache, saved.report, end_of_sequence(model))
-    outside = [(one, one._version if id(one) not in names else -1) for one in inputs if isinstance(one, Tensor)]
+    outside = [
+        (one, -1 if id(one) in names or one.is_inference() else one._version)
+        for one in inputs
+        if isinstance(one, Tensor)
+    ]
     node = next(node for node in site.graph.graph.nodes if node.op == "output").args[0][saved.output]
     return GraphEngine(engine, saved.rows, saved.output, node.meta["example_value"].dim(), saved.path, outside)
 
@@ -158,8 +196,11 @@ def _rewritten(
     call = call.apart()
     original = GivenCall(model, call)
     graph = GraphModel(site.graph, inputs, call)
+    example = example_for(original, device)
+    if writes_to_tensors(site.graph, graph.arguments(*example)):
+        raise LeftAlone("its forward writes to tensors that outlive it: what it gives depends on the calls before")
     graph.output = _which_output(original, graph, device)
-    captured = capture_model(LogitsModel(graph, call.positions is not None), device)
+    captured = capture_model(LogitsModel(graph, call.positions is not None), device, HELD)
     rows = captured.rows
     module, report = rewrite(original, site.options.cache, device, captured=captured)
     return SavedGraph(module, report, rows, graph.output, original.path or (), captured.ledger, captured.path_prefix)

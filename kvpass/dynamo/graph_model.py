@@ -13,6 +13,8 @@ from torch.fx import GraphModule, Interpreter
 from kvpass.adapters import LogitsModel
 from kvpass.dynamo.calls import ModelCall
 
+HELD = "held"  # submodule of a graph's model that has the tensors under their own names
+
 
 class Input(Enum):
     """What an input of a graph is filled with."""
@@ -61,9 +63,10 @@ class GraphModel(nn.Module):
         self.inputs = list(inputs.order)
         self.output = 0
         self.call = call
+        self.add_module(HELD, nn.Module())
         for name, tensor in inputs.tensors.items():
             *path, leaf = name.split(".")
-            owner: nn.Module = self
+            owner: nn.Module = self.get_submodule(HELD)
             for part in path:
                 if not isinstance(owner._modules.get(part), nn.Module):
                     owner.add_module(part, nn.Module())
@@ -82,9 +85,10 @@ class GraphModel(nn.Module):
 
     def outputs(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Any, ...]:
         """All outputs."""
-        return tuple(Interpreter(self.traced).run(*self._arguments(input_ids, position_ids)))
+        return tuple(Interpreter(self.traced).run(*self.arguments(input_ids, position_ids)))
 
-    def _arguments(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Any]:
+    def arguments(self, input_ids: Tensor, position_ids: Tensor | None = None) -> list[Any]:
+        """What the graph is called with."""
         found = self.call.for_tokens(input_ids, position_ids)
         values: dict[Input, Any] = {Input.BATCH: input_ids.shape[0], Input.LENGTH: input_ids.shape[1]}
         values |= {role: found[name] for name, role in roles_of(self.call).items()}
@@ -92,7 +96,7 @@ class GraphModel(nn.Module):
 
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        found = getattr(self.get_submodule(path), leaf)
+        found = getattr(self.get_submodule(f"{HELD}.{path}" if path else HELD), leaf)
         assert isinstance(found, Tensor)
         return found
 

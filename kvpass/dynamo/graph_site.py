@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
 
+import sympy
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
+from kvpass.dynamo.effects import changes_python_state
 from kvpass.dynamo.options import BackendOptions, parse_options
 from kvpass.errors import ConfigError
+
+OWN_MODULES = ("", "torch", "_operator", "builtins", "math")
 
 try:
     from torch._dynamo.aot_compile_types import SerializableCallable
@@ -56,10 +60,14 @@ class Frame:
     Attributes:
         code: of the function.
         is_whole: whether the graph is all of it.
+        changes_state: whether it changes Python objects that outlive it.
+        shape_guards: what Dynamo took for granted of sizes, in its symbols.
     """
 
     code: CodeType | None
     is_whole: bool
+    changes_state: bool = False
+    shape_guards: tuple[sympy.Expr, ...] = ()
 
 
 class GraphSite(SerializableCallable):
@@ -122,12 +130,21 @@ class GraphSite(SerializableCallable):
 def _text_of(graph: GraphModule) -> str:
     """The same for graphs that compute the same, their constants and the graphs within them included."""
     digest = hashlib.sha256()
+    for node in graph.graph.nodes:
+        if is_foreign(node):
+            digest.update(f"{id(node.target)}".encode())  # the graph holds it, so that no other gets its number
     for name, module in graph.named_modules():
         digest.update(f"{name}:{module.code if isinstance(module, GraphModule) else module!r}".encode())
         for key, value in sorted(vars(module).items()):
             if isinstance(value, Tensor):
                 digest.update(f"{key}:{value.dtype}:{value.shape}:{value.tolist()}".encode())
     return digest.hexdigest()
+
+
+def is_foreign(node: Node) -> bool:
+    """Whether a node calls a function that is neither torch's nor Python's, which another may share its name with."""
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and module.partition(".")[0] not in OWN_MODULES
 
 
 def kvpass(
@@ -154,6 +171,8 @@ def traced_frame() -> Frame:
     try:
         traced = InstructionTranslator.current_tx()
         reason = traced.output.compile_subgraph_reason
-        return Frame(traced.f_code, reason is not None and not reason.graph_break)
+        guards = tuple(guard.expr for guard in traced.output.shape_env.guards)
+        is_whole = reason is not None and not reason.graph_break
+        return Frame(traced.f_code, is_whole, changes_python_state(traced), guards)
     except AttributeError:  # another version of torch, which keeps it elsewhere, or no tracing at all
         return Frame(None, False)

@@ -12,6 +12,7 @@ from kvpass.dynamo.doorway import as_refused
 from kvpass.dynamo.graph_engines import GraphEngine
 from kvpass.dynamo.rows import as_graph_gives, read_batch
 from kvpass.dynamo.scopes import Scope
+from kvpass.dynamo.under_way import Reading
 from kvpass.engine.row_session import Row
 from kvpass.errors import InputError, RefusedError
 
@@ -68,7 +69,7 @@ class IncrementalScope(Scope):
         self._check_inside()
         numbers = range(len(self._sequences)) if sequences is None else self._numbers(sequences)
         for number in numbers:
-            if not 0 <= length <= len(self._sequences[number]):
+            if not isinstance(length, int) or not 0 <= length <= len(self._sequences[number]):
                 raise InputError(
                     f"sequence {number} has {len(self._sequences[number])} tokens, and cannot be cut to {length}"
                 )
@@ -86,7 +87,7 @@ class IncrementalScope(Scope):
         """
         self._check_inside()
         chosen = range(len(self._sequences)) if self._chosen is None else self._chosen
-        places = [int(place) for place in order]
+        places = [int(place) for place in (order.flatten() if isinstance(order, Tensor) else order)]
         if any(not 0 <= place < len(chosen) for place in places):
             raise InputError(f"order={places} names rows that there are none of: there are {len(chosen)}")
         tokens = [self._sequences[chosen[place]] for place in places]
@@ -98,7 +99,7 @@ class IncrementalScope(Scope):
         for number, row in zip(chosen, tokens, strict=True):
             self._sequences[number] = row
 
-    def _compute(self, found: GraphEngine, call: ModelCall) -> Tensor:
+    def _compute(self, found: GraphEngine, call: ModelCall, reading: Reading) -> Tensor:
         if call.causal is not None:
             raise LeftAlone(f"it is given {call.mask}, a mask of whole sequences: kvpass.cached takes them")
         if not self._sequences:
@@ -112,6 +113,9 @@ class IncrementalScope(Scope):
         before = [self._sequences[number] for number in chosen]
         batch = read_batch(call.ids, call.attention_mask, call.position_ids, [len(row) for row in before])
         rows = [(*row, *new) for row, new in zip(before, batch.rows, strict=True)]
+        for length in {len(row) for row in rows}:
+            if not reading.holds(len(rows), length):
+                raise LeftAlone(f"its forward is another function for sequences of {length} tokens")
         others = [row for number, row in enumerate(self._sequences) if number not in set(chosen)]
         logits = self._session(found.engine).logits_from(rows, [len(row) for row in before], others)
         for number, row in zip(chosen, rows, strict=True):
@@ -123,12 +127,13 @@ class IncrementalScope(Scope):
         raise reason if isinstance(reason, RefusedError) else as_refused(reason)
 
     def _number(self, sequence: int) -> int:
-        if not 0 <= int(sequence) < len(self._sequences):
+        if not isinstance(sequence, int) or not 0 <= sequence < len(self._sequences):
             raise InputError(f"there is no sequence {sequence}: the scope has {len(self._sequences)}, numbered from 0")
-        return int(sequence)
+        return sequence
 
     def _numbers(self, sequences: Iterable[int] | Tensor) -> list[int]:
-        numbers = [self._number(int(number)) for number in sequences]
+        given = sequences.flatten().tolist() if isinstance(sequences, Tensor) else sequences
+        numbers = [self._number(number) for number in given]
         if len(set(numbers)) < len(numbers):
             raise InputError(f"rows {numbers} name a sequence twice: fork it, each row appends to its own")
         return numbers

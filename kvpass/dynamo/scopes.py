@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -17,17 +18,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
+from torch.fx.experimental import _config as shape_config
 
 from kvpass.dynamo.calls import CallForm, LeftAlone, ModelCall
 from kvpass.dynamo.doorway import Doorway, doorway_of
 from kvpass.dynamo.graph_engines import GraphEngine
+from kvpass.dynamo.graph_model import Input
 from kvpass.dynamo.graph_site import GraphSite, answered_by
-from kvpass.dynamo.under_way import CallUnderWay, StaticShape
+from kvpass.dynamo.under_way import CallUnderWay, Reading, StaticShape
 from kvpass.engine.engine import Engine
 from kvpass.engine.row_session import RowSession, longest_row
 from kvpass.errors import InputError, KvpassError, RefusedError
+from kvpass.fx_passes.capture.alone import alone
 from kvpass.runtime.schedule.stats import EngineStats
 
+NOUNS = {Input.BATCH: "sequences", Input.LENGTH: "tokens"}
 ATTEMPTS = 3  # shapes that Dynamo is shown until it makes a graph for all
 
 
@@ -55,12 +60,25 @@ class ScopeStats:
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-def traced_whole() -> AbstractContextManager[object]:
-    """Have Dynamo make one graph where sizes and numbers follow from data, such as the tokens of an expert."""
-    found: AbstractContextManager[object] = dynamo_config.patch(
-        capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
-    )
-    return found
+_trace_options = dynamo_config._make_closure_patcher(
+    capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True, skip_nnmodule_hook_guards=False
+)
+_shape_options = shape_config._make_closure_patcher(use_duck_shape=False)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def traced_whole() -> Iterator[None]:
+    """Have Dynamo make one graph that holds for every shape, and look whether hooks were added since.
+
+    Sizes and numbers that follow from data, such as the tokens of an expert, do not break it then, and a batch that is
+    as large as it is long is not taken for a square.
+    """
+    undo = [options() for options in (_trace_options, _shape_options)]
+    try:
+        yield
+    finally:
+        for one in undo:
+            one()
 
 
 def _first_line(error: Exception) -> str:
@@ -100,11 +118,13 @@ class Scope(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._check_inside()
+        if self._thread is None or self._is_over:
+            return
         self._is_over = True
-        self._doorway.leave()
-        for session in self._sessions.values():
-            session.close()
+        self._doorway.leave(self._thread)  # which may be another's, that a generator was left to
+        with ExitStack() as stack:
+            for session in self._sessions.values():
+                stack.callback(session.close)
 
     def stats(self) -> ScopeStats:
         """Figures so far; of the engine those of all that use it.
@@ -125,10 +145,13 @@ class Scope(ABC):
             call = self._form.read(args, kwargs)
             if call.form in self._alone:
                 raise self._alone[call.form]
+            if torch.is_autocast_enabled(call.ids.device.type):
+                raise LeftAlone("autocast is on, and keys and values would be of another dtype", lasting=False)
             try:
                 return self._answered(call)
             except (LeftAlone, RefusedError) as reason:
-                self._alone[call.form] = reason
+                if isinstance(reason, RefusedError) or reason.lasting:
+                    self._alone[call.form] = reason
                 raise
         except (LeftAlone, RefusedError) as reason:
             self._leave_alone(reason)
@@ -137,7 +160,7 @@ class Scope(ABC):
             return self._doorway.inner(*args, **kwargs)
 
     @abstractmethod
-    def _compute(self, found: GraphEngine, call: ModelCall) -> Tensor:
+    def _compute(self, found: GraphEngine, call: ModelCall, reading: Reading) -> Tensor:
         """The logits of a call, in the shape that its graph gives them in."""
 
     @abstractmethod
@@ -152,31 +175,28 @@ class Scope(ABC):
             RefusedError: if no rewrite could be proven.
         """
         under_way = CallUnderWay(self._doorway, call, self._compute, self._note)
-        is_known = bool(self._sites)  # then Dynamo most likely has its graph, and the options of a trace can be spared
         for attempt in range(ATTEMPTS):
             args, kwargs = under_way.show(attempt)
-            tracing = nullcontext() if is_known else traced_whole()
             try:
-                with answered_by(under_way), torch.set_grad_enabled(self._fuses), tracing:
+                # One thread at a time: what captures a model changes torch for all of them.
+                with alone(), answered_by(under_way), torch.set_grad_enabled(self._fuses), traced_whole():
                     outputs = self._doorway.whole(self._model, args, kwargs)
-            except StaticShape:
-                continue
-            except LeftAlone:
-                if not is_known:
-                    raise
-                is_known = False
-                continue
-            except KvpassError:
+            except StaticShape as static:
+                if static.size in under_way.altered:
+                    continue
+                raise LeftAlone(f"its forward asks for the very number of its {NOUNS[static.size]}") from static
+            except (KvpassError, LeftAlone):
                 raise
             except Exception as error:
                 if under_way.is_asked:
                     raise
                 # Whatever the model itself raises, it raises outside as well.
-                raise LeftAlone(f"torch.compile cannot trace its forward: {_first_line(error)}") from error
+                reason = f"torch.compile cannot trace its forward: {_first_line(error)}"
+                raise LeftAlone(reason, lasting=False) from error
             if not under_way.is_answered:
-                raise LeftAlone("torch.compile makes no graph of its forward")
-            return outputs
-        raise LeftAlone("torch.compile makes a graph for one shape alone: leave out dynamic=False")
+                raise LeftAlone("torch.compile makes no graph of its forward", lasting=False)
+            return under_way.own(outputs)
+        raise LeftAlone("its forward asks for the very number of its sequences or tokens")
 
     def _session(self, engine: Engine) -> RowSession:
         found = self._sessions.get(engine)
@@ -188,7 +208,6 @@ class Scope(ABC):
 
     def _note(self, site: GraphSite) -> None:
         self._sites[site] = None
-        self._doorway.options = site.options
 
     def _check_mode(self) -> None:
         if self._model.training:

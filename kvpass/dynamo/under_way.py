@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from kvpass.dynamo.absent import absent
 from kvpass.dynamo.calls import LeftAlone, ModelCall
@@ -22,7 +24,11 @@ EXPLAIN = "torch._dynamo.explain(model)(ids)"
 
 
 class StaticShape(Exception):
-    """A graph was made for the very shape of its tokens; another shape has Dynamo make one for all."""
+    """A graph was made for one batch size or one length."""
+
+    def __init__(self, size: Input) -> None:
+        super().__init__(f"the graph is made for one {size.name.lower()}")
+        self.size = size
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,22 @@ class Reading:
     Attributes:
         inputs: of each placeholder what it is filled with; None for a tensor of the model.
         outputs: a node for a tensor, a size of the token ids, or a constant.
+        guards: what was taken for granted of batch size and length, in these symbols.
     """
 
     inputs: list[Input | None]
     outputs: list[Any]
+    guards: tuple[sympy.Expr, ...]
+    symbols: dict[str, Input]
+
+    def holds(self, batch: int, length: int) -> bool:
+        """Whether the graph is the forward for so many sequences of so many tokens."""
+        sizes = {Input.BATCH: max(2, batch), Input.LENGTH: max(2, length)}  # one is shown as two
+        for guard in self.guards:
+            values = {symbol: sympy.Integer(sizes[self.symbols[str(symbol)]]) for symbol in guard.free_symbols}
+            if guard.xreplace(values) == sympy.false:
+                return False
+        return True
 
 
 class CallUnderWay:
@@ -47,6 +65,7 @@ class CallUnderWay:
     Attributes:
         is_asked: whether a graph has asked for its outputs.
         is_answered: whether the logits were computed.
+        altered: the sizes that Dynamo is shown another number for.
 
     Args:
         doorway: of the model.
@@ -59,7 +78,7 @@ class CallUnderWay:
         self,
         doorway: Doorway,
         call: ModelCall,
-        compute: Callable[[GraphEngine, ModelCall], Tensor],
+        compute: Callable[[GraphEngine, ModelCall, Reading], Tensor],
         note: Callable[[GraphSite], object],
     ) -> None:
         self.is_asked = self.is_answered = False
@@ -69,14 +88,14 @@ class CallUnderWay:
         self._note = note
         self._roles: dict[int, Input] = {}
         self._shown: dict[str, Tensor] = {}
+        self._reading: Reading | None = None
+        self.altered: set[Input] = set()
 
     def show(self, attempt: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments that Dynamo is shown; of another shape in each attempt."""
+        """The arguments that Dynamo is shown; other numbers for a single row or token in each attempt."""
         call, ids = self._call, self._call.ids
-        more = max(0, 2 + attempt - len(ids)) or attempt
-        longer = max(0, 2 + attempt - ids.shape[1]) or attempt
-        if len(ids) + more == ids.shape[1] + longer:  # equal sizes would be taken for one
-            more += 1
+        more, longer = (2 + attempt - 1 if size == 1 else 0 for size in ids.shape)
+        self.altered = {size for size, added in ((Input.BATCH, more), (Input.LENGTH, longer)) if added}
         ids = torch.cat((ids, ids[:1].expand(more, -1)))
         ids = torch.cat((ids, ids[:, :1].expand(-1, longer)), 1)
         self._shown = call.for_tokens(ids)
@@ -108,20 +127,23 @@ class CallUnderWay:
         self._note(site)
         if self.is_answered or not site.frame.is_whole or site.frame.code is not self._doorway.code:
             raise LeftAlone(f"its forward becomes several graphs, as {EXPLAIN} shows")
+        if site.frame.changes_state:
+            raise LeftAlone("its forward changes Python objects that outlive it, as a counter or a list does")
         roles = tuple((place, role) for place, value in enumerate(args) if (role := self._roles.get(id(value))))
         reading = site.readings.get(roles)
         if reading is None:
             meanings = {place: self._meanings(role) for place, role in roles}
             reading = site.readings[roles] = read_graph(site, dict(roles), meanings)
+        self._reading = reading
         inputs = [value if one is None else one for value, one in zip(args, reading.inputs, strict=True)]
         model, ids = self._doorway.model, self._call.ids
         found = engine_of_graph(model, self._call, site, inputs)
         with torch.no_grad():
             try:
-                logits = self._compute(found, self._call)
+                logits = self._compute(found, self._call, reading)
             except WeightsChangedError:
                 found = engine_of_graph(model, self._call, site, inputs, stale=found)
-                logits = self._compute(found, self._call)
+                logits = self._compute(found, self._call, reading)
         self.is_answered = True
         sizes = {Input.BATCH: ids.shape[0], Input.LENGTH: ids.shape[1]}
         outputs = [
@@ -130,6 +152,27 @@ class CallUnderWay:
         ]
         outputs[found.output] = logits
         return tuple(outputs)
+
+    def own(self, outputs: Any) -> Any:
+        """What the model returns, with the call's own arguments in the place of what Dynamo was shown.
+
+        Raises:
+            LeftAlone: if something may go by what it was shown.
+        """
+        assert self._reading is not None
+        given = {id(tensor): self._call.arguments[name] for name, tensor in self._shown.items()}
+        sizes = (int,) if any(isinstance(one, Input) for one in self._reading.outputs) else ()
+
+        def replaced(leaf: Any) -> Any:
+            if id(leaf) in given:
+                return given[id(leaf)]
+            if any(id(part) in given for part in getattr(leaf, "__dict__", {}).values()):
+                raise LeftAlone(f"it returns its arguments within a {type(leaf).__name__}")
+            if self.altered and isinstance(leaf, (bool, int, float, str)) and type(leaf) not in sizes:
+                raise LeftAlone("it returns Python values, which may be others for a single row or token")
+            return leaf
+
+        return pytree.tree_map(replaced, outputs)
 
 
 def read_graph(site: GraphSite, roles: Mapping[int, Input], meanings: Mapping[int, Sequence[Input | None]]) -> Reading:
@@ -151,7 +194,7 @@ def read_graph(site: GraphSite, roles: Mapping[int, Input], meanings: Mapping[in
             if meaning is None:
                 continue
             if str(size).isdecimal() or symbols.get(str(size), meaning) is not meaning:
-                raise StaticShape
+                raise StaticShape(meaning)
             symbols[str(size)] = meaning
     if Input.TOKENS not in roles.values():
         raise LeftAlone("its graph does not take the token ids that the model is called with")
@@ -171,4 +214,15 @@ def read_graph(site: GraphSite, roles: Mapping[int, Input], meanings: Mapping[in
             raise LeftAlone(f"its graph gives {value}, which is neither a tensor nor a size")
         else:
             outputs.append(output)
-    return Reading(inputs, outputs)
+    names = set(symbols)
+    guards = [guard for guard in site.frame.shape_guards if {str(symbol) for symbol in guard.free_symbols} <= names]
+    return Reading(inputs, outputs, tuple(guard for guard in guards if not _is_of_few(guard)), symbols)
+
+
+def _is_of_few(guard: sympy.Expr) -> bool:
+    """Whether a guard says no more than that there are two at least, which is what Dynamo is shown."""
+    if len(guard.free_symbols) != 1:
+        return False
+    (symbol,) = guard.free_symbols
+    few = {sympy.Ne(symbol, 0), sympy.Ne(symbol, 1), symbol > 1, symbol >= 2, symbol >= 0, symbol > 0, symbol >= 1}
+    return guard in few or sympy.simplify(guard) in few

@@ -171,8 +171,17 @@ class RowSession:
         """
         if not rows:
             raise InputError("there are no rows: give at least one")
-        if self._changes != self._weights.changes:
-            self._known, self._changes = {}, self._weights.changes
+        while True:
+            self._weights.look()
+            if self._changes != self._weights.changes:
+                self.close()  # what is known is of other weights
+                self._changes = self._weights.changes
+            found = self._answers(rows, firsts, kept)
+            if self._changes == self._weights.changes:
+                return found
+
+    def _answers(self, rows: Ordered[Row], firsts: Ordered[int], kept: Collection[Row]) -> list[Tensor]:
+        """The logits, of one state of the weights unless they change meanwhile."""
         first: dict[Row, int] = {}
         for row, wanted in zip(rows, firsts, strict=True):
             first[row] = min(wanted, first.get(row, wanted))
@@ -201,11 +210,16 @@ class RowSession:
 
     def _compute(self, rows: dict[Row, int], kept: Collection[Row]) -> dict[Row, Tensor]:
         """The logits of some rows, each from a token on."""
-        places = self._choose(rows, kept)
-        with self._loop.exclusive():
-            pass  # whoever takes the lock has the rows go on that were chosen
-        news = self._live[0][0].news
-        self._driver.wait(news, lambda: all(found.is_computed or request.ended for request, found in self._live))
+        try:
+            places = self._choose(rows, kept)
+            with self._loop.exclusive():
+                pass  # whoever takes the lock has the rows go on that were chosen
+            news = self._live[0][0].news
+            self._driver.wait(news, lambda: all(found.is_computed or request.ended for request, found in self._live))
+        except BaseException as error:
+            if not isinstance(error, InputError):  # which is raised before anything is begun
+                self.close()  # some rows may have gone on, and others not
+            raise
         for request, _ in self._live:
             if request.ended:
                 self.close()

@@ -141,7 +141,8 @@ class StepLoop:
                 return
             raise IntegrityError("requests are under way and none of them can be scheduled")
         self._computed = (*(sequence for sequence, _, _ in step.ranges), *step.sampled)
-        with torch.inference_mode():
+        # A caller's autocast is none of the step's: it would store keys and values of another dtype than was verified.
+        with torch.inference_mode(), torch.autocast(self._module.device.type, enabled=False):
             self._moves.flush()
             if step.copies and isinstance(self._module, SettlingModule):
                 self._module.copy_blocks(self.caches, step.copies)

@@ -79,6 +79,11 @@ class WeightsWatch:
         if self._guard is not None:
             self._guard.check(content=not self._loop.has_work)
 
+    def look(self) -> None:
+        """See whether weights have changed, as before a step, for who answers without one."""
+        with self._loop.exclusive():
+            self._go_on()
+
     def forget(self) -> None:
         """Reuse nothing of what was computed up to now; then look at every byte whose value decided something.
 
