@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import kvpass
 from kvpass.dynamo.graph_engines import engines_of
-from tests.dynamo.test_scopes import check, is_free
-from tests.dynamo.toys import DIM, HEADS, Masked, Toy, compiled, tokens, toy
+from tests.dynamo.toys import DIM, HEADS, Masked, Toy, check, compiled, is_free, tokens, toy
 
 
 @pytest.fixture(autouse=True)

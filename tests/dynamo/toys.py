@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvpass.dynamo.graph_engines import engines_of
+
 VOCAB, DIM, HEADS = 37, 16, 2
 OPTIONS: dict[str, Any] = {"num_blocks": 48, "block_size": 4}
 
@@ -94,3 +96,28 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     """Random token ids."""
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a toy returns."""
+    if isinstance(output, tuple):
+        output = output[0]
+    return output["logits"] if isinstance(output, dict) else output
+
+
+@torch.no_grad()
+def check(model: nn.Module, served: Any, ids: Tensor, **arguments: Any) -> None:
+    """The last logits of a call in a scope are the model's."""
+    found, wanted = logits_of(served(ids, **arguments)), logits_of(model(ids, **arguments))
+    assert (found[:, -1] - wanted[:, -1]).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def is_free(model: nn.Module) -> bool:
+    """Whether the pools of a model hold nothing but what is kept for reuse."""
+    for found in engines_of(model).found.values():
+        assert not isinstance(found, Exception)
+        found.engine.check_integrity()
+        stats = found.engine.stats()
+        if stats.running or stats.waiting or stats.blocks_used:
+            return False
+    return True
