@@ -133,7 +133,16 @@ def patch(model: Any, config: CacheConfig | None = None) -> Any:
 
 
 def _generate_by_default(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    # transformers does not hand a streamer on to a custom loop
+    # transformers hands neither a streamer on to a custom loop, nor the tokenizer that looks for strings.
+    strings = kwargs.pop("stop_strings", None)
+    if strings is not None:
+        from transformers import StoppingCriteriaList, StopStringCriteria
+
+        tokenizer = kwargs.pop("tokenizer", None)
+        if tokenizer is None:
+            raise InputError("stop_strings are looked for in text: pass tokenizer=... to generate as well")
+        criteria = kwargs.get("stopping_criteria") or ()
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
     streamer = kwargs.get("streamer")
     kwargs.setdefault("custom_generate", generate if streamer is None else partial(generate, streamer=streamer))
     return original(model, *args, **kwargs)

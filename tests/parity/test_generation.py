@@ -135,13 +135,42 @@ def test_an_engine_goes_with_its_model_and_not_with_a_copy() -> None:
     assert engine() is None
 
 
+def tokenizer_of(vocab: int) -> Any:
+    words = {f"w{i}": i for i in range(vocab)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w2"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", eos_token="w3")
+
+
+def letters_of(vocab: int) -> Any:
+    """A tokenizer of single letters, and of other bytes behind them."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (not letter.isascii(), letter))
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters[:vocab])}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def test_strings_that_end_a_text(model: Any) -> None:
+    tokenizer = letters_of(model.vocab)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    for first in range(4, model.vocab):
+        options["input_ids"] = torch.tensor([[first, 5, 9, 7]])
+        whole = type(model).generate(model, **options)[0]
+        letters = [text for text in map(tokenizer.decode, whole[4:-1]) if text.isascii()]
+        if letters:
+            break
+    options |= {"stop_strings": letters[:1], "tokenizer": tokenizer}
+    plain, served = both(model, **options)
+    assert torch.equal(plain, served) and len(served[0]) < len(whole)
+    with pytest.raises(kvpass.InputError, match="pass tokenizer"):
+        model.generate(**{**options, "tokenizer": None})
+
+
 @pytest.mark.slow
 def test_a_pipeline_of_a_patched_model() -> None:
     found, found.vocab = model_of("llama")
-    words = {f"w{i}": i for i in range(found.vocab)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w2"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", eos_token="w3")
+    tokenizer = tokenizer_of(found.vocab)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     plain = transformers.pipeline("text-generation", model=copy.deepcopy(found), tokenizer=tokenizer)
     patched = transformers.pipeline("text-generation", model=kvpass.patch(found, CONFIG), tokenizer=tokenizer)
