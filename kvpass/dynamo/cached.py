@@ -29,6 +29,7 @@ class CachedScope(Scope):
     def _compute(self, found: GraphEngine, call: ModelCall, reading: Reading) -> Tensor:
         batch = read_batch(call.ids, call.attention_mask, call.position_ids)
         session = self._session(found.engine)
+        self._try_short(found, call, session, batch.rows[0])
         everything = self._rows == "all" and found.rows is not LogitsRows.LAST
         if everything:
             logits = batch.place(session.logits_from(batch.rows, [0] * len(batch.rows)))
@@ -40,7 +41,7 @@ class CachedScope(Scope):
                 )
             logits = session.logits(batch.rows)[:, None]
         if batch.is_padded:
-            found.check_padding(self._model, call, batch.is_padded_behind)
+            found.check_padding(self._model, call, batch.sides)
         return as_graph_gives(found, logits)
 
     def _leave_alone(self, reason: LeftAlone | RefusedError) -> None:

@@ -33,6 +33,10 @@ class Answering(Protocol):
         """What the model returns for a call in the scope."""
 
 
+class NotTraced(Exception):
+    """The model would have run instead of being traced."""
+
+
 class Doorway:
     """Takes the calls of one compiled model, as long as somebody is in a scope of it.
 
@@ -50,7 +54,7 @@ class Doorway:
         self.inner: Callable[..., Any] = getattr(compiled, attribute)
         function = FunctionType(_call.__code__.replace(co_name=f"call_{id(self)}"), globals())
         self.code: CodeType = function.__code__
-        self.whole: Callable[..., Any] = torch.compile(function, backend=partial(_site, options))
+        self.whole: Callable[..., Any] = torch.compile(function, backend=partial(_site, options), fullgraph=True)
         self._reported: set[str] = set()
         self._holder = compiled
         self._attribute = attribute
@@ -117,6 +121,8 @@ def as_refused(reason: Exception) -> RefusedError:
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not torch.compiler.is_compiling():
+        raise NotTraced("torch.compile makes no graph of its forward")
     return model._call_impl(*args, **kwargs)  # not what model.compile() has put in the place of it
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.variables.base import VariableTracker
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def changes_python_state(traced: Any) -> bool:
@@ -25,7 +27,30 @@ def changes_python_state(traced: Any) -> bool:
             return True
         if kind == "ValueMutationExisting" and variable.mutation_type.is_modified:
             return True
+        within = [part.mutation_type for part in vars(variable).values() if isinstance(part, VariableTracker)]
+        if variable.source is not None and any(getattr(mutation, "is_modified", False) for mutation in within):
+            return True
     return False
+
+
+class _Writes(TorchDispatchMode):
+    """Whether an op writes to some memory, by whatever name."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+        self._memory = {_memory(tensor) for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, Tensor) and _memory(value) in self._memory:
+                self.found = True
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def writes_to_tensors(graph: GraphModule, arguments: Sequence[Any]) -> bool:
@@ -36,22 +61,14 @@ def writes_to_tensors(graph: GraphModule, arguments: Sequence[Any]) -> bool:
         arguments: for its inputs.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    shown: dict[int, Tensor] = {}
-    for one in arguments:
-        if isinstance(one, Tensor):
-            shown[id(one)] = mode.from_tensor(one, static_shapes=True)
-    shown = {key: tensor for key, tensor in shown.items() if not tensor.is_inference()}  # which nobody may write to
-    before = {key: tensor._version for key, tensor in shown.items()}
+    shown = {id(one): mode.from_tensor(one, static_shapes=True) for one in arguments if isinstance(one, Tensor)}
+    writes = _Writes(list(shown.values()))
     try:
-        with mode, torch.no_grad():
+        with mode, writes, torch.no_grad():
             Interpreter(graph).run(*(shown.get(id(one), one) for one in arguments))
     except Exception:  # sizes that follow from data; what was written before that counts
-        return _any_written(shown, before) or _writes_in_place(graph)
-    return _any_written(shown, before)
-
-
-def _any_written(tensors: dict[int, Tensor], before: dict[int, int]) -> bool:
-    return any(tensor._version != before[key] for key, tensor in tensors.items())
+        return writes.found or _writes_in_place(graph)
+    return writes.found
 
 
 def _writes_in_place(graph: GraphModule) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
@@ -16,16 +16,17 @@ from kvpass.dynamo.calls import LeftAlone, ModelCall
 from kvpass.dynamo.effects import writes_to_tensors
 from kvpass.dynamo.graph_model import HELD, GivenCall, GraphInputs, GraphModel, Input
 from kvpass.dynamo.graph_site import GraphSite, is_foreign
-from kvpass.dynamo.padding import check_padding
+from kvpass.dynamo.padding import Sides, check_padding
 from kvpass.dynamo.saved import SavedGraph, key_of, load, save
 from kvpass.engine.engine import Engine
-from kvpass.engine.row_session import longest_row
+from kvpass.engine.row_session import Row, RowSession, longest_row
 from kvpass.errors import ConfigError, InputError, RefusedError
 from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.graph import LogitsRows
-from kvpass.outputs import Path
+from kvpass.outputs import Path, logits_at
 
 PLACE = "_kvpass_graphs"  # attribute of a model
+SHORT = 5  # tokens
 MOST_ENGINES = 4  # of one model, for as many graphs
 LEAST_BOUND = 1e-3  # of the largest logit
 
@@ -41,7 +42,7 @@ class GraphEngine:
         rank: dims of that output.
         path: of the logits in what the model returns.
         tensors: of the model, in the order of the graph's inputs, with their versions.
-        padding: what was found of padding: whether behind the text, with positions, after how many changes of weights.
+        padding: what was found of padding, by where it is and after how many changes of weights.
     """
 
     engine: Engine
@@ -50,27 +51,50 @@ class GraphEngine:
     rank: int
     path: Path
     tensors: list[tuple[Tensor, int]]
-    padding: dict[tuple[bool, bool, int], LeftAlone | None] = field(default_factory=dict)
+    padding: dict[tuple[Sides, int], LeftAlone | None] = field(default_factory=dict)
 
-    def check_padding(self, model: nn.Module, call: ModelCall, behind: bool) -> None:
+    def check_padding(self, model: nn.Module, call: ModelCall, sides: Collection[Sides]) -> None:
         """Leave a call with padding alone, unless the model was found to take no notice of it.
 
         Raises:
             LeftAlone: if it does.
         """
-        key = behind, call.positions is not None, self.engine._weights.changes
-        if key not in self.padding:
-            checked = self.engine.report.verification
-            bound = max(LEAST_BOUND, 0.0 if checked is None else checked.tolerance)
-            longest, vocab_size = longest_row(self.engine), self.engine.plan.vocab_size
-            self.padding[key] = None
-            try:
-                check_padding(model, self.path, call, behind, longest, vocab_size, bound)
-            except LeftAlone as reason:
-                self.padding[key] = reason
-        found = self.padding[key]
-        if found is not None:
-            raise found
+        for side in sides:
+            key = side, self.engine._weights.changes
+            if key not in self.padding:
+                self.padding[key] = None
+                longest, vocab_size = longest_row(self.engine), self.engine.plan.vocab_size
+                try:
+                    check_padding(model, self.path, call, side, longest, vocab_size, self.bound)
+                except LeftAlone as reason:
+                    self.padding[key] = reason
+            found = self.padding[key]
+            if found is not None:
+                raise found
+
+    @property
+    def bound(self) -> float:
+        """How far logits may be from the model's, relative to the largest."""
+        checked = self.engine.report.verification
+        formats = 0.0 if checked is None else max(checked.tolerance, checked.format_tolerance or 0.0)
+        return max(LEAST_BOUND, formats)
+
+    def try_short(self, model: nn.Module, call: ModelCall, session: RowSession, row: Row) -> None:
+        """Compare short texts of one row with the model: what it reads for these alone nothing else would notice.
+
+        Raises:
+            LeftAlone: if it gives other logits.
+        """
+        for text in {row[:1], row[:SHORT]}:
+            ids = torch.tensor([text], device=call.ids.device)
+            args, kwargs = call.bound(call.for_tokens(ids))
+            wanted = logits_at(model._call_impl(*args, **kwargs), self.path)
+            wanted = wanted.reshape(-1, wanted.shape[-1])[-1].float()
+            found = session.logits([text])[0].float()
+            if not bool((found - wanted).abs().max() <= self.bound * wanted.abs().max()):
+                raise LeftAlone(
+                    "it is another function for a single row or token than when it was verified", lasting=False
+                )
 
     def reads(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the engine was made of these tensors, and those that it cannot watch are as they were."""
@@ -86,10 +110,10 @@ class GraphEngines:
     """Those of one model, as an attribute of it, so that they go with it; a copy of the model has none.
 
     Attributes:
-        found: by graph and configuration of the cache: an engine, or why there is none.
+        found: by graph, configuration of the cache and form of the call: an engine, or why there is none.
     """
 
-    found: dict[tuple[str, str], GraphEngine | RefusedError] = field(default_factory=dict)
+    found: dict[tuple[Any, ...], GraphEngine | RefusedError] = field(default_factory=dict)
     lock: Any = field(default_factory=RLock, repr=False)
 
     def close_idle(self, newest: GraphEngine) -> None:
@@ -137,7 +161,7 @@ def engine_of_graph(
         InputError: if the model cannot be used as it is.
     """
     tensors = [one for one in inputs if isinstance(one, Tensor)]
-    engines, key = engines_of(model), (site.text, site.options.cache_key)
+    engines, key = engines_of(model), (site.text, site.options.cache_key, call.form)
     with engines.lock:
         known = engines.found.get(key)
         if isinstance(known, RefusedError):

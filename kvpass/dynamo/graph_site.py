@@ -171,7 +171,8 @@ def traced_frame() -> Frame:
     try:
         traced = InstructionTranslator.current_tx()
         reason = traced.output.compile_subgraph_reason
-        guards = tuple(guard.expr for guard in traced.output.shape_env.guards)
+        shapes = traced.output.shape_env
+        guards = tuple(shapes.replace(guard.expr) for guard in shapes.guards)
         is_whole = reason is not None and not reason.graph_break
         return Frame(traced.f_code, is_whole, changes_python_state(traced), guards)
     except AttributeError:  # another version of torch, which keeps it elsewhere, or no tracing at all

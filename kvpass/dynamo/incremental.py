@@ -113,11 +113,15 @@ class IncrementalScope(Scope):
         before = [self._sequences[number] for number in chosen]
         batch = read_batch(call.ids, call.attention_mask, call.position_ids, [len(row) for row in before])
         rows = [(*row, *new) for row, new in zip(before, batch.rows, strict=True)]
+        if reading.is_open:
+            raise LeftAlone("its forward compares lengths with a number that it is given")
         for length in {len(row) for row in rows}:
             if not reading.holds(len(rows), length):
                 raise LeftAlone(f"its forward is another function for sequences of {length} tokens")
         others = [row for number, row in enumerate(self._sequences) if number not in set(chosen)]
-        logits = self._session(found.engine).logits_from(rows, [len(row) for row in before], others)
+        session = self._session(found.engine)
+        self._try_short(found, call, session, rows[0])
+        logits = session.logits_from(rows, [len(row) for row in before], others)
         for number, row in zip(chosen, rows, strict=True):
             self._sequences[number] = row
         return as_graph_gives(found, batch.place(logits))

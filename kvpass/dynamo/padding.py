@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kvpass.dynamo.calls import LeftAlone, ModelCall
 from kvpass.outputs import Path, logits_at
 
+Sides = tuple[bool, bool]  # whether there is padding before a text, and behind it
 LONG = 2049  # tokens
 PADS = (1, 5, 700)
 REASON = (
@@ -18,7 +19,7 @@ REASON = (
 
 @torch.no_grad()
 def check_padding(
-    model: nn.Module, path: Path, call: ModelCall, behind: bool, longest: int, vocab_size: int, bound: float
+    model: nn.Module, path: Path, call: ModelCall, sides: Sides, longest: int, vocab_size: int, bound: float
 ) -> None:
     """Compare padded texts with themselves, every token of each.
 
@@ -26,7 +27,7 @@ def check_padding(
         model: the user's.
         path: of the logits in what it returns.
         call: of a scope, with a mask of padding; says what masks and positions are.
-        behind: whether the padding comes after the text, and not before it.
+        sides: where the padding is.
         longest: tokens that a text may have.
         vocab_size: number of token ids.
         bound: how far apart logits may be, relative to the largest.
@@ -37,8 +38,9 @@ def check_padding(
     length = min(LONG, longest)
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randint(vocab_size, (2, length), generator=generator).to(call.ids.device)
-    for pad in (pad for pad in PADS if pad < length):
-        here = slice(0, length - pad) if behind else slice(pad, length)
+    before, behind = sides
+    for pad in (pad for pad in PADS if 2 * pad < length):
+        here = slice(pad if before else 0, length - pad if behind else length)
         mask = torch.ones_like(drawn)
         mask[0] = 0
         mask[0, here] = 1

@@ -38,6 +38,12 @@ class Batch:
         """Whether the last token of any row is followed by padding."""
         return any(start + len(row) < self.length for row, start in zip(self.rows, self.starts, strict=True))
 
+    @property
+    def sides(self) -> set[tuple[bool, bool]]:
+        """Of the padded rows, whether there is padding before the text, and behind it."""
+        found = {(start > 0, start + len(row) < self.length) for row, start in zip(self.rows, self.starts, strict=True)}
+        return found - {(False, False)}
+
     def place(self, logits: Sequence[Tensor]) -> Tensor:
         """Logits ``[B, S, V]`` with those of each row, ``[len(row), V]``, in their places; zero at padding."""
         if not self.is_padded:

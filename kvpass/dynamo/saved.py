@@ -27,7 +27,7 @@ from kvpass.dynamo.graph_site import GraphSite
 from kvpass.fx_passes.graph import LogitsRows
 from kvpass.fx_passes.ledger_check import LedgerCheck
 from kvpass.fx_passes.lowering.bind import PagedModule
-from kvpass.fx_passes.optimization.merge_projections import are_adjacent, join_rows
+from kvpass.fx_passes.optimization.merge_projections import are_adjacent, is_plain, join_rows, owns_its_memory
 from kvpass.fx_passes.value_ledger import ValueLedger, digests
 from kvpass.outputs import Path as OutputPath
 from kvpass.report import RewriteReport
@@ -185,5 +185,8 @@ class _Unpickler(pickle.Unpickler):
         if isinstance(pid, str):
             return self._held[pid]
         if pid not in self._joined:
-            self._joined[pid] = join_rows([self._held[name] for name in pid])
+            parts = [self._held[name] for name in pid]
+            if not all(map(is_plain, parts)) or not (are_adjacent(parts) or all(map(owns_its_memory, parts))):
+                raise pickle.UnpicklingError(f"the weights {', '.join(pid)} are shared, and cannot be joined")
+            self._joined[pid] = join_rows(parts)
         return self._joined[pid]

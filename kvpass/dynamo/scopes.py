@@ -18,16 +18,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import Unsupported
 from torch.fx.experimental import _config as shape_config
 
 from kvpass.dynamo.calls import CallForm, LeftAlone, ModelCall
-from kvpass.dynamo.doorway import Doorway, doorway_of
-from kvpass.dynamo.graph_engines import GraphEngine
+from kvpass.dynamo.doorway import Doorway, NotTraced, doorway_of
+from kvpass.dynamo.graph_engines import SHORT, GraphEngine
 from kvpass.dynamo.graph_model import Input
 from kvpass.dynamo.graph_site import GraphSite, answered_by
-from kvpass.dynamo.under_way import CallUnderWay, Reading, StaticShape
+from kvpass.dynamo.under_way import EXPLAIN, CallUnderWay, Reading, StaticShape
 from kvpass.engine.engine import Engine
-from kvpass.engine.row_session import RowSession, longest_row
+from kvpass.engine.row_session import Row, RowSession, longest_row
 from kvpass.errors import InputError, KvpassError, RefusedError
 from kvpass.fx_passes.capture.alone import alone
 from kvpass.runtime.schedule.stats import EngineStats
@@ -103,6 +104,7 @@ class Scope(ABC):
         self._thread: int | None = None
         self._is_over = False
         self._sessions: dict[Engine, RowSession] = {}
+        self._tried: set[GraphEngine] = set()
         self._sites: dict[GraphSite, None] = {}
         self._alone: dict[tuple[Any, ...], LeftAlone | RefusedError] = {}
         self._calls = self._left_alone = 0
@@ -187,6 +189,11 @@ class Scope(ABC):
                 raise LeftAlone(f"its forward asks for the very number of its {NOUNS[static.size]}") from static
             except (KvpassError, LeftAlone):
                 raise
+            except Unsupported as error:
+                reason = f"its forward becomes several graphs, as {EXPLAIN} shows: {_first_line(error)}"
+                raise LeftAlone(reason) from error
+            except NotTraced as error:
+                raise LeftAlone(str(error), lasting=False) from error
             except Exception as error:
                 if under_way.is_asked:
                     raise
@@ -205,6 +212,13 @@ class Scope(ABC):
                 session.close()
             found = self._sessions[engine] = RowSession(engine, longest_row(engine))
         return found
+
+    def _try_short(self, found: GraphEngine, call: ModelCall, session: RowSession, row: Row) -> None:
+        """Once in each scope, before a single row or token is served, of which Dynamo is shown two."""
+        tokens = range(found.engine.plan.vocab_size)
+        if 1 in call.ids.shape and found not in self._tried and all(token in tokens for token in row[:SHORT]):
+            found.try_short(self._model, call, session, row)
+            self._tried.add(found)
 
     def _note(self, site: GraphSite) -> None:
         self._sites[site] = None

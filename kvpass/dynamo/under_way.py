@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import sympy
@@ -20,6 +21,7 @@ from kvpass.dynamo.graph_model import Input, roles_of
 from kvpass.dynamo.graph_site import GraphSite
 from kvpass.errors import WeightsChangedError
 
+PYTHON_VALUES = "it returns Python values, which may be others for a single row or token"
 EXPLAIN = "torch._dynamo.explain(model)(ids)"
 
 
@@ -39,12 +41,14 @@ class Reading:
         inputs: of each placeholder what it is filled with; None for a tensor of the model.
         outputs: a node for a tensor, a size of the token ids, or a constant.
         guards: what was taken for granted of batch size and length, in these symbols.
+        is_open: whether more was, of these and of other numbers.
     """
 
     inputs: list[Input | None]
     outputs: list[Any]
     guards: tuple[sympy.Expr, ...]
     symbols: dict[str, Input]
+    is_open: bool
 
     def holds(self, batch: int, length: int) -> bool:
         """Whether the graph is the forward for so many sequences of so many tokens."""
@@ -161,15 +165,21 @@ class CallUnderWay:
         """
         assert self._reading is not None
         given = {id(tensor): self._call.arguments[name] for name, tensor in self._shown.items()}
-        sizes = (int,) if any(isinstance(one, Input) for one in self._reading.outputs) else ()
+        sizes = sum(isinstance(one, Input) for one in self._reading.outputs)
+        leaves = pytree.tree_leaves(outputs)
+        if self.altered and sum(type(leaf) is int for leaf in leaves) > sizes:
+            raise LeftAlone(PYTHON_VALUES)
 
         def replaced(leaf: Any) -> Any:
             if id(leaf) in given:
                 return given[id(leaf)]
-            if any(id(part) in given for part in getattr(leaf, "__dict__", {}).values()):
+            parts = [] if isinstance(leaf, Tensor) else list(getattr(leaf, "__dict__", {}).values())
+            if any(id(part) in given for part in parts):
                 raise LeftAlone(f"it returns its arguments within a {type(leaf).__name__}")
-            if self.altered and isinstance(leaf, (bool, int, float, str)) and type(leaf) not in sizes:
-                raise LeftAlone("it returns Python values, which may be others for a single row or token")
+            if self.altered and any(isinstance(one, (bool, float, complex, str, Enum)) for one in (leaf, *parts)):
+                raise LeftAlone(PYTHON_VALUES)
+            if self.altered and any(isinstance(one, int) for one in parts):
+                raise LeftAlone(PYTHON_VALUES)
             return leaf
 
         return pytree.tree_map(replaced, outputs)
@@ -215,8 +225,10 @@ def read_graph(site: GraphSite, roles: Mapping[int, Input], meanings: Mapping[in
         else:
             outputs.append(output)
     names = set(symbols)
-    guards = [guard for guard in site.frame.shape_guards if {str(symbol) for symbol in guard.free_symbols} <= names]
-    return Reading(inputs, outputs, tuple(guard for guard in guards if not _is_of_few(guard)), symbols)
+    free = [(guard, {str(symbol) for symbol in guard.free_symbols}) for guard in site.frame.shape_guards]
+    guards = tuple(guard for guard, symbols_in in free if symbols_in <= names and not _is_of_few(guard))
+    is_open = any(symbols_in & names and not symbols_in <= names for _, symbols_in in free)
+    return Reading(inputs, outputs, guards, symbols, is_open)
 
 
 def _is_of_few(guard: sympy.Expr) -> bool:

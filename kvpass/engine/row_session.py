@@ -214,6 +214,7 @@ class RowSession:
             places = self._choose(rows, kept)
             with self._loop.exclusive():
                 pass  # whoever takes the lock has the rows go on that were chosen
+            self._loop.on_submit()
             news = self._live[0][0].news
             self._driver.wait(news, lambda: all(found.is_computed or request.ended for request, found in self._live))
         except BaseException as error:

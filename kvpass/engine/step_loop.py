@@ -96,7 +96,7 @@ class StepLoop:
     @property
     def has_work(self) -> bool:
         """Whether a step would bring somebody further."""
-        return bool(self.requests or self._submitted)
+        return bool(self._submitted) or any(not sequence.held for sequence in self.requests)
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests whose sequences were checked to fit. Never waits."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kvpass
 from kvpass.dynamo.graph_engines import engines_of
-from tests.dynamo.toys import DIM, HEADS, Masked, Toy, check, compiled, is_free, tokens, toy
+from tests.dynamo.toys import DIM, HEADS, Bare, Masked, Toy, check, compiled, is_free, tokens, toy
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +22,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", kvpass.KvpassWarning)
         yield
-
-
-class Bare(Toy):
-    """No positions, so that nothing but the pool bounds its length."""
-
-    def forward(self, ids: Tensor, *others: Any) -> Any:
-        b, s = ids.shape
-        x = self.embed(ids)
-        q, k, v = self.qkv(x).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        a = F.scaled_dot_product_attention(3 * q, k, v, is_causal=True)
-        return self.leave(self, self.head(x + a.transpose(1, 2).reshape(b, s, DIM)), ids)
 
 
 def test_the_same_rows_after_the_weights_have_changed() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.compiler._cache import CacheArtifactManager
 
 import kvpass
 from kvpass.dynamo import saved
@@ -23,7 +24,8 @@ FOUND = "found a saved graph"
 @pytest.fixture(autouse=True)
 def _nothing_known() -> Iterator[None]:
     saved._LOADED.clear()
-    yield
+    with CacheArtifactManager.with_fresh_cache():
+        yield
     saved._LOADED.clear()
 
 

@@ -40,6 +40,17 @@ class Toy(nn.Module):
         return self.leave(self, self.head(self.body(ids)), ids)
 
 
+class Bare(Toy):
+    """No positions, so that nothing but the pool bounds its length."""
+
+    def forward(self, ids: Tensor, *others: Any) -> Any:
+        b, s = ids.shape
+        x = self.embed(ids)
+        q, k, v = self.qkv(x).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        a = F.scaled_dot_product_attention(3 * q, k, v, is_causal=True)
+        return self.leave(self, self.head(x + a.transpose(1, 2).reshape(b, s, DIM)), ids)
+
+
 class Losing(Toy):
     """What a training script calls."""
 
