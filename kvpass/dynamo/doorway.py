@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule
 
 from kvpass.dynamo.graph_site import GraphSite, kvpass, traced_frame
@@ -156,8 +156,9 @@ def doorway_of(compiled: Any) -> Doorway:
                 raise InputError(f"this model was not compiled: a scope needs what {HOW} returns")
             cells = (cell.cell_contents for cell in getattr(call, "__closure__", None) or ())
             context = next((one for one in cells if hasattr(one, "callback")), None)
-        callback: Any = None if context is None else context.callback
-        backend: Any = None if callback is None else innermost_backend(callback)
+        backend: Any = getattr(context, "callback", None)
+        while hasattr(backend, "_torchdynamo_orig_backend"):
+            backend = backend._torchdynamo_orig_backend
         if getattr(backend, "compiler_fn", backend) is not kvpass:
             raise InputError(f"this model was compiled by another backend: a scope needs {HOW}")
         options = parse_options(getattr(backend, "kwargs", {}).get("options"))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import sympy
 import torch
 from torch import Tensor
+from torch._dynamo.aot_compile_types import SerializableCallable
 from torch.fx import Graph, GraphModule, Node
 
 from kvpass.dynamo.effects import changes_python_state
@@ -21,11 +22,6 @@ from kvpass.dynamo.options import BackendOptions, parse_options
 from kvpass.errors import ConfigError
 
 OWN_MODULES = ("", "torch", "_operator", "builtins", "math")
-
-try:
-    from torch._dynamo.aot_compile_types import SerializableCallable
-except ImportError:  # where it was before torch 2.11
-    from torch._dynamo.aot_compile import SerializableCallable  # type: ignore[attr-defined]
 
 
 class Answering(Protocol):
