@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,25 @@ def changes_python_state(traced: Any) -> bool:
     for variable in list(effects.id_to_variable.values()):
         kind = type(variable.mutation_type).__name__
         if kind == "AttributeMutationExisting" and effects.has_pending_mutation(variable):
-            return True
+            if not _is_as_before(variable, effects.store_attr_mutations.get(variable, {})):
+                return True
+            continue
         if kind == "ValueMutationExisting" and variable.mutation_type.is_modified:
             return True
         within = [part.mutation_type for part in vars(variable).values() if isinstance(part, VariableTracker)]
         if variable.source is not None and any(getattr(mutation, "is_modified", False) for mutation in within):
             return True
     return False
+
+
+def _is_as_before(variable: Any, stored: Mapping[str, Any]) -> bool:
+    """Whether an object's attributes end as they began, as those of a context do that is left again."""
+    return bool(stored) and all(
+        new.is_python_constant()
+        and hasattr(variable, "value")
+        and getattr(variable.value, name, stored) == new.as_python_constant()
+        for name, new in stored.items()
+    )
 
 
 class _Writes(TorchDispatchMode):
