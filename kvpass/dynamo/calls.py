@@ -79,9 +79,7 @@ class ModelCall:
     def apart(self) -> ModelCall:
         """The same call with tensors of its own, of one number each; for who keeps it."""
         roles = [name for name in (self.tokens, self.mask, self.positions) if name is not None]
-        return replace(
-            self, arguments=self.arguments | {name: self._tensor(name).flatten()[:1].clone() for name in roles}
-        )
+        return replace(self, arguments=self.arguments | {name: self._tensor(name).new_zeros(1) for name in roles})
 
     def for_tokens(self, ids: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
         """What stands in the place of tokens, mask and positions for other ids ``[B, S]`` of rows without padding."""

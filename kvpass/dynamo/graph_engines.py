@@ -120,7 +120,7 @@ class GraphEngines:
         """Let go of the oldest engines that nobody uses, where there are many: each has a pool of its own."""
         made = [(key, found) for key, found in self.found.items() if isinstance(found, GraphEngine)]
         for key, found in made[: max(0, len(made) - MOST_ENGINES)]:
-            if found is not newest and not found.engine._loop.has_work:
+            if found is not newest and not found.engine._loop.requests:
                 found.engine.close()
                 del self.found[key]
 
