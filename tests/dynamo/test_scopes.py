@@ -286,3 +286,25 @@ def test_compiled_in_place_and_copied() -> None:
             check(twin, model, ids)
         assert cache.stats().left_alone == 0
     assert engines_of(copy.deepcopy(model)).found == {}
+
+
+class Moody(Toy):
+    """Another graph for each mood."""
+
+    def forward(self, ids: Tensor, mood: str = "a") -> Any:
+        return super().forward(ids) * ord(mood)
+
+
+def test_an_engine_whose_rows_wait_is_kept_while_others_are_made() -> None:
+    model = toy(Moody)
+    one, other = compiled(model), compiled(model)
+    with kvpass.cached(one) as cache:
+        check(model, one, tokens(2, 9))
+        with kvpass.cached(other):
+            for mood in "bcdefg":
+                check(model, other, tokens(2, 9), mood=mood)
+        check(model, one, torch.cat((tokens(2, 9), tokens(2, 1)), 1))
+        stats = cache.stats()
+        assert (stats.left_alone, stats.graphs) == (0, 1) and stats.engine is not None
+        assert stats.engine.decode_tokens == 2  # the rows went on where they stood
+    assert len(engines_of(model).found) <= 6
