@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvpass.compiler import compile
 from kvpass.config import CacheConfig
 from kvpass.engine.engine import Engine
+from kvpass.engine.padded_rows import check_positions, present_tokens
 from kvpass.engine.row_session import Row, RowSession
 from kvpass.errors import InputError, WeightsChangedError
 
@@ -233,23 +233,11 @@ def rows_of(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tens
     Raises:
         InputError: if a row ends in padding or is nothing else, or its positions do not count its tokens.
     """
-    if attention_mask is None:
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
-    else:
-        if attention_mask.shape != input_ids.shape:
-            raise InputError(
-                f"the mask has shape {list(attention_mask.shape)}, and the ids {list(input_ids.shape)}: a mask of "
-                "ones and zeros for each token is understood, no other"
-            )
-        mask = attention_mask != 0
-        if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-            raise InputError("the mask holds more than ones and zeros")
+    mask = present_tokens(input_ids, attention_mask)
     if not bool(mask[:, -1].all()):
         raise InputError(
             "a row ends in padding, where no token follows: pad on the left, tokenizer.padding_side='left'"
         )
     if position_ids is not None:
-        counted = (mask.cumsum(-1) - 1).expand(len(input_ids), -1)
-        if not bool(((position_ids == counted) | ~mask).all()):
-            raise InputError("position_ids do not count the tokens of each row from 0: leave them out")
+        check_positions(position_ids, mask)
     return [tuple(ids[kept].tolist()) for ids, kept in zip(input_ids, mask, strict=True)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvpass.dynamo.calls import LeftAlone, ModelCall
 from kvpass.dynamo.graph_engines import GraphEngine
-from kvpass.dynamo.rows import as_graph_gives, read_batch
+from kvpass.dynamo.rows import read_batch
 from kvpass.dynamo.scopes import Scope
 from kvpass.dynamo.under_way import Reading
 from kvpass.errors import InputError, RefusedError
@@ -42,7 +42,7 @@ class CachedScope(Scope):
             logits = session.logits(batch.rows)[:, None]
         if batch.is_padded:
             found.check_padding(self._model, call, batch.sides)
-        return as_graph_gives(found, logits)
+        return found.as_given(logits)
 
     def _leave_alone(self, reason: LeftAlone | RefusedError) -> None:
         self._doorway.leave_alone(reason)

@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("kvpass")
 HOW = 'torch.compile(model, backend="kvpass")'
 
 
-class Answering(Protocol):
+class Entered(Protocol):
     """A scope."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,7 +58,7 @@ class Doorway:
         self._reported: set[str] = set()
         self._holder = compiled
         self._attribute = attribute
-        self._scopes: dict[int, Answering] = {}
+        self._scopes: dict[int, Entered] = {}
         self.__wrapped__ = self.inner  # for who asks for the signature
         self._lock = threading.Lock()
 
@@ -72,7 +72,7 @@ class Doorway:
         """Whether it stands before this very module."""
         return self._holder is compiled
 
-    def enter(self, scope: Answering) -> None:
+    def enter(self, scope: Entered) -> None:
         """Have the calls of this thread go to a scope.
 
         Raises:

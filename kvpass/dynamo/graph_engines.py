@@ -96,6 +96,14 @@ class GraphEngine:
                     "it is another function for a single row or token than when it was verified", lasting=False
                 )
 
+    def as_given(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, S, V]`` in the shape that the graph gives them in."""
+        if self.rows is LogitsRows.EVERY:
+            return logits
+        if self.rows is LogitsRows.MERGED:
+            return logits.flatten(0, 1)
+        return logits[:, -1:] if self.rank == 3 else logits[:, -1]
+
     def reads(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the engine was made of these tensors, and those that it cannot watch are as they were."""
         known = self.tensors

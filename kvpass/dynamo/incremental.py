@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpass.dynamo.calls import LeftAlone, ModelCall
 from kvpass.dynamo.doorway import as_refused
 from kvpass.dynamo.graph_engines import GraphEngine
-from kvpass.dynamo.rows import as_graph_gives, read_batch
+from kvpass.dynamo.rows import read_batch
 from kvpass.dynamo.scopes import Scope
 from kvpass.dynamo.under_way import Reading
 from kvpass.engine.row_session import Row
@@ -124,7 +124,7 @@ class IncrementalScope(Scope):
         logits = session.logits_from(rows, [len(row) for row in before], others)
         for number, row in zip(chosen, rows, strict=True):
             self._sequences[number] = row
-        return as_graph_gives(found, batch.place(logits))
+        return found.as_given(batch.place(logits))
 
     def _leave_alone(self, reason: LeftAlone | RefusedError) -> NoReturn:
         """New tokens alone, given to the model as it is, would be another text: there is nothing to fall back to."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpass.dynamo.graph_engines import GraphEngine
+from kvpass.engine.padded_rows import check_positions, present_tokens
 from kvpass.engine.row_session import Row
 from kvpass.errors import InputError
-from kvpass.fx_passes.graph import LogitsRows
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ def read_batch(
     """
     if mask is None and positions is None:
         return Batch([tuple(row) for row in ids.tolist()], [0] * len(ids), ids.shape[1])
-    present = torch.ones_like(ids, dtype=torch.bool) if mask is None else (mask != 0).expand_as(ids)
-    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
-        raise InputError("the mask holds more than ones and zeros: a scope knows masks of padding alone")
+    present = present_tokens(ids, mask)
     rows, starts = [], []
     for row, here in zip(ids.tolist(), present.tolist(), strict=True):
         if not any(here):
@@ -85,19 +82,5 @@ def read_batch(
         starts.append(first)
     batch = Batch(rows, starts, ids.shape[1])
     if positions is not None:
-        offsets = [0] * len(rows) if before is None else before
-        shifts = [offset - start for offset, start in zip(offsets, starts, strict=True)]
-        wanted = torch.tensor(shifts)[:, None] + torch.arange(batch.length)
-        given = positions.expand_as(ids).cpu()
-        if not bool(((given == wanted) | ~present.cpu()).all()):
-            raise InputError("position_ids do not count the tokens of each row from 0: leave them out, or count so")
+        check_positions(positions, present, before)
     return batch
-
-
-def as_graph_gives(found: GraphEngine, logits: Tensor) -> Tensor:
-    """Logits ``[B, S, V]`` in the shape that a graph gives them in."""
-    if found.rows is LogitsRows.EVERY:
-        return logits
-    if found.rows is LogitsRows.MERGED:
-        return logits.flatten(0, 1)
-    return logits[:, -1:] if found.rank == 3 else logits[:, -1]
