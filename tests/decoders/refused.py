@@ -38,6 +38,7 @@ LAST = r"slice|select|last|" + TIME
 REFUSED: dict[str, Expected] = {
     "encoder without a mask": Expected(one_layer_around(attention.NoMask), AHEAD, FIRST),
     "encoder without a mask, softmax": Expected(one_layer_around(attention.NoMaskSoftmax), AHEAD, FIRST),
+    "sinks of the wrong heads": Expected(one_layer_around(attention.SinkOfTheWrongHead), "the column of sinks", FIRST),
     "mask one token ahead": Expected(one_layer_around(attention.OneAhead), AHEAD, FIRST),
     "mask one token ahead after twenty": Expected(one_layer_around(attention.OneAheadAfterTwenty), AHEAD, FIRST),
     "nn.TransformerEncoder, a mask one token ahead": Expected(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.decoders.masks import Heads
+from tests.decoders.scores import future
 from tests.decoders.skeleton import DIM, HEAD_DIM, HEADS, VOCAB
 
 
@@ -221,3 +222,18 @@ class DropoutLeftOn(Heads):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.dropout(causal_scores(q, k).softmax(-1), p=0.1, training=True) @ v
+
+
+class SinkOfTheWrongHead(Heads):
+    """Heads before sequences in one dim, and the column of sinks repeated as if sequences came first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.arange(HEADS).float()[:, None, None])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, _, s, _ = q.shape
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        scores = torch.bmm(q, k.mT * HEAD_DIM**-0.5).masked_fill(future(s, q.device), -torch.inf)
+        weights = torch.cat([self.sinks.repeat(b, 1, 1).expand(-1, s, 1), scores], -1).softmax(-1)[..., 1:]
+        return torch.bmm(weights, v).unflatten(0, (-1, b)).transpose(0, 1)
