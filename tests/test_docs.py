@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -31,6 +32,7 @@ class Block(NamedTuple):
     language: str
     text: str
     printed: str | None = None  # a block of text right below
+    before: "Block | None" = None  # the block that it goes on from: one that imports nothing is no beginning
 
 
 def blocks(page: Path) -> list[Block]:
@@ -47,6 +49,8 @@ def blocks(page: Path) -> list[Block]:
             continue
         block = Block(page, start + 1, lines[start][3:].strip(), "\n".join(lines[start + 1 : number]) + "\n")
         between = "".join(lines[ends + 1 : start]).strip()
+        if block.language == "python" and not re.search(r"^(import|from) ", block.text, re.MULTILINE):
+            block = block._replace(before=[each for each in found if each.language == "python"][-1])
         if block.language == "text" and found and found[-1].language == "python" and not between:
             found[-1] = found[-1]._replace(printed=block.text)
         found.append(block)
@@ -81,14 +85,24 @@ def in_the_folder_of_the_pages() -> Iterator[None]:
 
 @pytest.mark.sampled(10)
 @pytest.mark.parametrize("block", CODE, ids=lambda block: f"{name_of(block.page)}:{block.line}")
-def test_code_runs_and_prints_what_the_page_says(block: Block) -> None:
-    printed = io.StringIO()
+def test_code_runs_and_prints_what_the_page_says(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("an_example")  # torch.compile looks a function's globals up by the name of their module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     torch.manual_seed(0)
+    printed = run(block, module)
+    if block.printed is not None and torch.__version__.startswith(PRINTED_WITH + "."):
+        assert [line.rstrip() for line in printed.splitlines()] == block.printed.splitlines()
+
+
+def run(block: Block, module: ModuleType) -> str:
+    """What a block prints, run in a module after the blocks that it goes on from."""
+    if block.before is not None:
+        run(block.before, module)
+    printed = io.StringIO()
     place = compile("\n" * block.line + block.text, str(block.page), "exec")  # errors name the line of the page
     with contextlib.redirect_stdout(printed):
-        exec(place, {"__name__": "an_example"})
-    if block.printed is not None and torch.__version__.startswith(PRINTED_WITH + "."):
-        assert [line.rstrip() for line in printed.getvalue().splitlines()] == block.printed.splitlines()
+        exec(place, vars(module))
+    return printed.getvalue()
 
 
 def anchors(page: Path) -> set[str]:
