@@ -18,7 +18,7 @@ BUILD_INPUTS := pyproject.toml $(wildcard setup.py) \
 	$(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.c')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format sanitize clean distclean
+.PHONY: help demo test test-all test-sweeps lint format sanitize clean distclean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -29,10 +29,13 @@ demo: $(VENV)/.ready-demo ## set up, then compile and run the small model that c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 test: lint ## set up, then ruff, mypy and the tests that take under 15 minutes on two cores
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not sweep"
 
-test-all: $(VENV)/.ready-dev ## set up, then all other tests: more attacks, and builds of the package
-	@$(PYTEST) -m slow
+test-all: $(VENV)/.ready-dev ## set up, then other tests that take under 45 minutes: more attacks, and builds of the package
+	@$(PYTEST) -m "slow and not sweep"
+
+test-sweeps: $(VENV)/.ready-dev ## set up, then what is left of the tests' longest tables (an hour and more)
+	@$(PYTEST) -m sweep
 
 lint: $(VENV)/.ready-dev ## set up, then ruff and mypy
 	@$(BIN)/ruff check

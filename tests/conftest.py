@@ -1,4 +1,4 @@
-"""Marks that are given after the collection: what needs a GPU that is not there, and what only `make test-all` runs."""
+"""Marks that are given after the collection: what needs a GPU that is not there, and what `make test` leaves out."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,14 +13,20 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 
 def _sample(items: Sequence[pytest.Item]) -> None:
-    """Of a table that is marked ``sampled(every)`` each such entry runs always, from the first on; others are slow."""
+    """Of a table that is marked ``sampled(every, of_rest)`` some entries run always, some in test-all, some in sweeps.
+
+    Each ``every``-th runs always, from the first on; of the others each ``of_rest``-th is slow, and the rest a sweep.
+    """
     seen: Counter[str] = Counter()
     for item in items:
         mark = item.get_closest_marker("sampled")
         if mark is not None:
             function = item.nodeid.partition("[")[0]
-            if seen[function] % mark.args[0]:
-                item.add_marker(pytest.mark.slow)
+            every, of_rest = (*mark.args, 1)[:2]
+            turn, place = divmod(seen[function], every)
+            if place:
+                others = turn * (every - 1) + place - 1
+                item.add_marker(pytest.mark.sweep if others % of_rest else pytest.mark.slow)
             seen[function] += 1
 
 

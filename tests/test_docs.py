@@ -83,7 +83,7 @@ def in_the_folder_of_the_pages() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(10, 1)
 @pytest.mark.parametrize("block", CODE, ids=lambda block: f"{name_of(block.page)}:{block.line}")
 def test_code_runs_and_prints_what_the_page_says(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("an_example")  # torch.compile looks a function's globals up by the name of their module

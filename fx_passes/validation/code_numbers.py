@@ -53,8 +53,17 @@ def numbers_of_code(forward: Callable[[Tensor], Any], ids: Tensor) -> set[int]:
     try:
         forward(ids)
     finally:
-        sys.setprofile(before)
+        _profile_again(before)
     return found
+
+
+def _profile_again(profiler: Any) -> None:
+    """Have a profiler go on that was there before: a function, or one of C such as cProfile's, which is no function."""
+    if profiler is None or callable(profiler):
+        sys.setprofile(profiler)
+    else:
+        sys.setprofile(None)
+        getattr(profiler, "enable", lambda: None)()
 
 
 def _attributes(holders: Iterable[Any], names: tuple[str, ...], depth: int = DEPTH) -> Iterator[Any]:

@@ -8,14 +8,16 @@ from tests.adversarial.judge import judge, unreal
 from tests.adversarial.parts import Attack
 from tests.adversarial.table import ATTACKS, CONTROLS, KNOWN, quick
 
-# One of each class runs with every test, the rest of the quick ones with `make test-all`, and the whole table by
-# `python -m benchmarks.adversarial`.
+# One of each class runs with every test, a third of the other quick ones with `make test-all`, the others with
+# `make test-sweeps`, and the whole table by `python -m benchmarks.adversarial`.
 SEEN: Counter[str] = Counter()
 
 
 def _marks(attack: Attack) -> list[pytest.MarkDecorator]:
     SEEN[attack.klass] += 1
-    return [] if SEEN[attack.klass] <= 1 else [pytest.mark.slow]
+    if SEEN[attack.klass] <= 1:
+        return []
+    return [pytest.mark.sweep if SEEN[attack.klass] % 3 else pytest.mark.slow]
 
 
 CASES = [pytest.param(attack, id=attack.name, marks=_marks(attack)) for attack in quick()]

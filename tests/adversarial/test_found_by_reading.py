@@ -108,7 +108,7 @@ class RoundedRows(Plain):
         return rows.index_add(0, chosen, rows[chosen].tanh()).view_as(x)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "build", [RowShift, ShiftByOtherScores, ShiftByData, SortedByTruth, RoundedEnds, WeighedCounts, RoundedRows]
 )
@@ -151,7 +151,7 @@ class AtOneLength(Plain):
         return x * 2 if type(n) is int and self.hit(self, n) else x
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", HITS)
 def test_another_case_at_a_length_that_the_code_reaches(name: str) -> None:
     with pytest.raises(kvpass.VerificationError, match="numbers of the code"):
@@ -214,7 +214,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object], bool]] = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("midway", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_followed_or_an_error(name: str, midway: bool) -> None:

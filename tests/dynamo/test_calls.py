@@ -92,6 +92,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("made", GIVEN)
 def test_a_causal_mask_of_the_caller(made: str) -> None:
     model = toy(Given)

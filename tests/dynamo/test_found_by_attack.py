@@ -94,6 +94,7 @@ def test_a_mask_that_nobody_looks_at() -> None:
         check(model, served, ids, attention_mask=mask, position_ids=positions)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("where", ["model", "part", "before"])
 def test_hooks_that_come_later(where: str) -> None:
     model: Any = toy()
@@ -287,6 +288,7 @@ def test_threads_that_all_begin_at_once() -> None:
     assert not faults and is_free(model)
 
 
+@pytest.mark.slow
 def test_pools_do_not_pile_up() -> None:
     def leave(model: Any, logits: Tensor, ids: Tensor) -> Tensor:
         return logits * model.factor

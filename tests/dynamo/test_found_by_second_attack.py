@@ -32,6 +32,7 @@ class Raw(Toy):
         return self.head(x + a.transpose(1, 2).reshape(b, s, DIM))
 
 
+@pytest.mark.slow
 def test_masks_of_one_graph_and_other_numbers() -> None:
     model, ids, seen = toy(Raw), tokens(2, 9), torch.ones(9, 9, dtype=torch.bool).tril()
     served = compiled(model)

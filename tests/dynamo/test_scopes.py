@@ -190,6 +190,7 @@ def first_token(model: Any, logits: Tensor, ids: Tensor) -> Tensor:
     return -logits if int(ids[0, 0]) % 2 else logits
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("leave", [one_row, longer, first_token])
 def test_a_forward_that_branches_is_served_right_or_left_alone(leave: Any) -> None:
     model = toy(Toy, leave)
@@ -211,6 +212,7 @@ def test_a_hook_of_the_model_counts() -> None:
         assert cache.stats().left_alone == 0
 
 
+@pytest.mark.slow
 def test_weights_that_change_within_a_scope() -> None:
     model: Any = toy()
     served = compiled(model)
@@ -229,6 +231,7 @@ def test_weights_that_change_within_a_scope() -> None:
     assert len(engines_of(model).found) == 1 and is_free(model)
 
 
+@pytest.mark.slow
 def test_two_models_and_four_threads() -> None:
     models = [toy(seed=seed) for seed in range(2)]
     served = [compiled(model) for model in models]
@@ -295,6 +298,7 @@ class Moody(Toy):
         return super().forward(ids) * ord(mood)
 
 
+@pytest.mark.slow
 def test_an_engine_whose_rows_wait_is_kept_while_others_are_made() -> None:
     model = toy(Moody)
     one, other = compiled(model), compiled(model)

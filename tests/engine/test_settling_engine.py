@@ -43,7 +43,7 @@ def by_hand(engine, prompt, count):
     return new
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["k4v2", MIXED], ids=["all layers", "mixed"])
 def test_the_tokens_are_those_of_the_module_driven_by_hand(recompiler, prompts, dtype):
     engine = recompiler.compile(kvpass.CacheConfig(dtype=dtype, num_blocks=40), verify=dtype is MIXED)

@@ -124,6 +124,7 @@ def test_every_spelling_has_one_canonical_form(every_spelling) -> None:
             assert tuple(named[part].meta["val"].shape[1::2]) == (HEADS, WIDTH // HEADS)
 
 
+@pytest.mark.slow
 def test_the_canonical_graph_computes_what_the_module_does(every_spelling) -> None:
     model, graph = every_spelling
     for batch, length in ((1, 1), (3, 14)):

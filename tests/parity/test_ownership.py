@@ -117,6 +117,7 @@ def test_model_is_left_as_it_was(name: str) -> None:
     assert torch.equal(original_logits(model, ids), logits)
 
 
+@pytest.mark.slow
 def test_model_still_trains_afterwards() -> None:
     model = DECODERS["GPT-2 with a tril buffer slice"](SEED)
     kvpass.compile(model, CONFIG).generate([[1, 2, 3]], max_new_tokens=4)

@@ -64,7 +64,7 @@ def compile_and_compare(model: nn.Module, vocab_size: int, dtype: torch.dtype, r
     return engine
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(11, 2)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_half_precision_decoder(name: str, dtype: torch.dtype) -> None:
     engine = compile_and_compare(DECODERS[name](SEED), VOCAB, dtype, name in ROUTED)

@@ -120,6 +120,7 @@ def captured_once() -> compiler.Recompiler:
     return compiler.Recompiler(decoder_around(heads.RepeatInterleave)(SEED))
 
 
+@pytest.mark.slow
 def test_a_rotation_that_is_not_undone_fails_the_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_in_formats, "hadamard", lambda size: torch.ones(size, size).triu())
     with pytest.raises(VerificationError, match=r"FAILED prefill: logits differ by .* \(bound 5e-04\)"):

@@ -6,7 +6,7 @@ from tests.grammar.check import judge
 from tests.grammar.decoder import UNSOUND, describe, draw
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [100_000, 200_004])
 def test_right(first: int) -> None:
     verdicts = judge([draw(seed) for seed in range(first, first + 6)])

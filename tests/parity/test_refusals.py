@@ -12,7 +12,7 @@ from tests.parity.harness import CONFIG, SEED, original_logits, ragged_prompts
 
 
 # Without the verification: the proof alone has to find it.
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(40, 2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_reason_the_node_and_the_module(name: str) -> None:
     build, words, module_path = REFUSED[name]

@@ -74,6 +74,7 @@ def test_replayed_logits_are_those_of_the_model(model, engine, samples, chunk):
         torch.testing.assert_close(logits, whole[:, start : start + chunk][part], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_capture_serves_several_configurations(recompiler, engine, samples):
     again = recompiler.compile(CacheConfig(dtype="float32", num_blocks=8, block_size=8), verify=False)
     assert again.plan.caches == engine.plan.caches and again.module is not engine.module

@@ -213,7 +213,7 @@ def fused() -> Fused:
     return Fused(paged, verify(model, reference, paged, PagedModule(paged)), model)
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.slow  # its model has a layer for each case
 @pytest.mark.parametrize(("place", "name"), list(enumerate(CASES)))
 def test_fused_where_it_is_the_ops_formula(fused: Fused, place: int, name: str) -> None:
     case, nodes = CASES[name], {n.name: n for n in fused.paged.module.graph.nodes}

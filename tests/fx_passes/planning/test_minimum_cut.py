@@ -117,7 +117,7 @@ def spelled() -> Planned:
     return planned(Sites(SPELLINGS))
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(18, 2)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_heads_are_stored_once_however_they_are_spread(spelled: Planned, name: str) -> None:
     site = spelled.plan.sites[spelled.site(name)]

@@ -102,7 +102,7 @@ def rewritten() -> Rewritten:
     return rewrite(Copies(), CONFIG)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", SITES)
 def test_copies_are_stored_once(rewritten: Rewritten, name: str) -> None:
     site = rewritten.plan.sites[list(SITES).index(name)]

@@ -108,7 +108,7 @@ def rows(value: Tensor, axes: Axes, batch: int, length: int) -> Tensor:
     return split.reshape(batch, length, -1).to(torch.float64)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_with_the_right_axes(accepted: Traced, name: str) -> None:
     label = accepted.labels[name]
@@ -138,7 +138,7 @@ def test_what_is_accepted_does_not_depend_on_the_length_or_the_batch(accepted: T
     assert differing == []
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_reason(refused: Traced, name: str) -> None:
     label = refused.labels[name]

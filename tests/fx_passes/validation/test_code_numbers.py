@@ -1,5 +1,6 @@
 """The numbers of a forward's code are found wherever it names them."""
 
+import cProfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,14 @@ def test_a_single_length_that_the_export_does_not_see_is_found(window: Callable[
         kvpass.VerificationError, match=r"FAILED capture on texts of \d+ lengths at numbers of the code"
     ):
         kvpass.compile(Watchful(window).eval(), CONFIG)
+
+
+def test_a_profiler_of_c_goes_on() -> None:
+    profiler = cProfile.Profile()
+    with profiler:
+        numbers_of_code(Many(), torch.zeros(1, 3, dtype=torch.int64))
+        sum(range(3))
+    assert any("sum" in str(entry.code) for entry in profiler.getstats())
 
 
 def test_a_profiler_goes_on() -> None:
