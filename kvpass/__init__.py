@@ -23,6 +23,9 @@ from kvpass.errors import (
     VerificationError,
     WeightsChangedError,
 )
+from kvpass.export_model import audit, export
+from kvpass.exporters.audit import AuditResult
+from kvpass.exporters.export_module import ExportResult
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.generation import generate, patch
 from kvpass.report import RewriteReport, SiteReport
@@ -45,6 +48,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionSinks",
+    "AuditResult",
     "Beam",
     "CacheConfig",
     "CachePlan",
@@ -55,6 +59,7 @@ __all__ = [
     "ConfigError",
     "DraftEngine",
     "Engine",
+    "ExportResult",
     "Handle",
     "HeavyHitters",
     "IncrementalScope",
@@ -76,10 +81,12 @@ __all__ = [
     "TokenLogprobs",
     "VerificationError",
     "WeightsChangedError",
+    "audit",
     "cached",
     "compile",
     "declare_meaning",
     "declare_tokenwise",
+    "export",
     "generate",
     "incremental",
     "load",

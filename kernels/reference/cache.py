@@ -79,20 +79,21 @@ def norm_rotary_write(
     value_format: str | None = None,
 ) -> Tensor:
     """``kvpass::norm_rotary_write``; see :mod:`kvpass.kernels.cache_ops`."""
-    normed = (_norm(query.float(), query_weight, eps), _norm(key.float(), key_weight, eps))
+    normed = (norm_rows(query.float(), query_weight, eps), norm_rows(key.float(), key_weight, eps))
     if cos is not None and sin is not None:
-        normed = (_rotate(normed[0], cos, sin, interleaved), _rotate(normed[1], cos, sin, interleaved))
+        normed = (rotate_rows(normed[0], cos, sin, interleaved), rotate_rows(normed[1], cos, sin, interleaved))
     write_cache(normed[1], value, key_cache, value_cache, slot_mapping, key_format, value_format)
     return normed[0].to(query.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _norm(rows: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def norm_rows(rows: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The RMS norm of each head of ``rows [T, H, D]``; the rows themselves where no weight ``[D]`` is given."""
     if weight is None:
         return rows
     return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def _rotate(rows: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate_rows(rows: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate the first dims of ``rows [T, H, D]`` by the angles of ``cos`` and ``sin [T, Dr]``."""
     turned, rest = rows[..., : cos.shape[1]], rows[..., cos.shape[1] :]
     if interleaved:

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from kvpass.cli.chat_command import chat
 from kvpass.cli.env_command import env
+from kvpass.cli.export_command import audit, export
 from kvpass.cli.plan_command import plan
 from kvpass.cli.terminal import error_line, line, output, stages
 from kvpass.cli.trace_command import trace
@@ -86,6 +87,8 @@ BlockSize = Annotated[int, typer.Option(help="Tokens per block, a power of two."
 
 app.command()(chat)
 app.command()(env)
+app.command()(export)
+app.command()(audit)
 app.command()(plan)
 app.command()(trace)
 

@@ -22,6 +22,7 @@ from kvpass.config import CacheConfig
 from kvpass.engine.cache_handle import CacheHandle, make_moves, open_disk, shares_prefixes
 from kvpass.engine.draft_checks import check_drafter
 from kvpass.engine.driving import Driver
+from kvpass.engine.exports import Exports
 from kvpass.engine.handle import Handle
 from kvpass.engine.request import News, Request
 from kvpass.engine.settling_module import SettlingModule, make_wide_blocks
@@ -48,7 +49,7 @@ from kvpass.types import CachePlan, Sampling
 GREEDY = Sampling()
 
 
-class Engine(TextCalls):
+class Engine(TextCalls, Exports):
     """Generates with a compiled module; made by :func:`kvpass.compile`.
 
     Attributes:
@@ -78,8 +79,7 @@ class Engine(TextCalls):
         caches = allocate_caches(plan, room.num_blocks, module.device, room.wide_blocks)
         self._eos_token_ids = eos_token_ids
         self._pool = BlockPool(room.num_blocks, plan.block_size, config.scrub)
-        windows = plan.group_windows
-        policy = POLICIES[config.eviction]()
+        windows, policy = plan.group_windows, POLICIES[config.eviction]()
         prefix_cache = PrefixCache(self._pool, windows, policy) if shares_prefixes(plan, config) else None
         self._wide = make_wide_blocks(plan, room, self._pool, config.scrub)
         self._moves = moves = make_moves(module, plan, config, caches, self._pool, prefix_cache, self._wide)

@@ -1,0 +1,158 @@
+"""What an exported program takes and gives: its inputs by name, shape and meaning, and the step that they say.
+
+Two contracts cover all formats. A *paged* program takes the new tokens of all sequences in one row, and block tables;
+a *static* one takes a batch of equal width, whose rows own their part of the cache. Both work out positions and slots
+themselves, so that there is little for a caller to get wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvpass.exporters.lowerings import Step
+from kvpass.exporters.plain_ops import sequence_of
+from kvpass.kernels.formats.cache_formats import find_format
+from kvpass.types import CachePlan, CacheSpec, dtype_name
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a program.
+
+    Attributes:
+        name: in the file.
+        dtype: of the tensor.
+        shape: a number, or the name of a size that may change from call to call, for each dim.
+        meaning: one sentence.
+        cache: the graph's input that it is (a part of); None for what is no cache.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    meaning: str
+    cache: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a manifest."""
+        return {"name": self.name, "dtype": dtype_name(self.dtype), "shape": list(self.shape), "meaning": self.meaning}
+
+
+class Contract(Protocol):
+    """How a program is called."""
+
+    def inputs(self, plan: CachePlan) -> list[Port]:
+        """All inputs in order, the caches last."""
+
+    def step(self, plan: CachePlan, values: Sequence[Tensor]) -> Step:
+        """The step that the inputs before the caches say."""
+
+    def examples(self, plan: CachePlan) -> list[Tensor]:
+        """Values of the inputs before the caches, of sizes that are all different."""
+
+
+TOKENS = "token ids of the new tokens"
+WIDEST = "0, 1, ... to before the most new tokens that a sequence has"
+
+
+def cache_ports(plan: CachePlan, leading: tuple[int | str, ...], length: int | str) -> list[Port]:
+    """The tensors of all caches, ``[leading, heads, length, width]``; none for rows without numbers."""
+    ports = []
+    for number, spec in enumerate(plan.caches):
+        for part, dim, form in _parts(spec):
+            if dim:
+                name, row = f"{part}_cache_{number}", find_format(form)
+                sites = ", ".join(spec.sites)
+                shape = (*leading, spec.num_kv_heads, length, row.stored_width(dim))
+                ports.append(Port(name, row.dtype, shape, f"{part}s of {sites}, as {form}", name))
+    return ports
+
+
+def _parts(spec: CacheSpec) -> list[tuple[str, int, str]]:
+    return [("key", spec.key_dim, spec.key_format), ("value", spec.value_dim, spec.value_format)]
+
+
+@dataclass(frozen=True)
+class Paged:
+    """All new tokens in one row, block tables and pools of blocks.
+
+    Attributes:
+        says_widest: whether the most new tokens of a sequence are an input, for compilers that have to know each size.
+    """
+
+    says_widest: bool = False
+
+    def inputs(self, plan: CachePlan) -> list[Port]:
+        """All inputs in order, the caches last."""
+        groups, size = len(plan.group_windows), plan.block_size
+        int64 = torch.int64
+        return [
+            Port("token_ids", int64, ("tokens",), f"{TOKENS} of all sequences, one sequence after the other"),
+            Port("new_lens", int64, ("sequences",), "new tokens of each sequence, at least one"),
+            Port("seq_lens", int64, ("sequences",), "length of each sequence, its new tokens included"),
+            Port(
+                "block_tables", int64, (groups, "sequences", "blocks_of_a_sequence"),
+                f"blocks of each sequence in order, {size} tokens each; entries past its end may be anything",
+            ),
+            Port("logits_index", int64, ("rows",), "the tokens, as rows of token_ids, whose logits are wanted"),
+            *([Port("columns", int64, ("widest",), WIDEST)] if self.says_widest else []),
+            *cache_ports(plan, ("blocks",), size),
+        ]  # fmt: skip
+
+    def step(self, plan: CachePlan, values: Sequence[Tensor]) -> Step:
+        """Positions and slots of the new tokens."""
+        token_ids, new_lens, seq_lens, block_tables, logits_index, *columns = values
+        starts = torch.cat((new_lens.new_zeros(1), new_lens.cumsum(0)))
+        token = torch.arange(token_ids.shape[0], device=token_ids.device)
+        owner = sequence_of(starts, token)
+        positions = (seq_lens - new_lens)[owner] + token - starts[owner]
+        slots = block_tables[:, owner, positions // plan.block_size] * plan.block_size + positions % plan.block_size
+        widest = columns[0] if columns else None
+        return Step(token_ids, positions, logits_index, seq_lens, starts, block_tables, slots, widest)
+
+    def examples(self, plan: CachePlan) -> list[Tensor]:
+        """Three sequences of 4, 2 and 3 new tokens."""
+        new, lens = torch.tensor([4, 2, 3]), torch.tensor([4, 2 + plan.block_size, 3])
+        tables = 1 + torch.arange(15).view(3, 5).expand(len(plan.group_windows), -1, -1)
+        values = [torch.arange(9) % plan.vocab_size, new, lens, tables.contiguous(), torch.tensor([3, 8])]
+        return [*values, torch.arange(4)] if self.says_widest else values
+
+
+@dataclass(frozen=True)
+class Static:
+    """A batch whose rows own ``context`` places each.
+
+    Attributes:
+        context: places of a row.
+    """
+
+    context: int
+
+    def inputs(self, plan: CachePlan) -> list[Port]:
+        """All inputs in order, the caches last."""
+        int64 = torch.int64
+        return [
+            Port("token_ids", int64, ("batch", "width"), f"{TOKENS} of each row, padded on the right with any id"),
+            Port("past_lens", int64, ("batch",), "tokens of each row that are in the caches"),
+            Port("new_lens", int64, ("batch",), "new tokens of each row without the padding, at least one"),
+            *cache_ports(plan, ("batch",), self.context),
+        ]
+
+    def step(self, plan: CachePlan, values: Sequence[Tensor]) -> Step:
+        """Positions of all tokens, and the last row of each sequence."""
+        token_ids, past_lens, new_lens = values
+        rows, width = token_ids.shape
+        columns = torch.arange(width, device=token_ids.device)
+        positions = (past_lens[:, None] + columns).flatten()
+        last = torch.arange(rows, device=token_ids.device) * width + new_lens - 1
+        return Step(token_ids.flatten(), positions, last, past_lens + new_lens, width=width)
+
+    def examples(self, plan: CachePlan) -> list[Tensor]:
+        """Three rows of up to five new tokens."""
+        ids = torch.arange(15).view(3, 5) % plan.vocab_size
+        return [ids, torch.tensor([0, 2, 4]), torch.tensor([5, 3, 2])]

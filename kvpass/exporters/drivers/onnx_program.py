@@ -1,0 +1,42 @@
+"""Runs model.onnx with ONNX Runtime. The caches are bound once as input and output, and so are written in place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+
+class Program:
+    """One step: integers in, logits out."""
+
+    def __init__(self, folder: Path, **sizes: int) -> None:
+        self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
+        self.binding = self.session.io_binding()
+        self.caches: list[Any] = []
+        for port in self.manifest["inputs"]:
+            if port["is_cache"]:
+                shape = [sizes.get(size, size) for size in port["shape"]]
+                held = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, port["dtype"]))
+                self.binding.bind_ortvalue_input(port["name"], held)
+                self.binding.bind_ortvalue_output(port["name"] + "_out", held)
+                self.caches.append(held)
+
+    def run(self, **inputs: Any) -> Any:
+        """Logits ``[rows, vocabulary]`` of int64 arrays."""
+        for name, array in inputs.items():
+            self.binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
+        self.binding.bind_output("logits")
+        self.session.run_with_iobinding(self.binding)
+        return next(iter(self.binding.get_outputs()[-1:])).numpy()
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Give one row of the caches what another holds."""
+        for held in self.caches:
+            array = held.numpy()
+            array[target] = array[source]
+            held.update_inplace(array)

@@ -1,0 +1,94 @@
+"""A traced step as an ONNX model: standard ops, bodies for nodes of ``ai.kvpass``, names and sizes of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram, export
+
+from kvpass.exporters.contracts import Port
+from kvpass.exporters.onnx_paged import DOMAIN, Bodies, Body, Signature
+from kvpass.fx_passes.capture.alone import alone
+from kvpass.fx_passes.capture.quiet_export import quiet_export
+
+MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+TRANSLATED_OPSET = 23  # the newest that torch translates to
+EXTERNAL_BYTES = 1024  # tensors from this size on lie in the file of weights
+
+
+def onnx_model(program: ExportedProgram, inputs: Sequence[Port], outputs: Sequence[Port], opset: int) -> Any:
+    """The model of a program as ``onnx_ir`` has it, which refers to the program's tensors and copies none."""
+    model = _translate(program)
+    _name(model.graph.inputs, inputs)
+    _name(model.graph.outputs, outputs)
+    model.opset_imports[""] = opset
+    model.producer_name = "kvpass"
+    return model
+
+
+def add_bodies(model: Any, bodies: Bodies) -> None:
+    """Give each op of ``ai.kvpass`` its function."""
+    for signature, name in bodies.names.items():
+        function = _function(signature, name, model.opset_imports[""])
+        model.functions[function.identifier()] = function
+    if bodies.names:
+        model.opset_imports[DOMAIN] = 1
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the model, and its weights once beside it; tensors that are shared stay shared."""
+    import onnx_ir
+
+    onnx_ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=EXTERNAL_BYTES)
+
+
+@alone()
+def _translate(program: ExportedProgram) -> Any:
+    with quiet_export(), torch.no_grad():
+        done = torch.onnx.export(program, dynamo=True, opset_version=TRANSLATED_OPSET, verbose=False)
+    assert done is not None
+    return done.model
+
+
+def _name(values: Sequence[Any], ports: Sequence[Port]) -> None:
+    import onnx_ir
+
+    for value, port in zip(values, ports, strict=True):
+        value.name, value.shape = port.name, onnx_ir.Shape(port.shape)
+
+
+def _function(signature: Signature, name: str, opset: int) -> Any:
+    import onnx_ir
+
+    graph = _translate(_trace(signature)).graph
+    for number, (value, given) in enumerate(zip(graph.inputs, signature.names, strict=True)):
+        value.name = given or f"input_{number}"
+    for value in list(graph.initializers.values()):
+        constant = onnx_ir.Node("", "Constant", [], [onnx_ir.AttrTensor("value", value.const_value)])
+        constant.outputs[0].name = value.name
+        graph.insert_before(graph[0], constant)
+        value.replace_all_uses_with(constant.outputs[0])
+    graph.initializers.clear()
+    graph.opset_imports[""] = opset
+    # The numbers are part of the body; that they are attributes as well is for runtimes with kernels of their own.
+    attributes = [onnx_ir.Attr(key, _kind(value), value) for key, value in signature.attributes.items()]
+    return onnx_ir.Function(DOMAIN, name, graph=graph, attributes=attributes)
+
+
+def _kind(value: float | int) -> Any:
+    import onnx_ir
+
+    return onnx_ir.AttributeType.INT if isinstance(value, int) else onnx_ir.AttributeType.FLOAT
+
+
+@alone()
+def _trace(signature: Signature) -> ExportedProgram:
+    dims = {name: Dim(name, min=1) for name in ("tokens", "sequences", "columns", "blocks")}
+    dims["starts"] = dims["sequences"] + 1
+    shapes = tuple({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)} for _, shape in signature.inputs)
+    body = Body(signature)
+    with torch.no_grad(), quiet_export():
+        return export(body, tuple(body.examples()), dynamic_shapes=(shapes,), strict=False)

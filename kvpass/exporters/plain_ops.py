@@ -1,0 +1,233 @@
+"""The dialect ``plain``: a paged step in ATen alone, which any compiler of ATen takes.
+
+It is the reference of the others: what a node of their own computes is defined by the functions of this file. New
+tokens are laid out as ``[N, M]``, M being the most that a sequence has in the step, so that sequences do not see one
+another's keys, and no score is computed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpass.exporters.lowerings import Call, Facts, Step, lowers
+from kvpass.kernels.formats.cache_formats import FORMATS
+from kvpass.kernels.reference.cache import norm_rows, rotate_rows
+
+PLAIN, FUNCTIONAL = "plain", "functional"  # the same, but caches are written in place, or handed back
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tokens of a step by sequence.
+
+    Attributes:
+        rows: int64 ``[N, M]``, the token in each place; places past a sequence's last token hold any token.
+        positions: int64 ``[N, M]``.
+        places: int64 ``[T]``, the place ``n * M + m`` of each token.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    places: Tensor
+
+
+def lay_out(query_start: Tensor, seq_lens: Tensor, tokens: Any, columns: Tensor | None = None) -> Grid:
+    """The grid of a step of ``tokens`` tokens; ``columns [M]`` counts its columns, else their number is read."""
+    counts = query_start[1:] - query_start[:-1]
+    device = query_start.device
+    if columns is None:
+        found = counts.max().item()
+        torch._check(found >= 1)
+        torch._check(found <= tokens)
+        columns = torch.arange(found, device=device)
+    widest = columns.shape[0]
+    rows = (query_start[:-1, None] + columns).clamp(max=tokens - 1)
+    token = torch.arange(tokens, device=device)
+    owner = sequence_of(query_start, token)
+    places = owner * widest + token - query_start[owner]
+    return Grid(rows, (seq_lens - counts)[:, None] + columns, places)
+
+
+def sequence_of(query_start: Tensor, token: Tensor) -> Tensor:
+    """The sequence ``[T]`` of each of the tokens."""
+    return (token[:, None] >= query_start[None, 1:]).sum(-1)
+
+
+def grid_of(step: Step) -> Grid:
+    """The grid of the step, worked out once for all layers."""
+    assert step.query_start is not None
+    starts = step.query_start
+    found = step.once("grid", lambda: lay_out(starts, step.seq_lens, step.token_ids.shape[0], step.columns))
+    assert isinstance(found, Grid)
+    return found
+
+
+def write_rows(cache: Tensor, rows: Tensor, slots: Tensor, in_place: bool) -> Tensor:
+    """The cache ``[B, H, P, W]`` with ``rows [T, H, W]`` at the slots ``[T]``, ``block * P + offset``."""
+    size = cache.shape[2]
+    heads = torch.arange(cache.shape[1], device=cache.device)
+    index = ((slots // size)[:, None], heads[None, :], (slots % size)[:, None])
+    rows = rows.to(cache.dtype)
+    return cache.index_put_(index, rows) if in_place else cache.index_put(index, rows)
+
+
+def gather_rows(cache: Tensor, block_tables: Tensor) -> Tensor:
+    """What the blocks of each sequence hold, ``[N, H, W * P, D]``; entries past its end may be anything."""
+    held = cache[block_tables.clamp(0, cache.shape[0] - 1)]
+    sequences, blocks, heads, size, dim = held.shape
+    return held.permute(0, 2, 1, 3, 4).reshape(sequences, heads, blocks * size, dim)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, query_positions: Tensor, seq_lens: Tensor, given: Facts
+) -> Tensor:
+    """Attention of a grid of queries over the keys of their sequences.
+
+    Args:
+        query: ``[N, M, Hq, D]``.
+        keys: ``[N, H, K, D]``, from position 0.
+        values: ``[N, H, K, Dv]``.
+        query_positions: int64 ``[N, M]``.
+        seq_lens: int64 ``[N]``; keys from there on are not looked at.
+        given: scale and features of the op, as in :mod:`kvpass.kernels.attention_ops`.
+
+    Returns:
+        ``[N, M, Hq, Dv]`` in float32 (float64 of a float64 query).
+    """
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    sequences, width, query_heads, dim = query.shape
+    heads, length = keys.shape[1], keys.shape[2]
+    group = query_heads // heads
+    q = query.to(compute).reshape(sequences, width, heads, group, dim).permute(0, 2, 3, 1, 4)
+    key = torch.arange(length, device=query.device)
+    seen = visible(query_positions, key, given)
+    held = (key < seq_lens[:, None])[:, None, :, None]
+    keys, values = (torch.where(held, part.to(compute), 0.0) for part in (keys, values))
+    scores = q.reshape(sequences, heads, group * width, dim) @ keys.transpose(2, 3) * given["scale"]
+    scores = scores.reshape(sequences, heads, group, width, length)
+    if given.get("softcap") is not None:
+        scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
+    bias = position_bias(query_positions, key, given, (heads, group), compute)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    sinks = given.get("sinks")
+    if sinks is not None:
+        more = sinks.to(compute).reshape(1, heads, group, 1, 1).expand(sequences, heads, group, width, 1)
+        weights = torch.softmax(torch.cat((scores, more), -1), -1)[..., :length]
+    else:
+        weights = torch.softmax(scores, -1)
+    weights = torch.where(scores.amax(-1, keepdim=True) == -torch.inf, 0.0, weights)
+    out = weights.reshape(sequences, heads, group * width, length) @ values
+    out = out.reshape(sequences, heads, group, width, -1).permute(0, 3, 1, 2, 4)
+    return out.reshape(sequences, width, query_heads, -1)
+
+
+def visible(query: Tensor, key: Tensor, given: Facts) -> Tensor:
+    """Which keys the queries see, bool ``[N, M, K]``, of positions ``[N, M]`` and ``[K]``; before any bias."""
+    query = query[:, :, None]
+    seen = key <= query
+    if given.get("window") is not None:
+        seen = seen & (query - key < given["window"])
+    if given.get("chunk") is not None:
+        seen = seen & (query // given["chunk"] == key // given["chunk"])
+    return seen
+
+
+def position_bias(
+    query: Tensor, key: Tensor, given: Facts, groups: tuple[int, int], compute: torch.dtype
+) -> Tensor | None:
+    """What is added to the scores by position, broadcastable to ``[N, H, G, M, K]``; None for nothing."""
+    bias = None
+    if given.get("slopes") is not None:
+        distance = (query[:, None, None, :, None] - key).to(compute)
+        bias = -given["slopes"].to(compute).reshape(1, *groups, 1, 1) * distance
+    table = given.get("bias")
+    if table is not None:
+        length = table.shape[-1]
+        place = query[:, :, None] - key
+        if table.dim() == 3:
+            place = query[:, :, None].clamp(max=length - 1) * length + key.clamp(max=length - 1)
+        flat = table.to(compute).reshape(table.shape[0], -1)
+        found = flat[:, place.clamp(0, flat.shape[1] - 1)].transpose(0, 1)  # [N, 1 | Hq, M, K]
+        found = found.unsqueeze(1) if table.shape[0] == 1 else found.unflatten(1, groups)
+        bias = found if bias is None else bias + found
+    return bias
+
+
+def paged(call: Call, keys: Tensor, values: Tensor) -> Tensor:
+    """The attention of a step over gathered keys and values, ``[T, Hq, Dv]``."""
+    grid = grid_of(call.step)
+    out = attend(call["query"][grid.rows], keys, values, grid.positions, call["seq_lens"], call.given)
+    return out.flatten(0, 1)[grid.places].to(call["query"].dtype)
+
+
+def float_formats_alone(facts: Facts) -> str | None:
+    """What of a call's caches is no plain number."""
+    for name in ("key_format", "value_format", "format"):
+        if facts.get(name) is not None and FORMATS[facts[name]].coded:
+            return f"a cache in {facts[name]}"
+    return None
+
+
+def no_trees(facts: Facts) -> str | None:
+    """A mask of a tree of drafts, or the formats that are no plain numbers."""
+    return "a tree mask" if facts.get("tree_mask") is not None else float_formats_alone(facts)
+
+
+def norm_rotary_write(call: Call, write: Any) -> Tensor:
+    """Norms, rotation and write as single ops, ``write`` being the dialect's own."""
+    query, key = call["query"], call["key"]
+    rows = [norm_rows(query.float(), call["query_weight"], call["eps"])]
+    rows.append(norm_rows(key.float(), call["key_weight"], call["eps"]))
+    if call["cos"] is not None:
+        rows = [rotate_rows(row, call["cos"], call["sin"], call["interleaved"]) for row in rows]
+    write(Call("write_cache", {**call.given, "key": rows[1]}, call.caches, call.step))
+    return rows[0].to(query.dtype)
+
+
+def _write(call: Call, in_place: bool) -> None:
+    for part in ("key", "value"):
+        (cache,) = call[f"{part}_cache"]
+        if cache.shape[3]:  # else values are part of the keys
+            call.write(f"{part}_cache", (write_rows(cache, call[part], call["slot_mapping"], in_place),))
+
+
+@lowers("write_cache", PLAIN, float_formats_alone)
+def _write_in_place(call: Call) -> None:
+    _write(call, in_place=True)
+
+
+@lowers("write_cache", FUNCTIONAL, float_formats_alone)
+def _write_functional(call: Call) -> None:
+    _write(call, in_place=False)
+
+
+@lowers("norm_rotary_write", PLAIN, float_formats_alone)
+def _fused_in_place(call: Call) -> Tensor:
+    return norm_rotary_write(call, _write_in_place)
+
+
+@lowers("norm_rotary_write", FUNCTIONAL, float_formats_alone)
+def _fused_functional(call: Call) -> Tensor:
+    return norm_rotary_write(call, _write_functional)
+
+
+@lowers("paged_attention", PLAIN, no_trees)
+@lowers("paged_attention", FUNCTIONAL, no_trees)
+def _paged(call: Call) -> Tensor:
+    (keys,), (values,) = call["key_cache"], call["value_cache"]
+    tables = call["block_tables"]
+    return paged(call, gather_rows(keys, tables), gather_rows(values, tables))
+
+
+@lowers("latent_attention", PLAIN, float_formats_alone)
+@lowers("latent_attention", FUNCTIONAL, float_formats_alone)
+def _latent(call: Call) -> Tensor:
+    (cache,) = call["cache"]
+    rows = gather_rows(cache, call["block_tables"])
+    return paged(call, rows, rows[..., : call["value_dim"]])

@@ -1,0 +1,186 @@
+"""A decoder leaves the library as a folder whose file gives the logits of the rewritten model, or not at all."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kvpass
+from kvpass.exporters import export_module as export_room
+from kvpass.exporters.formats import FORMATS
+from tests.decoders.catalogue import DECODERS
+
+CONFIG = kvpass.CacheConfig(block_size=8, num_blocks=1)
+# Each holds what an exporter may lose: a window, a latent row that is key and value at once, sinks.
+MODELS = ("window by distance, float mask", "latent by einsum, low-rank queries", "sinks as gates")
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Callable[[str], kvpass.Engine]]:
+    made: dict[str, kvpass.Engine] = {}
+
+    def engine_of(name: str) -> kvpass.Engine:
+        if name not in made:
+            made[name] = kvpass.compile(DECODERS[name](6), CONFIG)
+        return made[name]
+
+    yield engine_of
+    for engine in made.values():
+        engine.close()
+
+
+def options(format: str) -> dict[str, Any]:
+    return {"context": 96} if FORMATS[format].is_static else {}
+
+
+@pytest.mark.sampled(6, 2)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_file_gives_the_logits_of_the_model(
+    name: str, format: str, engines: Callable[[str], kvpass.Engine], tmp_path: Path
+) -> None:
+    result = engines(name).export(tmp_path / "out", format, **options(format))
+    assert result.audit is not None and result.audit.rows >= 20
+    assert set(result.files) >= {"manifest.json", "probe.json", "run.py"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]  # nothing is left of where it was made
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_example_says_the_tokens_of_the_original(
+    format: str, engines: Callable[[str], kvpass.Engine], tmp_path: Path
+) -> None:
+    name = MODELS[0]
+    engines(name).export(tmp_path / "out", format, audit=False, **options(format))
+    prompts = [[3, 5, 7, 11, 13, 17, 19, 23, 29], [4, 6]]
+    command = [sys.executable, str(tmp_path / "out" / "run.py"), *(",".join(map(str, prompt)) for prompt in prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [[int(token) for token in line.split(",")] for line in done.stdout.split()]
+    assert found == [greedy(DECODERS[name](6), prompt, 16) for prompt in prompts]
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens, by the model as it was written."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def exported(engines: Callable[[str], kvpass.Engine], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    engines(MODELS[0]).export(folder, "pt2", audit=False)
+    return folder
+
+
+def copied(exported: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in exported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.pt2"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit(folder: Path) -> None:
+    file = folder / "run.py"
+    file.write_text(file.read_text().replace("argmax", "argmin"))
+
+
+def lose(folder: Path) -> None:
+    (folder / "probe.json").unlink()
+
+
+def age(folder: Path) -> None:
+    file = folder / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "kvpass": "0.0.1"}))
+
+
+def empty(folder: Path) -> None:
+    (folder / "manifest.json").write_text("")
+
+
+DAMAGE = {
+    "cut short": (cut_short, r"has \d+ bytes instead of \d+: it was cut short or changed"),
+    "edited": (edit, r"run\.py was changed since it was exported"),
+    "lost": (lose, r"has no file probe\.json"),
+    "of another version": (age, r"was exported by kvpass 0\.0\.1"),
+    "without a manifest": (empty, r"holds no export of kvpass that can be read"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_folder_is_refused(kind: str, exported: Path, tmp_path: Path) -> None:
+    damage, message = DAMAGE[kind]
+    folder = copied(exported, tmp_path / "out")
+    damage(folder)
+    with pytest.raises(kvpass.InputError, match=message):
+        kvpass.audit(folder)
+
+
+def test_bad_input_is_refused_and_leaves_nothing(engines: Callable[[str], kvpass.Engine], tmp_path: Path) -> None:
+    engine = engines(MODELS[0])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(kvpass.ConfigError, match="there is no format 'gguf': choose one of pt2, aoti"):
+        engine.export(tmp_path / "out", "gguf")
+    with pytest.raises(kvpass.InputError, match="exists already"):
+        engine.export(tmp_path / "there")
+    with pytest.raises(kvpass.InputError, match="is no folder that can be written to"):
+        engine.export(tmp_path / "nowhere" / "out")
+    with pytest.raises(kvpass.ConfigError, match="no number of tokens from 32 on"):
+        engine.export(tmp_path / "out", "onnx", context=0)
+    with pytest.raises(kvpass.ConfigError, match="has no context of its own"):
+        engine.export(tmp_path / "out", "pt2", context=64)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_context_beyond_the_proof_is_refused(tmp_path: Path) -> None:
+    with kvpass.compile(DECODERS["position table with an offset"](6), CONFIG) as engine:
+        longest = engine.plan.max_length
+        assert longest is not None
+        with pytest.raises(kvpass.ConfigError, match=f"more than the model is proven for, {longest} tokens"):
+            engine.export(tmp_path / "out", "onnx", context=longest + 1)
+
+
+def test_what_a_format_cannot_say_is_refused_with_those_that_can(tmp_path: Path) -> None:
+    with kvpass.compile(DECODERS[MODELS[0]](6), kvpass.CacheConfig(block_size=8, num_blocks=1, dtype="int8")) as engine:
+        message = r"format onnx cannot express a cache in int8; format pt2 can\. Nothing was written"
+        with pytest.raises(kvpass.RefusedError, match=message) as caught:
+            engine.export(tmp_path / "out", "onnx")
+        assert {refusal.pass_name for refusal in caught.value.report.refusals} == {"export"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_with_its_command(
+    engines: Callable[[str], kvpass.Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvpass.exporters.extras.find_spec", lambda name: None)
+    with pytest.raises(kvpass.InputError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'kvpass\[onnx\]'"):
+        engines(MODELS[0]).export(tmp_path / "out", "onnx")
+    monkeypatch.setattr("kvpass.exporters.extras.installed", lambda name: "1.0")
+    with pytest.raises(kvpass.InputError, match="are both installed, and overwrite each other's files"):
+        engines(MODELS[0]).export(tmp_path / "out", "onnx")
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    engines: Callable[[str], kvpass.Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_room, "write_manifest", no_space)
+    with pytest.raises(kvpass.InputError, match=r"could not be written, and nothing is left of it: .*No space left"):
+        engines(MODELS[0]).export(tmp_path / "out", "pt2", audit=False)
+    assert not list(tmp_path.iterdir())
