@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,21 @@ def save(model: Any, folder: Path) -> None:
     onnx_ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=EXTERNAL_BYTES)
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Nothing of what torch's translator logs on its way, such as which packages it would also translate."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 @alone()
 def _translate(program: ExportedProgram) -> Any:
-    with quiet_export(), torch.no_grad():
+    with quiet_export(), _without_advice(), torch.no_grad():
         done = torch.onnx.export(program, dynamo=True, opset_version=TRANSLATED_OPSET, verbose=False)
     assert done is not None
     return done.model
