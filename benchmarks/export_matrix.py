@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "shipped": (lambda: load_model("pydecoder").model, {}),
     **{name: (lambda name=name: zoo.tiny(name)[0], {}) for name in FAMILIES},
     **{name: (partial(DECODERS[name], 6), {}) for name in PLAIN},
-    "llama, int8 cache": (lambda: zoo.tiny("llama")[0], {"dtype": "int8"}),
+    "shipped, int8 cache": (lambda: load_model("pydecoder").model, {"dtype": "int8"}),
 }
 
 

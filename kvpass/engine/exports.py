@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from kvpass.engine.fingerprint import fingerprint
 from kvpass.engine.step_module import StepModule
@@ -18,6 +19,8 @@ class Exports:
 
     module: StepModule
     report: RewriteReport
+    tokenizer: Any
+    _eos_token_ids: tuple[int, ...]
 
     def export(
         self,
@@ -32,7 +35,7 @@ class Exports:
 
         Args:
             path: the folder, which must not exist; it gets its name once all of it is right.
-            format: ``"pt2"``, ``"aoti"``, ``"onnx"`` or ``"onnx-paged"``, see the page on export of the documentation.
+            format: ``"pt2"``, ``"aoti"``, ``"onnx"``, ``"onnx-paged"`` or ``"ort-genai"``, see docs/export.md.
             context: of formats with static caches, tokens of a sequence; by default 2048, or what the model is proven
                 for.
             audit: run the file in a fresh process, and hold it to the rewritten model.
@@ -51,5 +54,14 @@ class Exports:
         if module.device.type != "cpu":
             raise InputError(f"the model is on {module.device}: compile it on the CPU to export it")
         return export_module(
-            module, self.report, lambda: fingerprint(module, module.plan), path, format, context, audit, begin
+            module,
+            self.report,
+            lambda: fingerprint(module, module.plan),
+            path,
+            format,
+            context,
+            self._eos_token_ids,
+            self.tokenizer,
+            audit,
+            begin,
         )

@@ -8,14 +8,15 @@ themselves, so that there is little for a caller to get wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kvpass.exporters.lowerings import Step
-from kvpass.exporters.plain_ops import sequence_of
+from kvpass.exporters.onnx_rows import KEYS, PAST
+from kvpass.exporters.plain_ops import Keys, sequence_of
 from kvpass.kernels.formats.cache_formats import find_format
 from kvpass.types import CachePlan, CacheSpec, dtype_name
 
@@ -49,8 +50,11 @@ class Contract(Protocol):
     def inputs(self, plan: CachePlan) -> list[Port]:
         """All inputs in order, the caches last."""
 
-    def step(self, plan: CachePlan, values: Sequence[Tensor]) -> Step:
-        """The step that the inputs before the caches say."""
+    def step(self, plan: CachePlan, values: Sequence[Tensor], caches: Sequence[Tensor]) -> Step:
+        """The step that the inputs say, those before the caches and the caches."""
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits ``[R, V]`` in the shape in which they are given."""
 
     def examples(self, plan: CachePlan) -> list[Tensor]:
         """Values of the inputs before the caches, of sizes that are all different."""
@@ -104,7 +108,7 @@ class Paged:
             *cache_ports(plan, ("blocks",), size),
         ]  # fmt: skip
 
-    def step(self, plan: CachePlan, values: Sequence[Tensor]) -> Step:
+    def step(self, plan: CachePlan, values: Sequence[Tensor], caches: Sequence[Tensor]) -> Step:
         """Positions and slots of the new tokens."""
         token_ids, new_lens, seq_lens, block_tables, logits_index, *columns = values
         starts = torch.cat((new_lens.new_zeros(1), new_lens.cumsum(0)))
@@ -114,6 +118,10 @@ class Paged:
         slots = block_tables[:, owner, positions // plan.block_size] * plan.block_size + positions % plan.block_size
         widest = columns[0] if columns else None
         return Step(token_ids, positions, logits_index, seq_lens, starts, block_tables, slots, widest)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits as they are."""
+        return rows
 
     def examples(self, plan: CachePlan) -> list[Tensor]:
         """Three sequences of 4, 2 and 3 new tokens."""
@@ -143,16 +151,70 @@ class Static:
             *cache_ports(plan, ("batch",), self.context),
         ]
 
-    def step(self, plan: CachePlan, values: Sequence[Tensor]) -> Step:
+    def step(self, plan: CachePlan, values: Sequence[Tensor], caches: Sequence[Tensor]) -> Step:
         """Positions of all tokens, and the last row of each sequence."""
         token_ids, past_lens, new_lens = values
         rows, width = token_ids.shape
         columns = torch.arange(width, device=token_ids.device)
         positions = (past_lens[:, None] + columns).flatten()
         last = torch.arange(rows, device=token_ids.device) * width + new_lens - 1
-        return Step(token_ids.flatten(), positions, last, past_lens + new_lens, width=width)
+        step = Step(token_ids.flatten(), positions, last, past_lens + new_lens, width=width)
+        # A query stands behind all that its row holds: what lies further on, padding included, it does not see.
+        step.shared |= {PAST: past_lens, KEYS: Keys(torch.arange(self.context, device=token_ids.device), None)}
+        return step
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits as they are."""
+        return rows
 
     def examples(self, plan: CachePlan) -> list[Tensor]:
         """Three rows of up to five new tokens."""
         ids = torch.arange(15).view(3, 5) % plan.vocab_size
         return [ids, torch.tensor([0, 2, 4]), torch.tensor([5, 3, 2])]
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A batch whose caches grow by the new tokens, as ONNX Runtime GenAI and transformers hand them on.
+
+    ``attention_mask`` says which tokens are there, past and new; padding may be anywhere, and a token's position is the
+    number of tokens before it.
+    """
+
+    def inputs(self, plan: CachePlan) -> list[Port]:
+        """All inputs in order, the caches last."""
+        int64 = torch.int64
+        mask = "1 for each token, past and new, 0 for padding"
+        ports = [
+            Port("input_ids", int64, ("batch", "width"), f"{TOKENS} of each row"),
+            Port("attention_mask", int64, ("batch", "total"), mask),
+        ]
+        names = {"key": "past_key_values.{}.key", "value": "past_key_values.{}.value"}
+        for port in cache_ports(plan, ("batch",), "past"):
+            assert port.cache is not None
+            part, _, number = port.cache.split("_")
+            ports.append(replace(port, name=names[part].format(number)))
+        return ports
+
+    def step(self, plan: CachePlan, values: Sequence[Tensor], caches: Sequence[Tensor]) -> Step:
+        """Positions by counting, and the last row of each sequence."""
+        token_ids, mask = values
+        rows, width = token_ids.shape
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = places[:, -width:]
+        last = torch.arange(1, rows + 1, device=token_ids.device) * width - 1
+        step = Step(token_ids.flatten(), positions.flatten(), last, mask.sum(1), width=width)
+        # Chosen by number: that the mask is as long as the caches will be, torch.export has no words for.
+        all_of_them = torch.arange(caches[0].shape[2] + width, device=mask.device)
+        step.shared[KEYS] = Keys(places[:, all_of_them], mask[:, all_of_them] != 0)
+        return step
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits ``[batch, 1, V]``."""
+        return rows.unsqueeze(1)
+
+    def examples(self, plan: CachePlan) -> list[Tensor]:
+        """Three rows of five new tokens, padded on the left."""
+        mask = torch.ones(3, 12, dtype=torch.int64)
+        mask[1, :4] = 0
+        return [torch.arange(15).view(3, 5) % plan.vocab_size, mask]

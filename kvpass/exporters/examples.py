@@ -17,7 +17,7 @@ def example_of(format: str) -> str:
     imports: set[str] = set()
     bodies: list[str] = []
     heading = ""
-    for name in (form.program, form.decoder, "usage"):
+    for name in (*form.drivers, "usage"):
         text = (DRIVERS / f"{name}.py").read_text(encoding="utf-8")
         words, _, rest = text.partition('"""\n')
         heading = heading or f'{words}"""\n'

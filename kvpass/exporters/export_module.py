@@ -7,17 +7,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 from kvpass.errors import ConfigError, InputError
 from kvpass.exporters.audit import AuditResult, audit
 from kvpass.exporters.contracts import Port
 from kvpass.exporters.examples import example_of
-from kvpass.exporters.exported_step import ExportedStep, refusals, refuse
+from kvpass.exporters.exported_step import ExportedStep, refuse
 from kvpass.exporters.extras import require
-from kvpass.exporters.formats import FORMATS, Format, find_format
+from kvpass.exporters.formats import FORMATS, Format, Source, find_format
 from kvpass.exporters.manifest import PROBE_FILE, make_manifest, write_manifest
 from kvpass.exporters.probes import make_probe
 from kvpass.fx_passes.lowering.bind import PagedModule
@@ -53,6 +54,8 @@ def export_module(
     path: str | os.PathLike[str],
     format: str,
     context: int | None = None,
+    eos_token_ids: tuple[int, ...] = (),
+    tokenizer: Any = None,
     check: bool = True,
     begin: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
@@ -65,6 +68,8 @@ def export_module(
         path: the folder to be made; nothing may be there.
         format: one of :data:`~kvpass.exporters.formats.FORMATS`.
         context: places of a row, of formats with static caches; at most what the model is proven for.
+        eos_token_ids: tokens that end a text, for formats that bring a generator.
+        tokenizer: likewise.
         check: whether the file is audited before it gets its name.
         begin: called with the name of each of :data:`STAGES` as it begins.
 
@@ -77,16 +82,16 @@ def export_module(
     form, target = find_format(format), Path(path).expanduser().absolute()
     context = _context(module, form, context)
     require(form.name, form.needs)
-    found = refusals(module, form.dialect)
+    found = form.refusals(module)
     if found:
-        others = [row.name for row in FORMATS.values() if not refusals(module, row.dialect)]
+        others = [row.name for row in FORMATS.values() if not row.refusals(module)]
         raise refuse(found, form.name, others)
     with _staged(target) as folder:
         begin("graph")
         step = ExportedStep(module, form.dialect, form.contract(context), form.gives_caches)
         outputs = _outputs(module, form, step.ports)
         begin("file")
-        form.write(step, outputs, folder)
+        form.write(Source(step, outputs, eos_token_ids, tokenizer), folder)
         begin("probe")
         limit = context if form.is_static else None
         (folder / PROBE_FILE).write_text(json.dumps(make_probe(module, limit)), encoding="utf-8")
@@ -103,14 +108,23 @@ def export_module(
 
 
 def _outputs(module: PagedModule, form: Format, ports: list[Port]) -> tuple[Port, ...]:
-    rows = "batch" if form.is_static else "rows"
     output = next(n for n in module.graph_module.graph.nodes if n.op == "output").args[0][0]
     value = (output[0] if isinstance(output, (tuple, list)) else output).meta["val"]
-    logits = Port("logits", value.dtype, (rows, int(value.shape[-1])), "logits of the rows asked for")
+    width = int(value.shape[-1])
+    shapes: dict[str, tuple[int | str, ...]] = {"paged": ("rows", width), "static": ("batch", width)}
+    meaning = "logits of the rows asked for" if form.caches == "paged" else "logits of the last new token of each row"
+    logits = Port("logits", value.dtype, shapes.get(form.caches, ("batch", 1, width)), meaning)
     if not form.gives_caches:
         return (logits,)
-    caches = [port for port in ports if port.cache is not None]
-    return logits, *(Port(f"{p.name}_out", p.dtype, p.shape, f"{p.name} after the step", p.cache) for p in caches)
+    return logits, *(after(port, form) for port in ports if port.cache is not None)
+
+
+def after(port: Port, form: Format) -> Port:
+    """The output that is a cache after the step."""
+    grows = form.caches == "growing"
+    name = port.name.replace("past_key_values", "present") if grows else f"{port.name}_out"
+    shape = tuple("total" if size == "past" else size for size in port.shape)
+    return replace(port, name=name, shape=shape, meaning=f"{port.name} after the step")
 
 
 def _context(module: PagedModule, form: Format, context: int | None) -> int:

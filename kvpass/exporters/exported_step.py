@@ -63,11 +63,11 @@ class ExportedStep(nn.Module):
     def forward(self, *values: Tensor) -> Any:
         """Logits ``[R, V]``, and the caches in the order of the inputs where they are handed back."""
         first = next(place for place, port in enumerate(self.ports) if port.cache is not None)
-        step = self.contract.step(self.plan, values[:first])
+        step = self.contract.step(self.plan, values[:first], values[first:])
         for port, value in zip(self.ports[first:], values[first:], strict=True):
             assert port.cache is not None
             step.caches[port.cache] = (*step.caches.get(port.cache, ()), value)
-        logits = self._run(step)
+        logits = self.contract.logits(self._run(step))
         self.last.shared = step.shared
         if not self.gives_caches:
             return logits

@@ -5,23 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 import kvpass.exporters.native_ops
 import kvpass.exporters.onnx_paged
-import kvpass.exporters.onnx_static
+import kvpass.exporters.onnx_rows
 import kvpass.exporters.plain_ops  # noqa: F401 - the rows of the table
 from kvpass.errors import ConfigError
-from kvpass.exporters.contracts import Contract, Paged, Port, Static
-from kvpass.exporters.exported_step import ExportedStep, export_step
+from kvpass.exporters.contracts import Contract, Growing, Paged, Port, Static
+from kvpass.exporters.exported_step import ExportedStep, export_step, refusals
+from kvpass.exporters.genai_folder import cannot_hold, write_config, write_tokenizer
 from kvpass.exporters.native_ops import NATIVE
 from kvpass.exporters.onnx_file import TRANSLATED_OPSET, add_bodies, onnx_model, save
 from kvpass.exporters.onnx_paged import ONNX_PAGED, Bodies
-from kvpass.exporters.onnx_static import ONNX_STATIC, OPSET
+from kvpass.exporters.onnx_rows import ONNX_GROWING, ONNX_STATIC, OPSET
 from kvpass.exporters.plain_ops import PLAIN
+from kvpass.fx_passes.lowering.bind import PagedModule
+from kvpass.types import CachePlan, Refusal
 
 PT2_FILE = "model.pt2"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a format writes.
+
+    Attributes:
+        step: the step in the format's dialect.
+        outputs: what it gives.
+        eos_token_ids: tokens that end a text.
+        tokenizer: of the model, or None.
+    """
+
+    step: ExportedStep
+    outputs: tuple[Port, ...]
+    eos_token_ids: tuple[int, ...] = ()
+    tokenizer: Any = None
+
+
+Caches = Literal["paged", "static", "growing"]
 
 
 @dataclass(frozen=True)
@@ -30,23 +54,23 @@ class Format:
 
     Attributes:
         name: as it is asked for.
-        holds: what is written, in a few words.
         dialect: how ops of kvpass are said.
-        is_static: whether the caches are rows of a fixed length, and not pools of blocks.
+        caches: pools of blocks, rows of a fixed length, or rows that grow.
         gives_caches: whether caches are handed back, and not written in place.
-        write: writes the files of a step, with the outputs that it has, into a folder.
-        program: the part of the example that runs the file.
+        write: writes the files of a step into a folder.
+        drivers: the parts of the example.
         needs: modules that have to be installed.
+        cannot: what of a plan it cannot hold, as a phrase; None where it can.
     """
 
     name: str
-    holds: str
     dialect: str
-    is_static: bool
+    caches: Caches
     gives_caches: bool
-    write: Callable[[ExportedStep, tuple[Port, ...], Path], None]
-    program: str
+    write: Callable[[Source, Path], None]
+    drivers: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    cannot: Callable[[CachePlan], str | None] = lambda plan: None
 
     @property
     def is_onnx(self) -> bool:
@@ -54,45 +78,58 @@ class Format:
         return "onnx" in self.needs
 
     @property
-    def decoder(self) -> str:
-        """The part of the example that owns the caches."""
-        return "static_decoder" if self.is_static else "paged_decoder"
+    def is_static(self) -> bool:
+        """Whether the caches have a fixed length."""
+        return self.caches == "static"
 
     def contract(self, context: int) -> Contract:
         """The inputs."""
-        return Static(context) if self.is_static else Paged(says_widest=self.dialect == PLAIN)
+        if self.caches == "paged":
+            return Paged(says_widest=self.dialect == PLAIN)
+        return Static(context) if self.is_static else Growing()
+
+    def refusals(self, module: PagedModule) -> list[Refusal]:
+        """What of a rewritten model the format cannot express."""
+        of_plan = self.cannot(module.plan)
+        return ([Refusal(of_plan, pass_name="export")] if of_plan else []) + refusals(module, self.dialect)
 
 
-def write_pt2(step: ExportedStep, outputs: tuple[Port, ...], folder: Path) -> None:
+def write_pt2(source: Source, folder: Path) -> None:
     """``torch.export.save`` of the step."""
-    torch.export.save(export_step(step), folder / PT2_FILE)
+    torch.export.save(export_step(source.step), folder / PT2_FILE)
 
 
-def write_aoti(step: ExportedStep, outputs: tuple[Port, ...], folder: Path) -> None:
+def write_aoti(source: Source, folder: Path) -> None:
     """The step as a package that AOTInductor has compiled."""
-    torch._inductor.aoti_compile_and_package(export_step(step), package_path=str(folder / PT2_FILE))
+    torch._inductor.aoti_compile_and_package(export_step(source.step), package_path=str(folder / PT2_FILE))
 
 
-def write_onnx(step: ExportedStep, outputs: tuple[Port, ...], folder: Path) -> None:
+def write_onnx(source: Source, folder: Path) -> None:
     """The step as an ONNX model with its weights beside it."""
-    opset = OPSET if step.dialect == ONNX_STATIC else TRANSLATED_OPSET
-    model = onnx_model(export_step(step), step.ports, outputs, opset)
+    step = source.step
+    opset = TRANSLATED_OPSET if step.dialect == ONNX_PAGED else OPSET
+    model = onnx_model(export_step(step), step.ports, source.outputs, opset)
     add_bodies(model, step.last.shared.get("bodies", Bodies()))
     save(model, folder)
+
+
+def write_genai(source: Source, folder: Path) -> None:
+    """The folder that ONNX Runtime GenAI loads."""
+    write_onnx(source, folder)
+    write_config(folder, source.step.plan, source.eos_token_ids)
+    write_tokenizer(folder, source.tokenizer)
 
 
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
-        Format("pt2", "a program of torch.export that calls the kernels of kvpass", NATIVE, False, False, write_pt2,
-               "pt2_program"),
-        Format("aoti", "a package of AOTInductor that runs without kvpass", PLAIN, False, False, write_aoti,
-               "aoti_program"),
-        Format("onnx", "ONNX of standard ops over static caches", ONNX_STATIC, True, True, write_onnx, "onnx_program",
-               ONNX_NEEDS),
-        Format("onnx-paged", "ONNX with block tables: nodes of ai.kvpass with bodies of standard ops", ONNX_PAGED,
-               False, True, write_onnx, "onnx_program", ONNX_NEEDS),
+        Format("pt2", NATIVE, "paged", False, write_pt2, ("pt2_program", "paged_decoder")),
+        Format("aoti", PLAIN, "paged", False, write_aoti, ("aoti_program", "paged_decoder")),
+        Format("onnx", ONNX_STATIC, "static", True, write_onnx, ("onnx_program", "static_decoder"), ONNX_NEEDS),
+        Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, ("onnx_program", "paged_decoder"), ONNX_NEEDS),
+        Format("ort-genai", ONNX_GROWING, "growing", True, write_genai, ("genai_decoder",),
+               (*ONNX_NEEDS, "onnxruntime_genai"), cannot_hold),
     )
 }  # fmt: skip
 

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from kvpass.exporters.lowerings import Call, lowers
-from kvpass.exporters.plain_ops import attend, float_formats_alone, gather_rows, lay_out, no_trees, norm_rotary_write
+from kvpass.exporters.plain_ops import (
+    attend,
+    float_formats_alone,
+    from_the_start,
+    gather_rows,
+    lay_out,
+    no_trees,
+    norm_rotary_write,
+)
 from kvpass.exporters.plain_ops import write_rows as written
 
 ONNX_PAGED = "onnx-paged"
@@ -132,7 +140,8 @@ class Body(nn.Module):
         grid = lay_out(given["query_start"], given["seq_lens"], query.shape[0])
         keys = gather_rows(given["cache"] if "cache" in given else given["key_cache"], tables)
         values = keys[..., : given["value_dim"]] if "cache" in given else gather_rows(given["value_cache"], tables)
-        out = attend(query[grid.rows], keys, values, grid.positions, given["seq_lens"], given)
+        where = from_the_start(keys.shape[2], given["seq_lens"])
+        out = attend(query[grid.rows], keys, values, grid.positions, where, given)
         return out.flatten(0, 1)[grid.places].to(query.dtype)
 
     def examples(self) -> list[Tensor]:

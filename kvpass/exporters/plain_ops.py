@@ -21,6 +21,24 @@ PLAIN, FUNCTIONAL = "plain", "functional"  # the same, but caches are written in
 
 
 @dataclass(frozen=True)
+class Keys:
+    """Where gathered keys stand.
+
+    Attributes:
+        positions: int64 ``[K]``, or ``[N, K]`` where sequences differ.
+        held: bool ``[N, K]``, which of them are keys of their sequence; None for all that a query may see.
+    """
+
+    positions: Tensor
+    held: Tensor | None
+
+    @property
+    def by_query(self) -> Tensor:
+        """The positions, broadcastable to ``[N, M, K]``."""
+        return self.positions if self.positions.dim() == 1 else self.positions[:, None]
+
+
+@dataclass(frozen=True)
 class Grid:
     """The tokens of a step by sequence.
 
@@ -82,17 +100,15 @@ def gather_rows(cache: Tensor, block_tables: Tensor) -> Tensor:
     return held.permute(0, 2, 1, 3, 4).reshape(sequences, heads, blocks * size, dim)
 
 
-def attend(
-    query: Tensor, keys: Tensor, values: Tensor, query_positions: Tensor, seq_lens: Tensor, given: Facts
-) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, query_positions: Tensor, where: Keys, given: Facts) -> Tensor:
     """Attention of a grid of queries over the keys of their sequences.
 
     Args:
         query: ``[N, M, Hq, D]``.
-        keys: ``[N, H, K, D]``, from position 0.
+        keys: ``[N, H, K, D]``.
         values: ``[N, H, K, Dv]``.
         query_positions: int64 ``[N, M]``.
-        seq_lens: int64 ``[N]``; keys from there on are not looked at.
+        where: positions of the keys; what is no key of its sequence is not looked at.
         given: scale and features of the op, as in :mod:`kvpass.kernels.attention_ops`.
 
     Returns:
@@ -103,15 +119,15 @@ def attend(
     heads, length = keys.shape[1], keys.shape[2]
     group = query_heads // heads
     q = query.to(compute).reshape(sequences, width, heads, group, dim).permute(0, 2, 3, 1, 4)
-    key = torch.arange(length, device=query.device)
-    seen = visible(query_positions, key, given)
-    held = (key < seq_lens[:, None])[:, None, :, None]
-    keys, values = (torch.where(held, part.to(compute), 0.0) for part in (keys, values))
+    seen = visible(query_positions, where, given)
+    keys, values = keys.to(compute), values.to(compute)
+    if where.held is not None:
+        keys, values = (torch.where(where.held[:, None, :, None], part, 0.0) for part in (keys, values))
     scores = q.reshape(sequences, heads, group * width, dim) @ keys.transpose(2, 3) * given["scale"]
     scores = scores.reshape(sequences, heads, group, width, length)
     if given.get("softcap") is not None:
         scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
-    bias = position_bias(query_positions, key, given, (heads, group), compute)
+    bias = position_bias(query_positions, where, given, (heads, group), compute)
     if bias is not None:
         scores = scores + bias
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
@@ -127,10 +143,10 @@ def attend(
     return out.reshape(sequences, width, query_heads, -1)
 
 
-def visible(query: Tensor, key: Tensor, given: Facts) -> Tensor:
-    """Which keys the queries see, bool ``[N, M, K]``, of positions ``[N, M]`` and ``[K]``; before any bias."""
-    query = query[:, :, None]
-    seen = key <= query
+def visible(query: Tensor, where: Keys, given: Facts) -> Tensor:
+    """Which keys the queries at positions ``[N, M]`` see, bool ``[N, M, K]``; before any bias."""
+    query, key = query[:, :, None], where.by_query
+    seen = key <= query if where.held is None else (key <= query) & where.held[:, None]
     if given.get("window") is not None:
         seen = seen & (query - key < given["window"])
     if given.get("chunk") is not None:
@@ -139,12 +155,12 @@ def visible(query: Tensor, key: Tensor, given: Facts) -> Tensor:
 
 
 def position_bias(
-    query: Tensor, key: Tensor, given: Facts, groups: tuple[int, int], compute: torch.dtype
+    query: Tensor, where: Keys, given: Facts, groups: tuple[int, int], compute: torch.dtype
 ) -> Tensor | None:
     """What is added to the scores by position, broadcastable to ``[N, H, G, M, K]``; None for nothing."""
-    bias = None
+    bias, key = None, where.by_query
     if given.get("slopes") is not None:
-        distance = (query[:, None, None, :, None] - key).to(compute)
+        distance = (query[:, :, None] - key).to(compute)[:, None, None]
         bias = -given["slopes"].to(compute).reshape(1, *groups, 1, 1) * distance
     table = given.get("bias")
     if table is not None:
@@ -159,10 +175,17 @@ def position_bias(
     return bias
 
 
+def from_the_start(length: Any, seq_lens: Tensor) -> Keys:
+    """Keys that stand in order, as many as each sequence is long."""
+    positions = torch.arange(length, device=seq_lens.device)
+    return Keys(positions, positions < seq_lens[:, None])
+
+
 def paged(call: Call, keys: Tensor, values: Tensor) -> Tensor:
     """The attention of a step over gathered keys and values, ``[T, Hq, Dv]``."""
     grid = grid_of(call.step)
-    out = attend(call["query"][grid.rows], keys, values, grid.positions, call["seq_lens"], call.given)
+    where = call.step.once("keys", lambda: from_the_start(keys.shape[2], call["seq_lens"]))
+    out = attend(call["query"][grid.rows], keys, values, grid.positions, where, call.given)
     return out.flatten(0, 1)[grid.places].to(call["query"].dtype)
 
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 import kvpass
-from kvpass.exporters import formats, lowerings, onnx_static, plain_ops
+from kvpass.exporters import formats, lowerings, onnx_rows, plain_ops
 from kvpass.exporters.contracts import Port, Static
 from kvpass.exporters.lowerings import Call, Lowering, Step
+from kvpass.exporters.plain_ops import Keys
 from tests.decoders.catalogue import DECODERS
 
 CONFIG = kvpass.CacheConfig(block_size=8, num_blocks=1)
 WINDOW, SOFTCAP, SINKS = "window by distance, float mask", "flex_attention, softcap and GQA", "sinks as gates"
-STATIC = onnx_static.ONNX_STATIC
+STATIC = onnx_rows.ONNX_STATIC
 Patch = pytest.MonkeyPatch
 
 
@@ -84,8 +85,8 @@ def keys_and_values_exchanged(patch: Patch) -> None:
 
 
 def written_one_place_on(patch: Patch) -> None:
-    def step(self: Static, plan: kvpass.CachePlan, values: list[Tensor]) -> Step:
-        found = STEP(self, plan, values)
+    def step(self: Static, plan: kvpass.CachePlan, values: list[Tensor], caches: list[Tensor]) -> Step:
+        found = STEP(self, plan, values, caches)
         found.shared["past"] = values[1] + 1
         return found
 
@@ -98,18 +99,12 @@ def causal_from_the_upper_left(patch: Patch) -> None:
     def positions(call: Call) -> Tensor:
         return torch.arange(call.step.width).expand(call.step.seq_lens.shape[0], -1)
 
-    patch.setattr(onnx_static, "_positions", positions)
-    patch.setattr(Static, "step", lambda *given: with_past(STEP(*given), given[2]))
-
-
-def with_past(step: Step, values: list[Tensor]) -> Step:
-    step.shared["past"] = values[1]
-    return step
+    patch.setattr(onnx_rows, "_positions", positions)
 
 
 def logits_of_the_first_token(patch: Patch) -> None:
-    def step(self: Static, plan: kvpass.CachePlan, values: list[Tensor]) -> Step:
-        found = STEP(self, plan, values)
+    def step(self: Static, plan: kvpass.CachePlan, values: list[Tensor], caches: list[Tensor]) -> Step:
+        found = STEP(self, plan, values, caches)
         found.logits_index = torch.arange(values[0].shape[0]) * found.width
         return found
 
@@ -144,7 +139,7 @@ def a_transposed_weight(patch: Patch) -> None:
 def an_input_that_nothing_reads(patch: Patch) -> None:
     patch.setattr(Static, "inputs", lambda self, plan: more(INPUTS(self, plan)))
     patch.setattr(Static, "examples", lambda self, plan: [*EXAMPLES(self, plan), torch.zeros(3, dtype=torch.int64)])
-    patch.setattr(Static, "step", lambda self, plan, values: STEP(self, plan, values[:3]))
+    patch.setattr(Static, "step", lambda self, plan, values, caches: STEP(self, plan, values[:3], caches))
 
 
 def more(ports: list[Port]) -> list[Port]:
@@ -158,15 +153,15 @@ def no_sinks(patch: Patch) -> None:
 def mask_before_the_softcap(patch: Patch) -> None:
     """The order of an older edition of the standard: the softcap brings what was masked back."""
 
-    def attend(query: Tensor, keys: Tensor, values: Tensor, places: Tensor, lens: Tensor, facts: Any) -> Tensor:
+    def attend(query: Tensor, keys: Tensor, values: Tensor, places: Tensor, where: Keys, facts: Any) -> Tensor:
         cap = facts["softcap"]
-        hidden = -2 * cap * (~plain_ops.visible(places, torch.arange(keys.shape[2]), facts)).float()
+        hidden = -2 * cap * (~plain_ops.visible(places, where, facts)).float()
         group = query.shape[2] // keys.shape[1]
         wide = [part.repeat_interleave(group, 1) for part in (keys, values)]
         scores = query.transpose(1, 2) @ wide[0].transpose(2, 3) * facts["scale"] + hidden[:, None]
         return (torch.softmax(torch.tanh(scores / cap) * cap, -1) @ wide[1]).transpose(1, 2)
 
-    patch.setattr(onnx_static, "attend", attend)
+    patch.setattr(onnx_rows, "attend", attend)
 
 
 STEP, INPUTS, EXAMPLES = Static.step, Static.inputs, Static.examples
