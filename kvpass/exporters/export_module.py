@@ -98,9 +98,8 @@ def export_module(
         (folder / EXAMPLE_FILE).write_text(example_of(form.name), encoding="utf-8")
         how = type(step.contract).__doc__ or ""
         data = report.to_dict()
-        write_manifest(
-            folder, make_manifest(form.name, fingerprint(), module.plan, step.ports, outputs, limit, data, how)
-        )
+        manifest = make_manifest(form.name, fingerprint(), module.plan, step.ports, outputs, limit, data, how)
+        write_manifest(folder, {**manifest, "imports": form.imports(module)})
         begin("audit")
         result = audit(folder) if check else None
         sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}

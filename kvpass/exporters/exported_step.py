@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -118,8 +119,8 @@ class ExportedStep(nn.Module):
         caches = {part: value.name for part, value in named.items() if isinstance(value, _Cache)}
         values = {part: step.caches.get(cache) or _without_numbers(caches, step) for part, cache in caches.items()}
         lowering = find_lowering(name, self.dialect)
-        assert lowering is not None, f"{name} was not refused"
-        return lowering.run(Call(name, {**named, **values}, caches, step))
+        assert lowering is not None and isinstance(node.target, OpOverload), f"{name} was not refused"
+        return lowering.run(Call(name, node.target, {**named, **values}, caches, step))
 
 
 def _without_numbers(caches: dict[str, str], step: Step) -> tuple[Tensor, ...]:

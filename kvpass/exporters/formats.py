@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+import kvpass.exporters.foreign_ops
 import kvpass.exporters.native_ops
 import kvpass.exporters.onnx_paged
 import kvpass.exporters.onnx_rows
@@ -16,6 +17,7 @@ import kvpass.exporters.plain_ops  # noqa: F401 - the rows of the table
 from kvpass.errors import ConfigError
 from kvpass.exporters.contracts import Contract, Growing, Paged, Port, Static
 from kvpass.exporters.exported_step import ExportedStep, export_step, refusals
+from kvpass.exporters.foreign_ops import modules_of, unknown_ops
 from kvpass.exporters.genai_folder import cannot_hold, write_config, write_tokenizer
 from kvpass.exporters.native_ops import NATIVE
 from kvpass.exporters.onnx_file import TRANSLATED_OPSET, add_bodies, onnx_model, save
@@ -90,8 +92,15 @@ class Format:
 
     def refusals(self, module: PagedModule) -> list[Refusal]:
         """What of a rewritten model the format cannot express."""
-        of_plan = self.cannot(module.plan)
-        return ([Refusal(of_plan, pass_name="export")] if of_plan else []) + refusals(module, self.dialect)
+        reasons, graph = [self.cannot(module.plan)], module.graph_module.graph
+        if self.dialect == NATIVE:
+            reasons += [f"the op {name}, which is registered by no module" for name in unknown_ops(graph)]
+        found = [Refusal(reason, pass_name="export") for reason in reasons if reason]
+        return found + refusals(module, self.dialect)
+
+    def imports(self, module: PagedModule) -> tuple[str, ...]:
+        """Modules that have to be imported where the file is run."""
+        return modules_of(module.graph_module.graph) if self.dialect == NATIVE else ()
 
 
 def write_pt2(source: Source, folder: Path) -> None:

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch._ops import OpOverload
+
+from kvpass.fx_passes.op_facts.table import facts_of
 
 KVPASS = "kvpass::"
+MEANT = ("grouped_product",)  # rules of op_facts that say all of what an op computes
 
 
 @dataclass
@@ -57,16 +60,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op of kvpass.
+    """One call of an op that a dialect has to say.
 
     Attributes:
-        op: the op's name without its namespace.
+        op: the op's name in the table.
+        target: the op.
         given: its arguments by their names; caches as tuples of the tensors that hold them.
         caches: the graph's inputs that the arguments of caches are.
         step: what is shared by all calls.
     """
 
     op: str
+    target: OpOverload
     given: Mapping[str, Any]
     caches: Mapping[str, str]
     step: Step
@@ -121,7 +126,14 @@ def find_lowering(op: str, dialect: str) -> Lowering | None:
 
 
 def op_name(target: object) -> str | None:
-    """The name of an op of kvpass without its namespace; None for anything else."""
-    if not isinstance(target, torch._ops.OpOverload) or not target.name().startswith(KVPASS):
+    """The name under which the table knows what a node calls; None for ops that every format has.
+
+    Ops of kvpass go by their name, ops of which it is known that they mean the same by that, others by all of it.
+    """
+    if not isinstance(target, OpOverload):
         return None
-    return target._schema.name.removeprefix(KVPASS)
+    facts = facts_of(target)
+    if facts is not None and facts.axes in MEANT:
+        return facts.axes
+    name = str(target._schema.name)
+    return {"aten": None, "kvpass": name.removeprefix(KVPASS)}.get(target.namespace, name)

@@ -1,10 +1,8 @@
-"""The dialect ``native``: the ops of kvpass as they are, for a runtime in which they are registered."""
+"""The dialect ``native``: the ops of the graph as they are, for a runtime in which they are registered."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
 
 from kvpass.exporters.lowerings import Call, Facts, lowers
 
@@ -20,6 +18,7 @@ def no_trees(facts: Facts) -> str | None:
 @lowers("norm_rotary_write", NATIVE)
 @lowers("paged_attention", NATIVE, no_trees)
 @lowers("latent_attention", NATIVE)
-def _as_it_is(call: Call) -> Any:
+def as_it_is(call: Call) -> Any:
+    """The very op of the graph."""
     whole = {name: value[0] if name in call.caches else value for name, value in call.given.items()}
-    return getattr(torch.ops.kvpass, call.op)(**whole)
+    return call.target(**whole)

@@ -50,13 +50,15 @@ def save(model: Any, folder: Path) -> None:
 @contextmanager
 def _without_advice() -> Iterator[None]:
     """Nothing of what torch's translator logs on its way, such as which packages it would also translate."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @alone()

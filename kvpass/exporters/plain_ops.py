@@ -209,7 +209,7 @@ def norm_rotary_write(call: Call, write: Any) -> Tensor:
     rows.append(norm_rows(key.float(), call["key_weight"], call["eps"]))
     if call["cos"] is not None:
         rows = [rotate_rows(row, call["cos"], call["sin"], call["interleaved"]) for row in rows]
-    write(Call("write_cache", {**call.given, "key": rows[1]}, call.caches, call.step))
+    write(Call("write_cache", call.target, {**call.given, "key": rows[1]}, call.caches, call.step))
     return rows[0].to(query.dtype)
 
 

@@ -42,7 +42,7 @@ def change_call(patch: Patch, op: str, change: Callable[[Call], Call]) -> None:
 
 
 def given(call: Call, **others: Any) -> Call:
-    return Call(call.op, {**call.given, **others}, call.caches, call.step)
+    return Call(call.op, call.target, {**call.given, **others}, call.caches, call.step)
 
 
 def change_model(patch: Patch, change: Callable[[Any], None]) -> None:

@@ -1,5 +1,6 @@
 """Runs model.pt2 with torch; importing kvpass registers the ops that it calls."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ class Program:
 
     def __init__(self, folder: Path, **sizes: int) -> None:
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name in self.manifest["imports"]:
+            importlib.import_module(name)
         self.step = torch.export.load(folder / "model.pt2").module()
         self.caches = [
             torch.zeros([sizes.get(size, size) for size in port["shape"]], dtype=getattr(torch, port["dtype"]))
