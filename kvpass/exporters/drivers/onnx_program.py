@@ -32,7 +32,7 @@ class Program:
             self.binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
         self.binding.bind_output("logits")
         self.session.run_with_iobinding(self.binding)
-        return next(iter(self.binding.get_outputs()[-1:])).numpy()
+        return self.binding.get_outputs()[-1].numpy()  # bound after the caches
 
     def copy_row(self, source: int, target: int) -> None:
         """Give one row of the caches what another holds."""
