@@ -8,6 +8,7 @@ from typing import Any
 
 from kvpass.engine.fingerprint import fingerprint
 from kvpass.engine.step_module import StepModule
+from kvpass.engine.weights_watch import WeightsWatch
 from kvpass.errors import InputError
 from kvpass.exporters.export_module import ExportResult, export_module
 from kvpass.fx_passes.lowering.bind import PagedModule
@@ -21,6 +22,7 @@ class Exports:
     report: RewriteReport
     tokenizer: Any
     _eos_token_ids: tuple[int, ...]
+    _weights: WeightsWatch
 
     def export(
         self,
@@ -46,11 +48,13 @@ class Exports:
             InputError: if the folder cannot be written, the model is not on the CPU, or something that the format needs
                 is not installed.
             RefusedError: if the format cannot express the model; names those that can.
+            WeightsChangedError: if a weight was changed whose value decided something.
             VerificationError: if the file does not give what the rewritten model gives; nothing is left of it.
         """
         module = self.module
         if not isinstance(module, PagedModule):
             raise InputError(f"a {type(module).__name__} cannot be exported: only what kvpass.compile rewrote")
+        self._weights.check()  # what follows from weights that were changed is brought up to date, or it is an error
         if module.device.type != "cpu":
             raise InputError(f"the model is on {module.device}: compile it on the CPU to export it")
         return export_module(

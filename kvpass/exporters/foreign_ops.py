@@ -12,13 +12,12 @@ from kvpass.exporters.lowerings import Call, lowers
 from kvpass.exporters.native_ops import NATIVE, as_it_is
 from kvpass.exporters.onnx_paged import ONNX_PAGED
 from kvpass.exporters.onnx_rows import ONNX_GROWING, ONNX_STATIC
-from kvpass.exporters.plain_ops import FUNCTIONAL, PLAIN
+from kvpass.exporters.plain_ops import PLAIN
 
 lowers("grouped_product", NATIVE)(as_it_is)
 
 
 @lowers("grouped_product", PLAIN)
-@lowers("grouped_product", FUNCTIONAL)
 @lowers("grouped_product", ONNX_PAGED)
 @lowers("grouped_product", ONNX_STATIC)
 @lowers("grouped_product", ONNX_GROWING)

@@ -129,16 +129,29 @@ def write_genai(source: Source, folder: Path) -> None:
     write_tokenizer(folder, source.tokenizer)
 
 
+def no_onnx_numbers(plan: CachePlan) -> str | None:
+    """Caches in numbers for which ONNX Runtime has no kernels on a CPU."""
+    formats = [form for spec in plan.caches for form in (spec.key_format, spec.value_format)]
+    return next((f"a cache in {form}" for form in formats if form not in ("float32", "float16")), None)
+
+
+def no_genai_caches(plan: CachePlan) -> str | None:
+    """These, and caches that GenAI cannot hand on."""
+    return no_onnx_numbers(plan) or cannot_hold(plan)
+
+
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
         Format("pt2", NATIVE, "paged", False, write_pt2, ("pt2_program", "paged_decoder")),
         Format("aoti", PLAIN, "paged", False, write_aoti, ("aoti_program", "paged_decoder")),
-        Format("onnx", ONNX_STATIC, "static", True, write_onnx, ("onnx_program", "static_decoder"), ONNX_NEEDS),
-        Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, ("onnx_program", "paged_decoder"), ONNX_NEEDS),
+        Format("onnx", ONNX_STATIC, "static", True, write_onnx, ("onnx_program", "static_decoder"), ONNX_NEEDS,
+               no_onnx_numbers),
+        Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, ("onnx_program", "paged_decoder"), ONNX_NEEDS,
+               no_onnx_numbers),
         Format("ort-genai", ONNX_GROWING, "growing", True, write_genai, ("genai_decoder",),
-               (*ONNX_NEEDS, "onnxruntime_genai"), cannot_hold),
+               (*ONNX_NEEDS, "onnxruntime_genai"), no_genai_caches),
     )
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from kvpass.exporters.lowerings import Call, Facts, Step, lowers
 from kvpass.kernels.formats.cache_formats import FORMATS
 from kvpass.kernels.reference.cache import norm_rows, rotate_rows
 
-PLAIN, FUNCTIONAL = "plain", "functional"  # the same, but caches are written in place, or handed back
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -213,35 +213,20 @@ def norm_rotary_write(call: Call, write: Any) -> Tensor:
     return rows[0].to(query.dtype)
 
 
-def _write(call: Call, in_place: bool) -> None:
+@lowers("write_cache", PLAIN, float_formats_alone)
+def _write(call: Call) -> None:
     for part in ("key", "value"):
         (cache,) = call[f"{part}_cache"]
         if cache.shape[3]:  # else values are part of the keys
-            call.write(f"{part}_cache", (write_rows(cache, call[part], call["slot_mapping"], in_place),))
-
-
-@lowers("write_cache", PLAIN, float_formats_alone)
-def _write_in_place(call: Call) -> None:
-    _write(call, in_place=True)
-
-
-@lowers("write_cache", FUNCTIONAL, float_formats_alone)
-def _write_functional(call: Call) -> None:
-    _write(call, in_place=False)
+            call.write(f"{part}_cache", (write_rows(cache, call[part], call["slot_mapping"], in_place=True),))
 
 
 @lowers("norm_rotary_write", PLAIN, float_formats_alone)
-def _fused_in_place(call: Call) -> Tensor:
-    return norm_rotary_write(call, _write_in_place)
-
-
-@lowers("norm_rotary_write", FUNCTIONAL, float_formats_alone)
-def _fused_functional(call: Call) -> Tensor:
-    return norm_rotary_write(call, _write_functional)
+def _fused(call: Call) -> Tensor:
+    return norm_rotary_write(call, _write)
 
 
 @lowers("paged_attention", PLAIN, no_trees)
-@lowers("paged_attention", FUNCTIONAL, no_trees)
 def _paged(call: Call) -> Tensor:
     (keys,), (values,) = call["key_cache"], call["value_cache"]
     tables = call["block_tables"]
@@ -249,7 +234,6 @@ def _paged(call: Call) -> Tensor:
 
 
 @lowers("latent_attention", PLAIN, float_formats_alone)
-@lowers("latent_attention", FUNCTIONAL, float_formats_alone)
 def _latent(call: Call) -> Tensor:
     (cache,) = call["cache"]
     rows = gather_rows(cache, call["block_tables"])

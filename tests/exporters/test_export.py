@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,6 @@ from tests.decoders.catalogue import DECODERS
 CONFIG = kvpass.CacheConfig(block_size=8, num_blocks=1)
 # Each holds what an exporter may lose: a window, a latent row that is key and value at once, sinks.
 MODELS = ("window by distance, float mask", "latent by einsum, low-rank queries", "sinks as gates")
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[Callable[[str], kvpass.Engine]]:
-    made: dict[str, kvpass.Engine] = {}
-
-    def engine_of(name: str) -> kvpass.Engine:
-        if name not in made:
-            made[name] = kvpass.compile(DECODERS[name](6), CONFIG, verify=False)
-        return made[name]
-
-    yield engine_of
-    for engine in made.values():
-        engine.close()
 
 
 def options(format: str) -> dict[str, Any]:
@@ -217,6 +203,13 @@ def test_what_a_format_cannot_say_is_refused_with_those_that_can(tmp_path: Path)
             engine.export(tmp_path / "out", "onnx")
         assert {refusal.pass_name for refusal in caught.value.report.refusals} == {"export"}
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_onnx_runtime_has_no_kernels_for_are_refused(tmp_path: Path) -> None:
+    with kvpass.compile(DECODERS[MODELS[0]](6).bfloat16(), CONFIG, verify=False) as engine:
+        words = r"onnx-paged cannot express a cache in bfloat16; format pt2 or aoti can\."
+        with pytest.raises(kvpass.RefusedError, match=words):
+            engine.export(tmp_path / "out", "onnx-paged")
 
 
 def test_a_missing_package_is_named_with_its_command(

@@ -1,6 +1,6 @@
 """The audit finds what an exporter could get wrong: each fault is planted, and no folder may get its name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,10 @@ from kvpass.exporters import formats, lowerings, onnx_rows, plain_ops
 from kvpass.exporters.contracts import Port, Static
 from kvpass.exporters.lowerings import Call, Lowering, Step
 from kvpass.exporters.plain_ops import Keys
-from tests.decoders.catalogue import DECODERS
 
-CONFIG = kvpass.CacheConfig(block_size=8, num_blocks=1)
 WINDOW, SOFTCAP, SINKS = "window by distance, float mask", "flex_attention, softcap and GQA", "sinks as gates"
 STATIC = onnx_rows.ONNX_STATIC
 Patch = pytest.MonkeyPatch
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[Callable[[str], kvpass.Engine]]:
-    made: dict[str, kvpass.Engine] = {}
-
-    def engine_of(name: str) -> kvpass.Engine:
-        if name not in made:
-            made[name] = kvpass.compile(DECODERS[name](6), CONFIG, verify=False)
-        return made[name]
-
-    yield engine_of
-    for engine in made.values():
-        engine.close()
 
 
 def change_call(patch: Patch, op: str, change: Callable[[Call], Call]) -> None:
