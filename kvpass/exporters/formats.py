@@ -16,6 +16,7 @@ import kvpass.exporters.onnx_rows
 import kvpass.exporters.plain_ops  # noqa: F401 - the rows of the table
 from kvpass.errors import ConfigError
 from kvpass.exporters.contracts import Contract, Growing, Paged, Port, Static
+from kvpass.exporters.examples import program_without_python
 from kvpass.exporters.exported_step import ExportedStep, export_step, refusals
 from kvpass.exporters.foreign_ops import modules_of, unknown_ops
 from kvpass.exporters.genai_folder import cannot_hold, write_config, write_tokenizer
@@ -27,7 +28,7 @@ from kvpass.exporters.plain_ops import PLAIN
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.types import CachePlan, Refusal
 
-PT2_FILE = "model.pt2"
+PT2_FILE, CPP_FILE = "model.pt2", "run.cpp"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def write_pt2(source: Source, folder: Path) -> None:
 
 def write_aoti(source: Source, folder: Path) -> None:
     """The step as a package that AOTInductor has compiled."""
-    torch._inductor.aoti_compile_and_package(export_step(source.step), package_path=str(folder / PT2_FILE))
+    step = source.step
+    torch._inductor.aoti_compile_and_package(export_step(step), package_path=str(folder / PT2_FILE))
+    (folder / CPP_FILE).write_text(program_without_python(step.plan, step.ports), encoding="utf-8")
 
 
 def write_onnx(source: Source, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A decoder leaves the library as a folder whose file gives the logits of the rewritten model, or not at all."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,23 @@ def test_the_example_says_the_tokens_of_the_original(
     assert done.returncode == 0, done.stderr
     found = [[int(token) for token in line.split(",")] for line in done.stdout.split()]
     assert found == [greedy(DECODERS[name](6), prompt, 16) for prompt in prompts]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_package_runs_without_python(engines: Callable[[str], kvpass.Engine], tmp_path: Path) -> None:
+    engines(MODELS[0]).export(tmp_path / "out", "aoti", audit=False)
+    torch_folder = Path(torch.__file__).parent
+    include = torch_folder / "include"
+    build = ["g++", "-O1", "-std=c++20", "run.cpp", "-o", "run", f"-I{include}", f"-I{include}/torch/csrc/api/include"]
+    build += [f"-L{torch_folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
+    done = subprocess.run(build, cwd=tmp_path / "out", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    prompt = [3, 5, 7, 11, 13, 17, 19, 23, 29]
+    command = ["./run", "model.pt2", "12", *map(str, prompt)]
+    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [int(token) for token in done.stdout.split(",")] == greedy(DECODERS[MODELS[0]](6), prompt, 12)
 
 
 @torch.no_grad()
