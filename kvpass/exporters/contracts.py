@@ -61,7 +61,25 @@ class Contract(Protocol):
 
 
 TOKENS = "token ids of the new tokens"
-WIDEST = "0, 1, ... to before the most new tokens that a sequence has"
+WIDEST = "0, 1, ... to before the most new tokens that a sequence has, or further"
+
+
+def proven(plan: CachePlan, token_ids: Tensor, seq_lens: Tensor, is_token: Tensor | None = None) -> Tensor:
+    """Whether sequences are such that the rewrite is proven for them, a bool scalar.
+
+    Args:
+        plan: says how long they may be, and which ids may not occur.
+        token_ids: new ones, of any shape.
+        seq_lens: int64 ``[N]``.
+        is_token: which of the ids are tokens and no padding; None for all.
+    """
+    holds = (seq_lens >= 1).all()
+    if plan.max_length is not None:
+        holds = holds & (seq_lens <= plan.max_length).all()
+    for token in plan.forbidden_tokens:
+        differs = token_ids != token
+        holds = holds & (differs if is_token is None else differs | ~is_token).all()
+    return holds
 
 
 def cache_ports(plan: CachePlan, leading: tuple[int | str, ...], length: int | str) -> list[Port]:
@@ -117,7 +135,10 @@ class Paged:
         positions = (seq_lens - new_lens)[owner] + token - starts[owner]
         slots = block_tables[:, owner, positions // plan.block_size] * plan.block_size + positions % plan.block_size
         widest = columns[0] if columns else None
-        return Step(token_ids, positions, logits_index, seq_lens, starts, block_tables, slots, widest)
+        fits = (new_lens >= 1).all() & (new_lens <= seq_lens).all() & proven(plan, token_ids, seq_lens)
+        if widest is not None:
+            fits = fits & (new_lens <= widest.shape[0]).all()
+        return Step(token_ids, positions, logits_index, seq_lens, fits, starts, block_tables, slots, widest)
 
     def logits(self, rows: Tensor) -> Tensor:
         """The logits as they are."""
@@ -158,7 +179,10 @@ class Static:
         columns = torch.arange(width, device=token_ids.device)
         positions = (past_lens[:, None] + columns).flatten()
         last = torch.arange(rows, device=token_ids.device) * width + new_lens - 1
-        step = Step(token_ids.flatten(), positions, last, past_lens + new_lens, width=width)
+        seq_lens, is_new = past_lens + new_lens, columns < new_lens[:, None]
+        fits = (new_lens >= 1).all() & (new_lens <= width).all() & (past_lens >= 0).all()
+        fits = fits & (past_lens + width <= self.context).all() & proven(plan, token_ids, seq_lens, is_new)
+        step = Step(token_ids.flatten(), positions, last, seq_lens, fits, width=width)
         # A query stands behind all that its row holds: what lies further on, padding included, it does not see.
         step.shared |= {PAST: past_lens, KEYS: Keys(torch.arange(self.context, device=token_ids.device), None)}
         return step
@@ -177,8 +201,8 @@ class Static:
 class Growing:
     """A batch whose caches grow by the new tokens, as ONNX Runtime GenAI and transformers hand them on.
 
-    ``attention_mask`` says which tokens are there, past and new; padding may be anywhere, and a token's position is the
-    number of tokens before it.
+    ``attention_mask`` says which tokens are there, past and new; padding may be anywhere but at the end of a row, and a
+    token's position is the number of tokens before it.
     """
 
     def inputs(self, plan: CachePlan) -> list[Port]:
@@ -203,7 +227,9 @@ class Growing:
         places = (mask.cumsum(1) - 1).clamp(min=0)
         positions = places[:, -width:]
         last = torch.arange(1, rows + 1, device=token_ids.device) * width - 1
-        step = Step(token_ids.flatten(), positions.flatten(), last, mask.sum(1), width=width)
+        seq_lens, is_new = mask.sum(1), mask[:, -width:] != 0
+        fits = is_new[:, -1].all() & proven(plan, token_ids, seq_lens, is_new)
+        step = Step(token_ids.flatten(), positions.flatten(), last, seq_lens, fits, width=width)
         # Chosen by number: that the mask is as long as the caches will be, torch.export has no words for.
         all_of_them = torch.arange(caches[0].shape[2] + width, device=mask.device)
         step.shared[KEYS] = Keys(places[:, all_of_them], mask[:, all_of_them] != 0)

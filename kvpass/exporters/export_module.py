@@ -16,7 +16,7 @@ from kvpass.errors import ConfigError, InputError
 from kvpass.exporters.audit import AuditResult, audit
 from kvpass.exporters.contracts import Port
 from kvpass.exporters.examples import example_of
-from kvpass.exporters.exported_step import ExportedStep, refuse
+from kvpass.exporters.exported_step import ExportedStep, refuse, untranslated
 from kvpass.exporters.extras import require
 from kvpass.exporters.formats import FORMATS, Format, Source, find_format
 from kvpass.exporters.manifest import PROBE_FILE, make_manifest, write_manifest
@@ -91,7 +91,12 @@ def export_module(
         step = ExportedStep(module, form.dialect, form.contract(context), form.gives_caches)
         outputs = _outputs(module, form, step.ports)
         begin("file")
-        form.write(Source(step, outputs, eos_token_ids, tokenizer), folder)
+        try:
+            form.write(Source(step, outputs, eos_token_ids, tokenizer), folder)
+        except OSError:
+            raise
+        except Exception as error:  # translators raise classes of their own
+            raise untranslated(form.name, error) from error
         begin("probe")
         limit = context if form.is_static else None
         (folder / PROBE_FILE).write_text(json.dumps(make_probe(module, limit)), encoding="utf-8")

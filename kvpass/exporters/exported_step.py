@@ -68,7 +68,8 @@ class ExportedStep(nn.Module):
         for port, value in zip(self.ports[first:], values[first:], strict=True):
             assert port.cache is not None
             step.caches[port.cache] = (*step.caches.get(port.cache, ()), value)
-        logits = self.contract.logits(self._run(step))
+        # A caller who goes beyond what is proven gets numbers that no sampler takes for text.
+        logits = self.contract.logits(torch.where(step.fits, self._run(step), torch.nan))
         self.last.shared = step.shared
         if not self.gives_caches:
             return logits
@@ -167,6 +168,14 @@ def refuse(found: Sequence[Refusal], format: str, others: Sequence[str]) -> Refu
     instead = f"; format {' or '.join(others)} can" if others else "; no format can yet"
     message = f"format {format} cannot express {', '.join(said)}{instead}. Nothing was written"
     return RefusedError(message, RewriteReport(refusals=tuple(found)))
+
+
+def untranslated(format: str, error: Exception) -> RefusedError:
+    """The error of a model that a translator gave up on."""
+    reason = " ".join(str(error).split())[:600]
+    message = f"the model could not be translated to format {format}, and nothing was written: {reason}"
+    refusal = Refusal(f"{type(error).__name__}: {reason}", pass_name="export")
+    return RefusedError(message, RewriteReport(refusals=(refusal,)))
 
 
 @alone()

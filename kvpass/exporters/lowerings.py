@@ -33,6 +33,7 @@ class Step:
         query_start: int64 ``[N + 1]``; None in dialects of batches of equal width.
         block_tables: int64 ``[G, N, W]``; None in dialects without blocks.
         slot_mapping: int64 ``[G, T]``; likewise.
+        fits: bool scalar, whether the inputs say a step that is proven; all logits are NaN where they do not.
         columns: int64 ``[M]``, counted from 0, M being the most tokens of a sequence; None where the graph finds it.
         width: tokens of each sequence, in dialects of batches of equal width.
         caches: the tensors of each cache as they are now, by the names of the graph's inputs.
@@ -43,6 +44,7 @@ class Step:
     positions: Tensor
     logits_index: Tensor
     seq_lens: Tensor
+    fits: Tensor
     query_start: Tensor | None = None
     block_tables: Tensor | None = None
     slot_mapping: Tensor | None = None

@@ -241,6 +241,19 @@ def test_a_missing_package_is_named_with_its_command(
         engines(MODELS[0]).export(tmp_path / "out", "onnx")
 
 
+def test_what_a_translator_gives_up_on_is_refused(
+    engines: Callable[[str], kvpass.Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: object) -> None:
+        raise NotImplementedError("no word for aten::mystery")
+
+    monkeypatch.setattr("kvpass.exporters.formats.export_step", give_up)
+    words = r"could not be translated to format onnx, .*: no word for aten::mystery"
+    with pytest.raises(kvpass.RefusedError, match=words):
+        engines(MODELS[0]).export(tmp_path / "out", "onnx", context=96)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_fills_up_leaves_nothing(
     engines: Callable[[str], kvpass.Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from kvpass.exporters.drivers.paged_decoder import Decoder
 
 
@@ -12,6 +14,8 @@ def generate(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> lis
     tokens, outputs = prompts, [[] for _ in prompts]  # type: list[list[int]], list[list[int]]
     for _ in range(new_tokens):
         logits = decoder.step(sequences, tokens)
+        if np.isnan(logits).any():
+            raise ValueError("this step is none that the file is proven for: see limits in manifest.json")
         tokens = [[int(row.argmax())] for row in logits]
         for output, new in zip(outputs, tokens, strict=True):
             output += new
