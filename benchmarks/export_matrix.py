@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -70,10 +71,11 @@ def cell(make: Callable[[], nn.Module], format: str, options: dict[str, Any]) ->
 
 def table(content: dict[str, Any]) -> str:
     """The part of the page between its marks, of the content of `export_matrix.json`."""
-    machine, columns = content["machine"], list(FORMATS)
+    machine, options, columns = content["machine"], content["options"], list(FORMATS)
     lines = [
-        f"{machine['processor']}, torch {machine['torch']}, onnxruntime {content['options']['onnxruntime']}, "
-        f"transformers {content['options']['transformers']}, {content['date']}; `python -m benchmarks.export_matrix`.",
+        f"{machine['processor']}, torch {machine['torch']}, onnxruntime {options['onnxruntime']}, transformers "
+        f"{options['transformers']}, {content['date']}, commit {options['revision']}; "
+        "`python -m benchmarks.export_matrix`.",
         "",
         "| model | " + " | ".join(columns) + " |",
         "| --- |" + " --- |" * len(columns),
@@ -101,6 +103,8 @@ def main() -> None:
     rows = json.loads(file.read_text())["results"] if file.exists() else []
     cells = {(row["model"], row["format"]): row for row in rows}
     options = {name: version(name) for name in ("onnx", "onnxruntime", "transformers")}
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    options["revision"] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     for format in given.formats.split(","):
         for name, (make, config) in MODELS.items():
             if given.only in name and cells.get((name, format), {}).get("status") not in ("right", "refused"):
