@@ -105,7 +105,10 @@ class ExportedStep(nn.Module):
             return _Cache(node.name)
         if role is Role.TOKENS:
             return step.token_ids.unsqueeze(0)
-        value = given.get(node.name, step.positions.unsqueeze(0))  # position ids of the model's own are [1, T]
+        if node.name not in given:  # the model's own position ids, [1, T]
+            assert role is Role.POSITIONS, f"{node.name} is an input that no contract has"
+            return step.positions.unsqueeze(0)
+        value = given[node.name]
         return _Unused() if value is None else value
 
     def _call(self, node: Node, step: Step, env: dict[Node, Any]) -> Any:
