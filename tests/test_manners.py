@@ -110,6 +110,7 @@ def test_a_refused_capture_prints_no_graph(capfd: pytest.CaptureFixture[str]) ->
     assert "a line of the model's own" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_warning_of_torch_comes_of_a_compile_and_an_engine_has_a_name() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)

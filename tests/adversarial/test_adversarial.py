@@ -17,7 +17,7 @@ def _marks(attack: Attack) -> list[pytest.MarkDecorator]:
     SEEN[attack.klass] += 1
     if SEEN[attack.klass] <= 1:
         return []
-    return [pytest.mark.sweep if SEEN[attack.klass] % 3 else pytest.mark.slow]
+    return [pytest.mark.sweep if SEEN[attack.klass] % 5 else pytest.mark.slow]
 
 
 CASES = [pytest.param(attack, id=attack.name, marks=_marks(attack)) for attack in quick()]

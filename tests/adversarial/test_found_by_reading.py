@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import kvpass
 
+pytestmark = pytest.mark.slow  # found once, mended once
+
 CONFIG = kvpass.CacheConfig(block_size=16, num_blocks=64)
 TABLE = torch.eye(16)
 settings = types.ModuleType("settings")

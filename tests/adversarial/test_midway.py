@@ -9,6 +9,8 @@ import pytest
 import kvpass
 from tests.adversarial import midway
 
+pytestmark = pytest.mark.slow  # found once, mended once
+
 
 def wrong(scene: Callable[[], Iterator[str]]) -> list[str]:
     """What the scene finds wrong; nothing where it ends in an error of kvpass."""

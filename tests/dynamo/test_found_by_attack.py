@@ -16,6 +16,8 @@ import kvpass
 from kvpass.dynamo.graph_engines import engines_of
 from tests.dynamo.toys import DIM, HEADS, Bare, Masked, Toy, check, compiled, is_free, tokens, toy
 
+pytestmark = pytest.mark.slow  # found once, mended once
+
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:

@@ -13,6 +13,8 @@ from torch import Tensor
 import kvpass
 from tests.dynamo.toys import DIM, HEADS, Bare, Masked, Toy, check, compiled, tokens, toy
 
+pytestmark = pytest.mark.slow  # found once, mended once
+
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:

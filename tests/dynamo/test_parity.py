@@ -15,7 +15,7 @@ from tests.parity.test_families import FAMILIES
 
 zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
 
-pytestmark = pytest.mark.sampled(8, 2)
+pytestmark = pytest.mark.sampled(16, 4)
 
 SERVED = ("llama", "gpt2", "mistral", "gemma2", "qwen3", "bloom", "gpt_neox", "deepseek_v3")
 PLAIN = (

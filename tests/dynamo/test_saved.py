@@ -79,6 +79,7 @@ def test_what_is_broken_is_proven_anew() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_weights_that_a_rewrite_joins() -> None:
     def decoder() -> nn.Module:
         torch.manual_seed(0)

@@ -213,6 +213,7 @@ def test_a_hook_of_the_model_counts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_weights_that_change_within_a_scope() -> None:
     model: Any = toy()
     served = compiled(model)
@@ -298,6 +299,7 @@ class Moody(Toy):
         return super().forward(ids) * ord(mood)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_an_engine_whose_rows_wait_is_kept_while_others_are_made() -> None:
     model = toy(Moody)

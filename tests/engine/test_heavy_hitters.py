@@ -237,6 +237,7 @@ def test_a_compiled_model_keeps_the_blocks_that_dense_attention_finds_heaviest(m
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_generation_goes_on_far_beyond_the_pool_of_a_compiled_model(compiled):
     before = compiled.stats().preemptions
     (tokens,) = compiled.generate([[1, 2, 3]], 120, Sampling(ignore_eos=True))

@@ -27,7 +27,7 @@ def options(format: str) -> dict[str, Any]:
     return {"context": 96} if FORMATS[format].is_static else {}
 
 
-@pytest.mark.sampled(20, 2)
+@pytest.mark.sampled(20, 3)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_gives_the_logits_of_the_model(

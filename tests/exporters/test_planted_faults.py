@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "keys and values exchanged": (WINDOW, keys_and_values_exchanged, "logits of sequence"),
     "written one place on": (WINDOW, written_one_place_on, "logits of sequence"),
     "causal from the upper left": (WINDOW, causal_from_the_upper_left, "logits of sequence"),
-    "logits of the first token": (WINDOW, logits_of_the_first_token, "nothing reads the input new_lens"),
+    "logits of the first token": (WINDOW, logits_of_the_first_token, "logits of sequence"),
     "bindings exchanged": (WINDOW, bindings_exchanged_between_layers, "logits of sequence|inputs are not|outputs are"),
     "a transposed weight": (WINDOW, a_transposed_weight, "logits of sequence"),
     "no sinks": (SINKS, no_sinks, "logits of sequence"),

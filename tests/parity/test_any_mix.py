@@ -96,7 +96,7 @@ MIXES = {
 }
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.sampled(30, 3)
 @pytest.mark.parametrize("mix", MIXES)
 def test_greedy_tokens_are_those_of_the_model(family: Family, mix: str) -> None:
     engine = family.engine(**MIXES[mix])
@@ -112,7 +112,7 @@ def test_greedy_tokens_are_those_of_the_model(family: Family, mix: str) -> None:
     engine.check_integrity()
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32, 3)
 @pytest.mark.parametrize(
     ("kind", "mix"),
     [

@@ -20,7 +20,7 @@ from tests.parity.harness import (
 
 zoo = pytest.importorskip("kvpass.models.zoo", reason="needs transformers")
 
-pytestmark = pytest.mark.sampled(12, 2)
+pytestmark = pytest.mark.sampled(25, 2)
 
 # Of families whose layers are all alike; the others, and one that repeats itself, have the three of the zoo.
 TWO_LAYERS = dict.fromkeys(zoo.LAYER_COUNTS, 2)

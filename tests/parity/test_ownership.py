@@ -40,7 +40,7 @@ def same_values(tensor: Tensor, parameter: Tensor) -> bool:
     return torch.equal(tensor.flatten().sort().values, parameter.flatten().sort().values)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_second_copy_of_a_weight(name: str) -> None:
     model = DECODERS[name](SEED)
@@ -100,7 +100,7 @@ def test_engine_outlives_the_model() -> None:
     assert_tokens_equal(original, engine, ragged_prompts(VOCAB))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_model_is_left_as_it_was(name: str) -> None:
     model = DECODERS[name](SEED)

@@ -18,7 +18,7 @@ from tests.parity.compiled import engine_of, original_of
 from tests.parity.harness import CONFIG, SEED, assert_tokens_equal, original_logits, ragged_prompts
 from tests.parity.paged_logits import paged_logits, tree_logits
 
-pytestmark = pytest.mark.sampled(30, 3)
+pytestmark = pytest.mark.sampled(60, 5)
 
 # A step takes 7 tokens, so that prefill is cut in chunks beside decodes; the pool holds two of the prompts.
 TIGHT = kvpass.CacheConfig(block_size=CONFIG.block_size, num_blocks=10, max_batch_tokens=7, max_sequences=2)

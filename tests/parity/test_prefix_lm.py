@@ -70,6 +70,7 @@ def test_samples_and_trees_of_drafts(engine: kvpass.Engine) -> None:
     engine.check_integrity()
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
 def test_lossy_formats(engine: kvpass.Engine, dtype: str) -> None:

@@ -37,6 +37,7 @@ def another(engine: Engine, **options: object) -> Engine:
     return Engine(engine.module, engine.plan, kvpass.CacheConfig(**CONFIG, **options), engine.report)
 
 
+@pytest.mark.slow
 def test_every_layer_is_stored_in_its_format_and_takes_the_bytes_that_are_reported(engine: Engine) -> None:
     assert [(spec.key_format, spec.value_format) for spec in engine.plan.caches] == STORED
     row = {"fp8_e4m3": 12, "fp8_e5m2": 12, "int8": 12 + 4, "int4": 6 + 4, "float32": 48}

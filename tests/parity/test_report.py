@@ -48,7 +48,7 @@ def report_of(name: str) -> kvpass.RewriteReport:
     return engine_of(name).report
 
 
-@pytest.mark.sampled(12, 2)
+@pytest.mark.sampled(24, 3)
 @pytest.mark.parametrize("name", BYTES)
 def test_cache_is_as_narrow_as_it_can_be(name: str) -> None:
     before, most = BYTES[name]
@@ -65,7 +65,7 @@ def test_masks_are_named(name: str) -> None:
     assert [site.mask for site in report.sites] == MASKS[name]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("name", "paths"),
     [
@@ -81,7 +81,8 @@ def test_sites_bear_the_path_of_their_module(name: str, paths: list[str]) -> Non
     assert len({site.name for site in report.sites}) == len(paths)
 
 
-@pytest.mark.sampled(11, 2)
+@pytest.mark.slow
+@pytest.mark.sampled(22, 3)
 def test_scores_are_described() -> None:
     capped = report_of("softcap and q/k norms").sites[0]
     assert capped.softcap == pytest.approx(3.0) and capped.scale == pytest.approx(1.0) and not capped.sinks

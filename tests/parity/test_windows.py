@@ -28,7 +28,7 @@ def engine(name: str) -> kvpass.Engine:
     return kvpass.compile(DECODERS[name](SEED), CONFIG)
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(18, 2)
 def test_long_sequences_hold_no_more_blocks_than_the_window(name: str, engine: kvpass.Engine) -> None:
     reach, masks = BOUNDED[name]
     assert {site.mask for site in engine.report.sites} == masks
@@ -60,7 +60,7 @@ def test_long_sequences_hold_no_more_blocks_than_the_window(name: str, engine: k
             prompt = [*prompt, token]
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(18, 2)
 def test_shared_prefixes_stay_right_when_their_blocks_were_given_back(name: str, engine: kvpass.Engine) -> None:
     for cache in (cache for pair in engine.caches for cache in pair):
         cache.zero_()

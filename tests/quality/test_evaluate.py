@@ -75,6 +75,7 @@ def test_replayed_logits_are_those_of_the_model(model, engine, samples, chunk):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_one_capture_serves_several_configurations(recompiler, engine, samples):
     again = recompiler.compile(CacheConfig(dtype="float32", num_blocks=8, block_size=8), verify=False)
     assert again.plan.caches == engine.plan.caches and again.module is not engine.module

@@ -67,6 +67,7 @@ def test_the_verification_finds_a_tree_that_is_computed_as_a_chain(module, fault
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_refusal_is_said_where_a_tree_is_asked_for(module):
     module.__dict__["tree_step"] = Refusal("it asks for the places of tokens", "add_3")
     engine = kvpass.Engine(module, module.plan, kvpass.CacheConfig(num_blocks=8), engine_of(DECODER).report)

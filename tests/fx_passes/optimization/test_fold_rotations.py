@@ -144,6 +144,7 @@ def folds(rewritten: Rewritten, spelling: Spelling) -> dict[str, FoldedRotation]
     return {each.role: each for each in rewritten.paged.rotations if each.cache.endswith(f"_cache_{index}")}
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(13, 2)
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
 def test_what_is_folded_and_why_not(rewritten: Rewritten, spelling: Spelling) -> None:

@@ -19,6 +19,8 @@ from tests.fx_passes.tracing import VOCAB, captured
 from tests.grammar.check import judge
 from tests.grammar.decoder import DEFAULTS
 
+pytestmark = pytest.mark.slow  # one graph of many layers
+
 HEADS, KV_HEADS, DIM = 4, 2, 6
 WIDTH = HEADS * DIM
 EPS = 1e-3

@@ -30,6 +30,7 @@ def rewritten() -> Rewritten:
     return rewrite(LatentSites(), CONFIG)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(24, 2)
 @pytest.mark.parametrize("spelling", LATENTS, ids=lambda spelling: spelling.__name__)
 def test_attention_over_the_stored_row_is_attention_over_keys_and_values(
