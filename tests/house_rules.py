@@ -37,7 +37,8 @@ ORDER = {
     "kernels": ("formats", "", "reference", "cpu", "triton_kernels/device", "triton_kernels/launch"),
     "runtime": ("", "pool", "tiers", "prefix", "sequences", "sampling", "speculation", "schedule"),
     "kvpass": (
-        "", "exporters", "exporters/drivers", "engine", "reports", "compiler.py", "export_model.py", "generation.py",
+        "", "exporters/dialects", "exporters/writers", "exporters/checks", "exporters/drivers", "exporters", "engine",
+        "reports", "compiler.py", "export_model.py", "generation.py",
         "dynamo", "planner.py", "quality", "trace", "cli", "__init__.py", "__main__.py",
     ),
 }  # fmt: skip

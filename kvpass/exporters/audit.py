@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kvpass.errors import VerificationError
+from kvpass.exporters.checks.onnx_checks import check_onnx
 from kvpass.exporters.extras import require
 from kvpass.exporters.manifest import PROBE_FILE, read_manifest
-from kvpass.exporters.onnx_checks import check_onnx
 from kvpass.report import RewriteReport
 
 AUDIT_SECONDS = 3600  # after which a process that runs a file is given up

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kvpass.exporters.contracts import Port
+from kvpass.exporters.dialects.contracts import Port
 from kvpass.types import CachePlan
 
 DRIVERS = Path(__file__).parent / "drivers"

@@ -14,13 +14,13 @@ from typing import Any
 
 from kvpass.errors import ConfigError, InputError
 from kvpass.exporters.audit import AuditResult, audit
-from kvpass.exporters.contracts import Port
+from kvpass.exporters.checks.probes import make_probe
+from kvpass.exporters.dialects.contracts import Port
+from kvpass.exporters.dialects.exported_step import ExportedStep, refuse, untranslated
 from kvpass.exporters.examples import example_of
-from kvpass.exporters.exported_step import ExportedStep, refuse, untranslated
 from kvpass.exporters.extras import require
 from kvpass.exporters.formats import FORMATS, Format, Source, find_format
 from kvpass.exporters.manifest import PROBE_FILE, make_manifest, write_manifest
-from kvpass.exporters.probes import make_probe
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.report import RewriteReport
 

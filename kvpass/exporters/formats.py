@@ -9,22 +9,22 @@ from typing import Any, Literal
 
 import torch
 
-import kvpass.exporters.foreign_ops
-import kvpass.exporters.native_ops
-import kvpass.exporters.onnx_paged
-import kvpass.exporters.onnx_rows
-import kvpass.exporters.plain_ops  # noqa: F401 - the rows of the table
+import kvpass.exporters.dialects.foreign_ops
+import kvpass.exporters.dialects.native_ops
+import kvpass.exporters.dialects.onnx_paged
+import kvpass.exporters.dialects.onnx_rows
+import kvpass.exporters.dialects.plain_ops  # noqa: F401 - the rows of the table
 from kvpass.errors import ConfigError
-from kvpass.exporters.contracts import Contract, Growing, Paged, Port, Static
+from kvpass.exporters.dialects.contracts import Contract, Growing, Paged, Port, Static
+from kvpass.exporters.dialects.exported_step import ExportedStep, export_step, refusals
+from kvpass.exporters.dialects.foreign_ops import modules_of, unknown_ops
+from kvpass.exporters.dialects.native_ops import NATIVE
+from kvpass.exporters.dialects.onnx_paged import ONNX_PAGED, Bodies
+from kvpass.exporters.dialects.onnx_rows import ONNX_GROWING, ONNX_STATIC, OPSET
+from kvpass.exporters.dialects.plain_ops import PLAIN
 from kvpass.exporters.examples import program_without_python
-from kvpass.exporters.exported_step import ExportedStep, export_step, refusals
-from kvpass.exporters.foreign_ops import modules_of, unknown_ops
-from kvpass.exporters.genai_folder import cannot_hold, write_config, write_tokenizer
-from kvpass.exporters.native_ops import NATIVE
-from kvpass.exporters.onnx_file import TRANSLATED_OPSET, add_bodies, onnx_model, save
-from kvpass.exporters.onnx_paged import ONNX_PAGED, Bodies
-from kvpass.exporters.onnx_rows import ONNX_GROWING, ONNX_STATIC, OPSET
-from kvpass.exporters.plain_ops import PLAIN
+from kvpass.exporters.writers.genai_folder import cannot_hold, write_config, write_tokenizer
+from kvpass.exporters.writers.onnx_file import TRANSLATED_OPSET, add_bodies, onnx_model, save
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.types import CachePlan, Refusal
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpass.errors import InputError
-from kvpass.exporters.contracts import Port
+from kvpass.exporters.dialects.contracts import Port
 from kvpass.types import CachePlan, CacheSpec
 
 MANIFEST_FILE, PROBE_FILE = "manifest.json", "probe.json"

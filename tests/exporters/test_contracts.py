@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import kvpass
-from kvpass.exporters.contracts import Contract, Growing, Paged, Static
-from kvpass.exporters.exported_step import ExportedStep
-from kvpass.exporters.lowerings import Step
-from kvpass.exporters.plain_ops import PLAIN
+from kvpass.exporters.dialects.contracts import Contract, Growing, Paged, Static
+from kvpass.exporters.dialects.exported_step import ExportedStep
+from kvpass.exporters.dialects.lowerings import Step
+from kvpass.exporters.dialects.plain_ops import PLAIN
 
 PLAN = kvpass.CachePlan((), block_size=8, vocab_size=97, max_length=40, forbidden_tokens=(5,))
 PAGED, WIDE, STATIC, GROWING = Paged(), Paged(says_widest=True), Static(32), Growing()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import kvpass
-from kvpass.exporters import formats, lowerings, onnx_rows, plain_ops
-from kvpass.exporters.contracts import Port, Static
-from kvpass.exporters.lowerings import Call, Lowering, Step
-from kvpass.exporters.plain_ops import Keys
+from kvpass.exporters import formats
+from kvpass.exporters.dialects import lowerings, onnx_rows, plain_ops
+from kvpass.exporters.dialects.contracts import Port, Static
+from kvpass.exporters.dialects.lowerings import Call, Lowering, Step
+from kvpass.exporters.dialects.plain_ops import Keys
 
 WINDOW, SOFTCAP, SINKS = "window by distance, float mask", "flex_attention, softcap and GQA", "sinks as gates"
 STATIC = onnx_rows.ONNX_STATIC

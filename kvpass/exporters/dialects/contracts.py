@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvpass.exporters.lowerings import Step
-from kvpass.exporters.onnx_rows import KEYS, PAST
-from kvpass.exporters.plain_ops import Keys, sequence_of
+from kvpass.exporters.dialects.lowerings import Step
+from kvpass.exporters.dialects.onnx_rows import KEYS, PAST
+from kvpass.exporters.dialects.plain_ops import Keys, sequence_of
 from kvpass.kernels.formats.cache_formats import find_format
 from kvpass.types import CachePlan, CacheSpec, dtype_name
 

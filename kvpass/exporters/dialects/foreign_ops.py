@@ -8,11 +8,11 @@ from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch.fx import Graph
 
-from kvpass.exporters.lowerings import Call, lowers
-from kvpass.exporters.native_ops import NATIVE, as_it_is
-from kvpass.exporters.onnx_paged import ONNX_PAGED
-from kvpass.exporters.onnx_rows import ONNX_GROWING, ONNX_STATIC
-from kvpass.exporters.plain_ops import PLAIN
+from kvpass.exporters.dialects.lowerings import Call, lowers
+from kvpass.exporters.dialects.native_ops import NATIVE, as_it_is
+from kvpass.exporters.dialects.onnx_paged import ONNX_PAGED
+from kvpass.exporters.dialects.onnx_rows import ONNX_GROWING, ONNX_STATIC
+from kvpass.exporters.dialects.plain_ops import PLAIN
 
 lowers("grouped_product", NATIVE)(as_it_is)
 

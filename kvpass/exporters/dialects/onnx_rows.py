@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvpass.exporters.lowerings import Call, Step, lowers
-from kvpass.exporters.plain_ops import (
+from kvpass.exporters.dialects.lowerings import Call, Step, lowers
+from kvpass.exporters.dialects.plain_ops import (
     Keys,
     attend,
     float_formats_alone,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpass.exporters.lowerings import Call, Facts, lowers
+from kvpass.exporters.dialects.lowerings import Call, Facts, lowers
 
 NATIVE = "native"
 

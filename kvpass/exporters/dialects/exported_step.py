@@ -14,8 +14,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from kvpass.errors import RefusedError
-from kvpass.exporters.contracts import Contract, Port
-from kvpass.exporters.lowerings import Call, Step, find_lowering, op_name
+from kvpass.exporters.dialects.contracts import Contract, Port
+from kvpass.exporters.dialects.lowerings import Call, Step, find_lowering, op_name
 from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.capture.quiet_export import quiet_export
 from kvpass.fx_passes.graph import Role, arguments, role_of

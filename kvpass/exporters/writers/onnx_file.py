@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram, export
 
-from kvpass.exporters.contracts import Port
-from kvpass.exporters.onnx_paged import DOMAIN, Bodies, Body, Signature
+from kvpass.exporters.dialects.contracts import Port
+from kvpass.exporters.dialects.onnx_paged import DOMAIN, Bodies, Body, Signature
 from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.capture.quiet_export import quiet_export
 

@@ -1,7 +1,7 @@
 """The dialect ``onnx-paged``: nodes of the domain ``ai.kvpass``, each with a body of standard ops in the same file.
 
 A runtime that knows nothing of kvpass runs the bodies; one that has kernels for block tables takes the nodes. A body is
-what :mod:`~kvpass.exporters.plain_ops` computes, translated by itself, one for each signature that occurs.
+what :mod:`~kvpass.exporters.dialects.plain_ops` computes, translated by itself, one for each signature that occurs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpass.exporters.lowerings import Call, lowers
-from kvpass.exporters.plain_ops import (
+from kvpass.exporters.dialects.lowerings import Call, lowers
+from kvpass.exporters.dialects.plain_ops import (
     attend,
     float_formats_alone,
     from_the_start,
@@ -23,7 +23,7 @@ from kvpass.exporters.plain_ops import (
     no_trees,
     norm_rotary_write,
 )
-from kvpass.exporters.plain_ops import write_rows as written
+from kvpass.exporters.dialects.plain_ops import write_rows as written
 
 ONNX_PAGED = "onnx-paged"
 DOMAIN = "ai.kvpass"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvpass.exporters.onnx_file import MODEL_FILE
+from kvpass.exporters.writers.onnx_file import MODEL_FILE
 from kvpass.types import CachePlan
 
 CONFIG_FILE = "genai_config.json"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvpass.exporters.onnx_file import MODEL_FILE
+from kvpass.exporters.writers.onnx_file import MODEL_FILE
 
 # Attributes that runtimes are known to leave out without a word, or whose meaning has moved: none may be written.
 UNSAFE = {

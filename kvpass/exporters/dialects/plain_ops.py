@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpass.exporters.lowerings import Call, Facts, Step, lowers
+from kvpass.exporters.dialects.lowerings import Call, Facts, Step, lowers
 from kvpass.kernels.formats.cache_formats import FORMATS
 from kvpass.kernels.reference.cache import norm_rows, rotate_rows
 
