@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kvpass.errors import VerificationError
-from kvpass.exporters.checks.onnx_checks import check_onnx
 from kvpass.exporters.extras import require
 from kvpass.exporters.manifest import PROBE_FILE, read_manifest
 from kvpass.report import RewriteReport
@@ -52,8 +51,8 @@ def audit(folder: Path) -> AuditResult:
     manifest = read_manifest(folder)
     form = find_format(manifest["format"])
     require(form.name, form.needs)
-    if form.is_onnx:
-        complaints = check_onnx(folder, manifest)
+    for check in form.checks:
+        complaints = check(folder, manifest)
         if complaints:
             raise _wrong(folder, "; ".join(complaints))
     # A fresh process holds nothing of the one that exported: neither ops that happen to be registered, nor weights.

@@ -35,15 +35,15 @@ def program_without_python(plan: CachePlan, ports: Sequence[Port]) -> str:
     return text
 
 
-def example_of(format: str) -> str:
-    """The text of ``run.py`` for a format."""
+def example_of(format: str, played: bool = False) -> str:
+    """The text of ``run.py`` for a format; ``played``, of what an audit runs where that differs."""
     from kvpass.exporters.formats import find_format
 
     form = find_format(format)
     imports: set[str] = set()
     bodies: list[str] = []
     heading = ""
-    for name in (*form.drivers, "usage"):
+    for name in ((played and form.players) or form.drivers) + ("usage",):
         text = (DRIVERS / f"{name}.py").read_text(encoding="utf-8")
         words, _, rest = text.partition('"""\n')
         heading = heading or f'{words}"""\n'

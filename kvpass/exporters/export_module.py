@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from kvpass.errors import ConfigError, InputError
+from kvpass.errors import ConfigError, InputError, VerificationError
 from kvpass.exporters.audit import AuditResult, audit
 from kvpass.exporters.checks.probes import make_probe
 from kvpass.exporters.dialects.contracts import Port
@@ -93,7 +93,7 @@ def export_module(
         begin("file")
         try:
             form.write(Source(step, outputs, eos_token_ids, tokenizer), folder)
-        except OSError:
+        except (OSError, VerificationError):
             raise
         except Exception as error:  # translators raise classes of their own
             raise untranslated(form.name, error) from error
@@ -104,7 +104,7 @@ def export_module(
         how = type(step.contract).__doc__ or ""
         data = report.to_dict()
         manifest = make_manifest(form.name, fingerprint(), module.plan, step.ports, outputs, limit, data, how)
-        write_manifest(folder, {**manifest, "imports": form.imports(module)})
+        write_manifest(folder, {**manifest, "imports": form.imports(module), "largest_batch": form.batch})
         begin("audit")
         result = audit(folder) if check else None
         sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}

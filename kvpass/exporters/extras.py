@@ -8,7 +8,13 @@ from importlib.util import find_spec
 from kvpass.errors import InputError
 from kvpass.exporters.manifest import installed
 
-EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "onnxruntime_genai": "genai"}
+EXTRAS = {
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "onnxruntime_genai": "genai",
+    "tensorrt_rtx": "tensorrt",
+}
 
 
 def require(format: str, modules: Sequence[str]) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-import kvpass.exporters.dialects.foreign_ops
-import kvpass.exporters.dialects.native_ops
-import kvpass.exporters.dialects.onnx_paged
-import kvpass.exporters.dialects.onnx_rows
-import kvpass.exporters.dialects.plain_ops  # noqa: F401 - the rows of the table
 from kvpass.errors import ConfigError
+from kvpass.exporters.checks.onnx_checks import check_onnx
+from kvpass.exporters.checks.tensorrt_checks import check_tensorrt
 from kvpass.exporters.dialects.contracts import Contract, Growing, Paged, Port, Static
 from kvpass.exporters.dialects.exported_step import ExportedStep, export_step, refusals
 from kvpass.exporters.dialects.foreign_ops import modules_of, unknown_ops
@@ -22,9 +19,11 @@ from kvpass.exporters.dialects.native_ops import NATIVE
 from kvpass.exporters.dialects.onnx_paged import ONNX_PAGED, Bodies
 from kvpass.exporters.dialects.onnx_rows import ONNX_GROWING, ONNX_STATIC, OPSET
 from kvpass.exporters.dialects.plain_ops import PLAIN
+from kvpass.exporters.dialects.tensorrt_rows import ONNX_TENSORRT
 from kvpass.exporters.examples import program_without_python
 from kvpass.exporters.writers.genai_folder import cannot_hold, write_config, write_tokenizer
 from kvpass.exporters.writers.onnx_file import TRANSLATED_OPSET, add_bodies, onnx_model, save
+from kvpass.exporters.writers.tensorrt_engine import BATCH, write_engine
 from kvpass.fx_passes.lowering.bind import PagedModule
 from kvpass.types import CachePlan, Refusal
 
@@ -63,6 +62,9 @@ class Format:
         write: writes the files of a step into a folder.
         drivers: the parts of the example.
         needs: modules that have to be installed.
+        checks: what an audit looks at before the file is run; each gives complaints about a folder and its manifest.
+        players: the parts by which an audit runs the file, where the example needs a machine that may not be there.
+        batch: rows of the largest batch, where the file is built for a range of them.
         cannot: what of a plan it cannot hold, as a phrase; None where it can.
     """
 
@@ -73,12 +75,10 @@ class Format:
     write: Callable[[Source, Path], None]
     drivers: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    checks: tuple[Callable[[Path, Mapping[str, Any]], list[str]], ...] = ()
+    players: tuple[str, ...] = ()
+    batch: int | None = None
     cannot: Callable[[CachePlan], str | None] = lambda plan: None
-
-    @property
-    def is_onnx(self) -> bool:
-        """Whether the file is an ONNX model."""
-        return "onnx" in self.needs
 
     @property
     def is_static(self) -> bool:
@@ -143,18 +143,31 @@ def no_genai_caches(plan: CachePlan) -> str | None:
     return no_onnx_numbers(plan) or cannot_hold(plan)
 
 
+def write_tensorrt(source: Source, folder: Path) -> None:
+    """The ONNX model, and the engine that TensorRT builds of it."""
+    write_onnx(source, folder)
+    contract = source.step.contract
+    assert isinstance(contract, Static)
+    write_engine(folder, source.step.ports, contract.context)
+
+
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+GENAI_NEEDS, TENSORRT_NEEDS = (*ONNX_NEEDS, "onnxruntime_genai"), (*ONNX_NEEDS, "tensorrt_rtx")
+PT2_PARTS, AOTI_PARTS = ("pt2_program", "paged_decoder"), ("aoti_program", "paged_decoder")
+STATIC_PARTS, PAGED_PARTS = ("onnx_program", "static_decoder"), ("onnx_program", "paged_decoder")
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
-        Format("pt2", NATIVE, "paged", False, write_pt2, ("pt2_program", "paged_decoder")),
-        Format("aoti", PLAIN, "paged", False, write_aoti, ("aoti_program", "paged_decoder")),
-        Format("onnx", ONNX_STATIC, "static", True, write_onnx, ("onnx_program", "static_decoder"), ONNX_NEEDS,
-               no_onnx_numbers),
-        Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, ("onnx_program", "paged_decoder"), ONNX_NEEDS,
-               no_onnx_numbers),
-        Format("ort-genai", ONNX_GROWING, "growing", True, write_genai, ("genai_decoder",),
-               (*ONNX_NEEDS, "onnxruntime_genai"), no_genai_caches),
+        Format("pt2", NATIVE, "paged", False, write_pt2, PT2_PARTS),
+        Format("aoti", PLAIN, "paged", False, write_aoti, AOTI_PARTS),
+        Format("onnx", ONNX_STATIC, "static", True, write_onnx, STATIC_PARTS, ONNX_NEEDS, (check_onnx,),
+               cannot=no_onnx_numbers),
+        Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, PAGED_PARTS, ONNX_NEEDS, (check_onnx,),
+               cannot=no_onnx_numbers),
+        Format("ort-genai", ONNX_GROWING, "growing", True, write_genai, ("genai_decoder",), GENAI_NEEDS, (check_onnx,),
+               cannot=no_genai_caches),
+        Format("tensorrt", ONNX_TENSORRT, "static", True, write_tensorrt, ("tensorrt_program", "static_decoder"),
+               TENSORRT_NEEDS, (check_onnx, check_tensorrt), STATIC_PARTS, BATCH, no_onnx_numbers),
     )
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from kvpass.types import CachePlan, CacheSpec
 
 MANIFEST_FILE, PROBE_FILE = "manifest.json", "probe.json"
 LAYOUT = 1  # of the manifest
-RUNTIMES = ("torch", "onnx", "onnxruntime")
+RUNTIMES = ("torch", "onnx", "onnxruntime", "onnxruntime-genai", "tensorrt-rtx")
 
 
 def make_manifest(

@@ -1,6 +1,7 @@
 """Plays a probe on an exported folder, and prints what it gave as JSON: ``python -m kvpass.exporters.play_probe DIR``.
 
-It runs the very text that lies beside the file as an example, from the installed package.
+It runs the very text that lies beside the file as an example, from the installed package; of a file for machines that
+may not be there, it runs what the file was made of.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def play(folder: Path) -> list[list[dict[str, Any]]]:
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     probe = json.loads((folder / PROBE_FILE).read_text(encoding="utf-8"))
     place: dict[str, Any] = {"__name__": "an_exported_step", "__file__": str(folder / "run.py")}
-    exec(compile(example_of(manifest["format"]), "run.py", "exec"), place)
+    exec(compile(example_of(manifest["format"], played=True), "run.py", "exec"), place)
     decoder = place["Decoder"](folder)
     sequences = {number: decoder.start() for number in (0, 1)}
     answers = []

@@ -51,7 +51,9 @@ def _positions(call: Call) -> Tensor:
     return call.step.positions.reshape(-1, call.step.width)
 
 
-def _write_by(put: Callable[[Tensor, Tensor, Step], Tensor]) -> Callable[[Call], None]:
+def write_by(put: Callable[[Tensor, Tensor, Step], Tensor]) -> Callable[[Call], None]:
+    """The lowering of a write, given how rows are put into a cache."""
+
     def write(call: Call) -> None:
         for part in ("key", "value"):
             (cache,) = call[f"{part}_cache"]
@@ -63,7 +65,7 @@ def _write_by(put: Callable[[Tensor, Tensor, Step], Tensor]) -> Callable[[Call],
 
 
 for _dialect, _put in ((ONNX_STATIC, scattered), (ONNX_GROWING, appended)):
-    _write = _write_by(_put)
+    _write = write_by(_put)
     lowers("write_cache", _dialect, float_formats_alone)(_write)
     lowers("norm_rotary_write", _dialect, float_formats_alone)(
         lambda call, write=_write: norm_rotary_write(call, write)  # type: ignore[misc]
@@ -84,12 +86,26 @@ def _latent(call: Call) -> Tensor:
     return _attend(call, cache, cache[..., : call["value_dim"]])
 
 
+def has_no_node(call: Call) -> bool:
+    """Whether the node ``Attention`` has no word, or no settled one, for an attention."""
+    return call.given.get("softcap") is not None or call.given.get("sinks") is not None
+
+
 def _attend(call: Call, keys: Tensor, values: Tensor) -> Tensor:
+    return (attend_by_ops if has_no_node(call) else attend_by_node)(call, keys, values)
+
+
+def attend_by_ops(call: Call, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention ``[T, Hq, Dv]`` over caches ``[batch, H, K, D]`` in single ops."""
+    query = call["query"]
+    grid = _by_row(call, query).transpose(1, 2)
+    out = attend(grid, keys, values, _positions(call), call.step.shared[KEYS], call.given)
+    return out.reshape(-1, query.shape[1], values.shape[3]).to(query.dtype)
+
+
+def attend_by_node(call: Call, keys: Tensor, values: Tensor) -> Tensor:
+    """The same by a node ``Attention`` with its mask."""
     query, heads, width = call["query"], call["query"].shape[1], values.shape[3]
-    if call.given.get("softcap") is not None or call.given.get("sinks") is not None:
-        grid = _by_row(call, query).transpose(1, 2)
-        out = attend(grid, keys, values, _positions(call), call.step.shared[KEYS], call.given)
-        return out.reshape(-1, heads, width).to(query.dtype)
     rows = _by_row(call, query)
     inputs = [rows, keys.to(query.dtype), values.to(query.dtype), _mask(call, keys)]
     shape = [rows.shape[0], heads, call.step.width, width]
