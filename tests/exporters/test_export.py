@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,20 @@ CONFIG = kvpass.CacheConfig(block_size=8, num_blocks=1)
 # Each holds what an exporter may lose: a window, a latent row that is key and value at once, sinks.
 MODELS = ("window by distance, float mask", "latent by einsum, low-rank queries", "sinks as gates")
 
+AUDITED = [
+    pytest.param(name, marks=pytest.mark.skipif(not all(map(find_spec, form.needs)), reason="not installed"))
+    for name, form in FORMATS.items()
+]
+# What an audit runs by other parts than the example needs a GPU.
+EXAMPLES = [pytest.param(name, marks=pytest.mark.gpu) if form.players else name for name, form in FORMATS.items()]
+
 
 def options(format: str) -> dict[str, Any]:
     return {"context": 96} if FORMATS[format].is_static else {}
 
 
 @pytest.mark.sampled(20, 3)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", AUDITED)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_gives_the_logits_of_the_model(
     name: str, format: str, engines: Callable[[str], kvpass.Engine], tmp_path: Path
@@ -43,7 +51,7 @@ def test_the_file_gives_the_logits_of_the_model(
 
 
 @pytest.mark.sampled(9)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EXAMPLES)
 def test_the_example_says_the_tokens_of_the_original(
     format: str, engines: Callable[[str], kvpass.Engine], tmp_path: Path
 ) -> None:
