@@ -11,7 +11,7 @@ from kvpass.fx_passes.attention.canonical_attention import DenseInputs, emit_den
 from kvpass.fx_passes.attention.layouts import arrange, spread
 from kvpass.fx_passes.attention.read_scores import NotUnderstood, ScoreReader, Scores
 from kvpass.fx_passes.attention.softmax_terms import Coefficient, Softmax, Term, read_terms
-from kvpass.fx_passes.graph import CapturedGraph, aten, emit, expression, is_call, shape_of
+from kvpass.fx_passes.graph import CapturedGraph, arguments, aten, emit, expression, is_call, shape_of
 from kvpass.fx_passes.shape_values import ShapeEvaluator
 from kvpass.fx_passes.token_axis.axes import Axes, Dim, Factor, Kind, MixesTokens, kinds_in, renamed
 from kvpass.fx_passes.token_axis.contraction import Contraction, contraction_of, operand_dims, tagged_operands
@@ -245,9 +245,16 @@ def _sinks(captured: CapturedGraph, reader: ScoreReader, softmax: Softmax, layou
 
 
 def _before_expand(node: Node) -> Node:
-    """A tensor before it was spread over sequences and queries."""
-    while is_call(node, aten.expand):
-        node = node.args[0]  # type: ignore[assignment]
+    """A tensor before it was spread over sequences and queries, by ``expand`` or by being added to zeros."""
+    while is_call(node, aten.expand, aten.add):
+        source = node.args[0]
+        if is_call(node, aten.add):
+            if not is_call(source, aten.zeros_like) or arguments(node)["alpha"] != 1:
+                break
+            source = node.args[1]
+        if not isinstance(source, Node):
+            break
+        node = source
     return node
 
 

@@ -116,6 +116,7 @@ DECODERS: dict[str, Builder] = {
     "exp of log_softmax": decoder_around(unusual_attention.ExpOfLogSoftmax),
     "sink in the sum": decoder_around(softmaxes.SinkInTheSum),
     "sinks of merged heads": decoder_around(softmaxes.SinkOfMergedHeads),
+    "sinks of merged heads, in the sum": decoder_around(softmaxes.SinkInTheSumOfMergedHeads),
     "log-sum-exp by hand": decoder_around(softmaxes.LogSumExpByHand),
     "products element by element": decoder_around(softmaxes.ElementwiseProducts),
     "zeroed after the softmax": decoder_around(softmaxes.ZeroedAfterTheSoftmax),

@@ -41,6 +41,17 @@ class SinkOfMergedHeads(Heads):
         return torch.bmm(weights, v).unflatten(0, (b, -1))
 
 
+class SinkInTheSumOfMergedHeads(SinkOfMergedHeads):
+    """The same column, whose exponential is added to the sum of the weights."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, _, s, _ = q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        weights = torch.bmm(q, k.mT * HEAD_DIM**-0.5).masked_fill(future(s, q.device), -torch.inf).exp()
+        column = self.sinks.repeat(b, 1, 1).expand(-1, s, 1)
+        return torch.bmm(weights / (weights.sum(-1, keepdim=True) + column.exp()), v).unflatten(0, (b, -1))
+
+
 class LogSumExpByHand(Heads):
     """exp of scores less their log-sum-exp, itself written with max, exp, sum and log."""
 
