@@ -54,6 +54,7 @@ from kvpass.runtime.speculation.speculation import Drafter
 from kvpass.types import HeavyHitters, Refusal
 
 LOGGER = logging.getLogger("kvpass")
+MUCH = 0.1  # of the largest logit: a loss by formats that is said without being asked for
 
 
 def compile(
@@ -332,6 +333,12 @@ def _log(report: RewriteReport) -> None:
     if report.verification is not None:
         for check in report.verification.checks:
             LOGGER.info("%s", check)
+        loss = report.verification.format_loss
+        if loss is not None and loss > MUCH:
+            LOGGER.warning(
+                "caches in these formats move the logits by up to %.0f %% of the largest, on random tokens: "
+                "kvpass eval measures what that does to text; a dtype of more bits loses less", 100 * loss,
+            )  # fmt: skip
     whole, export = sum(report.seconds.values()), report.seconds["export"]
     LOGGER.info("compiled in %.1f s, %.1f s of them torch.export", whole, export)
 

@@ -77,6 +77,8 @@ class Verification:
         format_error: ``logits_error`` with the caches in their own formats, where one of them is lossy. The figures
             above are with exact formats, so that what the rewrite does and what a format loses are told apart.
         format_tolerance: bound on ``format_error``.
+        format_loss: what rounding alone does to the logits: the exact graph with each row rounded as it is written.
+            None where nothing is lossy, or blocks are rounded again after they were written.
     """
 
     passed: bool
@@ -86,6 +88,7 @@ class Verification:
     history_effect: float
     format_error: float | None = None
     format_tolerance: float | None = None
+    format_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from kvpass.fx_passes.lowering.exact_formats import with_exact_formats
 from kvpass.fx_passes.lowering.insert_cache import PagedGraph
 from kvpass.fx_passes.validation.calibrate import calibrate, calibration_ids
 from kvpass.fx_passes.validation.compare_capture import compare_capture
-from kvpass.fx_passes.validation.verify import Comparison, format_bound, verify
+from kvpass.fx_passes.validation.verify import Comparison, verify
+from kvpass.fx_passes.validation.verify_formats import StoredComparison, verify_formats
 from kvpass.fx_passes.validation.verify_mass import verify_mass
 from kvpass.types import CachePlan
 
@@ -58,7 +59,7 @@ class Validation:
     module: PagedModule
     weighs: bool = False
     structure: Comparison | None = None
-    formats: Comparison | None = None
+    formats: StoredComparison | None = None
     mass: Comparison | None = None
 
     @property
@@ -116,7 +117,7 @@ class CompareFormats:
     """Run the rewritten graph with its caches as they are stored, where a format is lossy.
 
     Before: ``structure`` passed; what did not is not worth it.
-    After: ``formats`` has the errors.
+    After: ``formats`` says what the formats cost, and that nothing else does.
     Requires: ``compare-capture``.
     Refuses: nothing.
     """
@@ -126,8 +127,8 @@ class CompareFormats:
     def apply(self, state: Validation) -> PassResult:
         """One run of a ragged batch."""
         if state.paged is not state.exact and state.passed:
-            oracle, bound = state.oracle, format_bound(state.paged.plan)
-            state.formats = verify(oracle.every_row, oracle.reference, state.paged, state.module, bound)
+            oracle, paged = state.oracle, state.paged
+            state.formats = verify_formats(oracle.every_row, oracle.reference, state.exact, paged, state.module)
         return PassResult()
 
 

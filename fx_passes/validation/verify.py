@@ -16,14 +16,12 @@ from kvpass.fx_passes.lowering.insert_cache import PagedGraph
 from kvpass.fx_passes.lowering.prefix_steps import show_prefix
 from kvpass.fx_passes.lowering.tree_steps import with_tree_mask
 from kvpass.fx_passes.validation.bounds import SHARE, Bound, Noise
+from kvpass.fx_passes.validation.rounded_caches import ROUNDING
 from kvpass.kernels.formats.cache_formats import allocate_caches, find_format
 from kvpass.kernels.formats.settling import SettlingTables
 from kvpass.types import CachePlan, StepInputs
 
-# Largest rounding error of a format, relative to the number for fp8 and to the largest of its row for the others.
 FEW_WEIGHTS = 64  # a dtype that a smaller part of the weights has does not loosen the bound
-ROUNDING = {"int8": 0.5 / 127, "fp8_e4m3": 2.0**-4, "fp8_e5m2": 2.0**-3, "int4": 0.5 / 7, "k4": 0.57 / 7,
-            "v2": 0.25}  # fmt: skip
 LONGEST = 640
 ROUNDINGS = 8.0  # how many roundings of a lossy format, each at its worst, the logits may be off
 
@@ -100,7 +98,7 @@ def verify(
         module: the rewritten graph, bound.
         bound: tolerance on the logits that lossy formats ask for, where it is larger than that of the dtypes.
     """
-    run = _Run(paged, module)
+    run = Run(paged, module)
     wanted = [original(ids.unsqueeze(0))[0].float() for ids in run.sequences]
     scale = max(float(w.abs().max()) for w in wanted) or 1.0
     rows: dict[str, list[Tensor]] = {}
@@ -113,11 +111,18 @@ def verify(
     found = _within(noise.bound(), bound, rows)
     if not found.passed and _within(Bound(found.tolerance, SHARE), bound, rows).passed:  # a few rows alone differ
         found = _within(noise.bound_with_more(), bound, rows)
+    found.site_errors = site_errors(run, reference, paged)
+    found.history_effect = _history_effect(original, run.sequences[0], wanted[0], scale, module.plan)
+    return found
+
+
+def site_errors(run: Run, reference: GraphModule, paged: PagedGraph) -> dict[str, float]:
+    """Largest difference of each attention's result on the first sequence, after all steps of a run."""
+    found = {}
     sites = reference(run.sequences[0].unsqueeze(0), *run.position_ids(reference))[1:]
     for name, site, result in zip(paged.site_names, sites, run.site_rows(), strict=True):
         magnitude = float(site.float().abs().max()) or 1.0
-        found.site_errors[name] = logits_error(result.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
-    found.history_effect = _history_effect(original, run.sequences[0], wanted[0], scale, module.plan)
+        found[name] = logits_error(result.transpose(0, 1), site[0].transpose(0, 1).float(), magnitude, 1.0)
     return found
 
 
@@ -159,7 +164,7 @@ def allowed_tokens(plan: CachePlan) -> Tensor:
     return ids[~torch.isin(ids, torch.tensor(plan.forbidden_tokens, dtype=torch.int64))]
 
 
-class _Run:
+class Run:
     """The sequences of one verification, their blocks, and the schedule of steps."""
 
     def __init__(self, paged: PagedGraph, module: PagedModule) -> None:

@@ -1,6 +1,8 @@
 """A model whose layers store their caches in every format: proven exact, then measured; sharing changes no token."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from kvpass.engine.engine import Engine
 from kvpass.errors import ConfigError, VerificationError
 from kvpass.fx_passes.graph import arguments, is_call
 from kvpass.fx_passes.lowering import store_in_formats
-from kvpass.fx_passes.validation import checks
-from kvpass.kernels.formats.cache_formats import FORMATS, pack_slabs, unpack_slabs
+from kvpass.fx_passes.validation import calibrate, rounded_caches
+from kvpass.kernels.formats.cache_formats import FORMATS, CacheFormat, pack_slabs, quantise_rows, unpack_slabs
+from kvpass.kernels.reference import cache as reference_cache
 from tests.decoders import heads
 from tests.decoders.skeleton import HEAD_DIM, VOCAB, Decoder, decoder, decoder_around
 from tests.parity.harness import SEED, ragged_prompts
@@ -128,11 +131,44 @@ def test_a_rotation_that_is_not_undone_fails_the_verification(monkeypatch: pytes
         captured_once().compile(kvpass.CacheConfig(dtype="int4", block_size=16, num_blocks=8))
 
 
-def test_a_format_that_loses_more_than_its_bound_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "format_bound", lambda plan: 1e-3)
-    with pytest.raises(VerificationError, match=r"FAILED in these formats: .* choose a format of more bits") as caught:
-        captured_once().compile(kvpass.CacheConfig(dtype="int4", block_size=16, num_blocks=8))
-    assert caught.value.report.verification.format_error > 1e-3
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_what_a_format_costs_is_told_and_is_what_rounding_explains(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compiler.LOGGER, "warning", lambda text, *values: said.append(text % values))
+    with captured_once().compile(kvpass.CacheConfig(dtype=dtype, block_size=16, num_blocks=8)) as engine:
+        found = engine.report.verification
+    assert found is not None and found.passed and found.format_loss > 1e-3
+    assert abs(found.format_error - found.format_loss) < 1e-4
+    assert any("what that does to text" in text for text in said) == (found.format_loss > 0.1)
+
+
+def scaled_by(factor: float) -> Callable[..., Any]:
+    def quantise(rows: torch.Tensor, form: CacheFormat) -> tuple[torch.Tensor, torch.Tensor | None]:
+        codes, tails = quantise_rows(rows, form)
+        return codes, None if tails is None else (tails.view(torch.float32) * factor).view(torch.uint8)
+
+    return quantise
+
+
+def test_a_kernel_that_writes_another_scale_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPASS_BACKEND", "reference")
+    monkeypatch.setattr(reference_cache, "quantise_rows", scaled_by(1.05))
+    with pytest.raises(VerificationError, match=r"FAILED in these formats: .* rounding alone gives"):
+        captured_once().compile(kvpass.CacheConfig(dtype="int8", block_size=16, num_blocks=8))
+
+
+def test_a_format_that_rounds_by_another_scale_everywhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPASS_BACKEND", "reference")
+    for place in (reference_cache, rounded_caches):
+        monkeypatch.setattr(place, "quantise_rows", scaled_by(1.05))
+    with pytest.raises(VerificationError, match=r"lose more than their format rounds"):
+        captured_once().compile(kvpass.CacheConfig(dtype="int8", block_size=16, num_blocks=8))
+
+
+def test_scales_that_do_not_fit_the_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "MARGIN", 1e-3)
+    with pytest.raises(VerificationError, match=r"lose more than their format rounds"):
+        captured_once().compile(kvpass.CacheConfig(dtype="fp8_e4m3", block_size=16, num_blocks=8))
 
 
 def test_the_rotation_is_its_own_inverse_and_spreads_outliers() -> None:
