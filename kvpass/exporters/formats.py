@@ -16,6 +16,8 @@ import kvpass.exporters.dialects.onnx_rows
 import kvpass.exporters.dialects.plain_ops  # noqa: F401 - the rows of the table
 from kvpass.errors import ConfigError
 from kvpass.exporters.dialects.contracts import Contract, Growing, Paged, Port, Static
+from kvpass.exporters.dialects.contrib_paged import ONNX_CONTRIB_PAGED, PagedRows, no_paged_caches
+from kvpass.exporters.dialects.contrib_rows import ONNX_CONTRIB, EvenRows
 from kvpass.exporters.dialects.exported_step import ExportedStep, export_step, refusals
 from kvpass.exporters.dialects.foreign_ops import modules_of, unknown_ops
 from kvpass.exporters.dialects.native_ops import NATIVE
@@ -23,6 +25,7 @@ from kvpass.exporters.dialects.onnx_paged import ONNX_PAGED, Bodies
 from kvpass.exporters.dialects.onnx_rows import ONNX_GROWING, ONNX_STATIC, OPSET
 from kvpass.exporters.dialects.plain_ops import PLAIN
 from kvpass.exporters.examples import program_without_python
+from kvpass.exporters.writers.contrib_files import split_twin
 from kvpass.exporters.writers.genai_folder import cannot_hold, write_config, write_tokenizer
 from kvpass.exporters.writers.onnx_file import TRANSLATED_OPSET, add_bodies, onnx_model, save
 from kvpass.fx_passes.lowering.bind import PagedModule
@@ -64,6 +67,7 @@ class Format:
         drivers: the parts of the example.
         needs: modules that have to be installed.
         cannot: what of a plan it cannot hold, as a phrase; None where it can.
+        not_run: what of the files an audit does not run, as a sentence for the manifest; empty where it runs all.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Format:
     drivers: tuple[str, ...]
     needs: tuple[str, ...] = ()
     cannot: Callable[[CachePlan], str | None] = lambda plan: None
+    not_run: str = ""
 
     @property
     def is_onnx(self) -> bool:
@@ -87,8 +92,12 @@ class Format:
 
     def contract(self, context: int) -> Contract:
         """The inputs."""
+        if self.dialect == ONNX_CONTRIB_PAGED:
+            return PagedRows()
         if self.caches == "paged":
             return Paged(says_widest=self.dialect == PLAIN)
+        if self.dialect == ONNX_CONTRIB:
+            return EvenRows(context)
         return Static(context) if self.is_static else Growing()
 
     def refusals(self, module: PagedModule) -> list[Refusal]:
@@ -119,10 +128,16 @@ def write_aoti(source: Source, folder: Path) -> None:
 def write_onnx(source: Source, folder: Path) -> None:
     """The step as an ONNX model with its weights beside it."""
     step = source.step
-    opset = TRANSLATED_OPSET if step.dialect == ONNX_PAGED else OPSET
+    opset = TRANSLATED_OPSET if step.dialect in (ONNX_PAGED, ONNX_CONTRIB_PAGED) else OPSET
     model = onnx_model(export_step(step), step.ports, source.outputs, opset)
     add_bodies(model, step.last.shared.get("bodies", Bodies()))
     save(model, folder)
+
+
+def write_contrib_paged(source: Source, folder: Path) -> None:
+    """The step as an ONNX model for the CUDA provider, and its twin."""
+    write_onnx(source, folder)
+    split_twin(folder)
 
 
 def write_genai(source: Source, folder: Path) -> None:
@@ -143,6 +158,11 @@ def no_genai_caches(plan: CachePlan) -> str | None:
     return no_onnx_numbers(plan) or cannot_hold(plan)
 
 
+CUDA_NOT_RUN = (
+    "where onnxruntime has no CUDA provider, model.onnx is not run: its nodes of com.microsoft::PagedAttention are "
+    "held to the schema of the installed onnxruntime, and what is run is twin.onnx, the same graph with bodies of "
+    "standard ops in their place"
+)
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 FORMATS: dict[str, Format] = {
     row.name: row
@@ -153,6 +173,10 @@ FORMATS: dict[str, Format] = {
                no_onnx_numbers),
         Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, ("onnx_program", "paged_decoder"), ONNX_NEEDS,
                no_onnx_numbers),
+        Format("ort-contrib", ONNX_CONTRIB, "static", True, write_onnx, ("onnx_program", "static_decoder"), ONNX_NEEDS,
+               no_onnx_numbers),
+        Format("ort-contrib-paged", ONNX_CONTRIB_PAGED, "paged", True, write_contrib_paged,
+               ("contrib_program", "paged_decoder"), ONNX_NEEDS, no_paged_caches, CUDA_NOT_RUN),
         Format("ort-genai", ONNX_GROWING, "growing", True, write_genai, ("genai_decoder",),
                (*ONNX_NEEDS, "onnxruntime_genai"), no_genai_caches),
     )
