@@ -351,7 +351,7 @@ def a_step_that_does_not_fit_gives_nan(folder: Path) -> None:
     sequence = decoder.start()
     assert np.isfinite(decoder.step([sequence], [[3, 5, 7]])).all()
     before = [held.numpy().copy() for held in decoder.program.caches]
-    lens = {"past_lens": decoder.lengths, "new_lens": np.full(4, 9)}
+    lens = {"past_lens": np.full(4, decoder.context - 4), "new_lens": np.ones(4)}
     assert np.isnan(decoder.program.run(token_ids=np.zeros((4, 5)), **lens)).all()
     for held, was in zip(decoder.program.caches, before, strict=True):
         assert (held.numpy() == was).all()
