@@ -15,7 +15,12 @@ from kvpass.config import CACHE_DTYPES
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to be made.")],
     format: Annotated[
-        str, typer.Option("--format", "-f", help="pt2, aoti, onnx, onnx-paged, ort-genai or tensorrt.")
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="pt2, aoti, onnx, onnx-paged, ort-contrib, ort-contrib-paged, ort-genai or tensorrt.",
+        ),
     ] = "pt2",
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="MODEL", help="As for inspect; by default the shipped one.")

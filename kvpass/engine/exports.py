@@ -37,8 +37,8 @@ class Exports:
 
         Args:
             path: the folder, which must not exist; it gets its name once all of it is right.
-            format: ``"pt2"``, ``"aoti"``, ``"onnx"``, ``"onnx-paged"``, ``"ort-genai"`` or ``"tensorrt"``: see
-                docs/export.md.
+            format: ``"pt2"``, ``"aoti"``, ``"onnx"``, ``"onnx-paged"``, ``"ort-contrib"``, ``"ort-contrib-paged"``,
+                ``"ort-genai"`` or ``"tensorrt"``: see docs/export.md.
             context: of formats with static caches, tokens of a sequence; by default 2048, or what the model is proven
                 for.
             audit: run the file in a fresh process, and hold it to the rewritten model.

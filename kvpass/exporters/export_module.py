@@ -104,7 +104,9 @@ def export_module(
         how = type(step.contract).__doc__ or ""
         data = report.to_dict()
         manifest = make_manifest(form.name, fingerprint(), module.plan, step.ports, outputs, limit, data, how)
-        write_manifest(folder, {**manifest, "imports": form.imports(module), "largest_batch": form.batch})
+        more: dict[str, Any] = {"not_run": form.not_run} if form.not_run else {}
+        more |= {"largest_batch": form.batch} if form.batch else {}
+        write_manifest(folder, {**manifest, "imports": form.imports(module), **more})
         begin("audit")
         result = audit(folder) if check else None
         sizes = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}

@@ -13,6 +13,8 @@ from kvpass.errors import ConfigError
 from kvpass.exporters.checks.onnx_checks import check_onnx
 from kvpass.exporters.checks.tensorrt_checks import check_tensorrt
 from kvpass.exporters.dialects.contracts import Contract, Growing, Paged, Port, Static
+from kvpass.exporters.dialects.contrib_paged import ONNX_CONTRIB_PAGED, PagedRows, no_paged_caches
+from kvpass.exporters.dialects.contrib_rows import ONNX_CONTRIB, EvenRows
 from kvpass.exporters.dialects.exported_step import ExportedStep, export_step, refusals
 from kvpass.exporters.dialects.foreign_ops import modules_of, unknown_ops
 from kvpass.exporters.dialects.native_ops import NATIVE
@@ -21,6 +23,7 @@ from kvpass.exporters.dialects.onnx_rows import ONNX_GROWING, ONNX_STATIC, OPSET
 from kvpass.exporters.dialects.plain_ops import PLAIN
 from kvpass.exporters.dialects.tensorrt_rows import ONNX_TENSORRT
 from kvpass.exporters.examples import program_without_python
+from kvpass.exporters.writers.contrib_files import split_twin
 from kvpass.exporters.writers.genai_folder import cannot_hold, write_config, write_tokenizer
 from kvpass.exporters.writers.onnx_file import TRANSLATED_OPSET, add_bodies, onnx_model, save
 from kvpass.exporters.writers.tensorrt_engine import BATCH, write_engine
@@ -66,6 +69,7 @@ class Format:
         players: the parts by which an audit runs the file, where the example needs a machine that may not be there.
         batch: rows of the largest batch, where the file is built for a range of them.
         cannot: what of a plan it cannot hold, as a phrase; None where it can.
+        not_run: what of the files an audit does not run, as a sentence for the manifest; empty where it runs all.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Format:
     players: tuple[str, ...] = ()
     batch: int | None = None
     cannot: Callable[[CachePlan], str | None] = lambda plan: None
+    not_run: str = ""
 
     @property
     def is_static(self) -> bool:
@@ -87,9 +92,7 @@ class Format:
 
     def contract(self, context: int) -> Contract:
         """The inputs."""
-        if self.caches == "paged":
-            return Paged(says_widest=self.dialect == PLAIN)
-        return Static(context) if self.is_static else Growing()
+        return CONTRACTS[self.dialect](context)
 
     def refusals(self, module: PagedModule) -> list[Refusal]:
         """What of a rewritten model the format cannot express."""
@@ -119,10 +122,16 @@ def write_aoti(source: Source, folder: Path) -> None:
 def write_onnx(source: Source, folder: Path) -> None:
     """The step as an ONNX model with its weights beside it."""
     step = source.step
-    opset = TRANSLATED_OPSET if step.dialect == ONNX_PAGED else OPSET
+    opset = TRANSLATED_OPSET if step.dialect in (ONNX_PAGED, ONNX_CONTRIB_PAGED) else OPSET
     model = onnx_model(export_step(step), step.ports, source.outputs, opset)
     add_bodies(model, step.last.shared.get("bodies", Bodies()))
     save(model, folder)
+
+
+def write_contrib_paged(source: Source, folder: Path) -> None:
+    """The step as an ONNX model for the CUDA provider, and its twin."""
+    write_onnx(source, folder)
+    split_twin(folder)
 
 
 def write_genai(source: Source, folder: Path) -> None:
@@ -151,6 +160,22 @@ def write_tensorrt(source: Source, folder: Path) -> None:
     write_engine(folder, source.step.ports, contract.context)
 
 
+TENSORRT_NOT_RUN = "model.engine needs a GPU and is not run: what is run is model.onnx, of which it was built"
+CUDA_NOT_RUN = (
+    "where onnxruntime has no CUDA provider, model.onnx is not run: its nodes of com.microsoft::PagedAttention are "
+    "held to the schema of the installed onnxruntime, and what is run is twin.onnx, the same graph with bodies of "
+    "standard ops in their place"
+)
+CONTRACTS: dict[str, Callable[[int], Contract]] = {
+    NATIVE: lambda context: Paged(),
+    PLAIN: lambda context: Paged(says_widest=True),
+    ONNX_PAGED: lambda context: Paged(),
+    ONNX_CONTRIB_PAGED: lambda context: PagedRows(),
+    ONNX_STATIC: Static,
+    ONNX_CONTRIB: EvenRows,
+    ONNX_TENSORRT: Static,
+    ONNX_GROWING: lambda context: Growing(),
+}
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 GENAI_NEEDS, TENSORRT_NEEDS = (*ONNX_NEEDS, "onnxruntime_genai"), (*ONNX_NEEDS, "tensorrt_rtx")
 PT2_PARTS, AOTI_PARTS = ("pt2_program", "paged_decoder"), ("aoti_program", "paged_decoder")
@@ -164,10 +189,15 @@ FORMATS: dict[str, Format] = {
                cannot=no_onnx_numbers),
         Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, PAGED_PARTS, ONNX_NEEDS, (check_onnx,),
                cannot=no_onnx_numbers),
+        Format("ort-contrib", ONNX_CONTRIB, "static", True, write_onnx, STATIC_PARTS, ONNX_NEEDS, (check_onnx,),
+               cannot=no_onnx_numbers),
+        Format("ort-contrib-paged", ONNX_CONTRIB_PAGED, "paged", True, write_contrib_paged,
+               ("contrib_program", "paged_decoder"), ONNX_NEEDS, (check_onnx,), cannot=no_paged_caches,
+               not_run=CUDA_NOT_RUN),
         Format("ort-genai", ONNX_GROWING, "growing", True, write_genai, ("genai_decoder",), GENAI_NEEDS, (check_onnx,),
                cannot=no_genai_caches),
         Format("tensorrt", ONNX_TENSORRT, "static", True, write_tensorrt, ("tensorrt_program", "static_decoder"),
-               TENSORRT_NEEDS, (check_onnx, check_tensorrt), STATIC_PARTS, BATCH, no_onnx_numbers),
+               TENSORRT_NEEDS, (check_onnx, check_tensorrt), STATIC_PARTS, BATCH, no_onnx_numbers, TENSORRT_NOT_RUN),
     )
 }  # fmt: skip
 

@@ -8,6 +8,8 @@ from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch.fx import Graph
 
+from kvpass.exporters.dialects.contrib_paged import ONNX_CONTRIB_PAGED
+from kvpass.exporters.dialects.contrib_rows import ONNX_CONTRIB
 from kvpass.exporters.dialects.lowerings import Call, lowers
 from kvpass.exporters.dialects.native_ops import NATIVE, as_it_is
 from kvpass.exporters.dialects.onnx_paged import ONNX_PAGED
@@ -21,6 +23,8 @@ lowers("grouped_product", NATIVE)(as_it_is)
 @lowers("grouped_product", ONNX_PAGED)
 @lowers("grouped_product", ONNX_STATIC)
 @lowers("grouped_product", ONNX_GROWING)
+@lowers("grouped_product", ONNX_CONTRIB)
+@lowers("grouped_product", ONNX_CONTRIB_PAGED)
 def _grouped_product(call: Call) -> Tensor:
     """Rows ``[T, in]`` times the matrix of their group, of ``[G, in, out]``; groups end where ``offs [G]`` says.
 

@@ -6,7 +6,7 @@ what :mod:`~kvpass.exporters.dialects.plain_ops` computes, translated by itself,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,14 @@ class Signature:
 
 
 class Bodies:
-    """The signatures that occur in one program, each with the name of its function."""
+    """The signatures that occur in one program, each with the name of its function.
 
-    def __init__(self) -> None:
+    Args:
+        body: the module of a signature; None for :class:`Body`.
+    """
+
+    def __init__(self, body: Callable[[Signature], Body] | None = None) -> None:
+        self.body: Callable[[Signature], Body] = Body if body is None else body
         self.names: dict[Signature, str] = {}
 
     def name_of(self, signature: Signature) -> str:
@@ -131,7 +136,7 @@ class Body(nn.Module):
         super().__init__()
         self.signature = signature
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
         """The node's output."""
         given: dict[str, Any] = {**dict(zip(self.signature.names, inputs, strict=True)), **self.signature.attributes}
         if self.signature.op == "WriteCache":

@@ -12,7 +12,7 @@ import torch
 from torch.export import Dim, ExportedProgram, export
 
 from kvpass.exporters.dialects.contracts import Port
-from kvpass.exporters.dialects.onnx_paged import DOMAIN, Bodies, Body, Signature
+from kvpass.exporters.dialects.onnx_paged import DOMAIN, Bodies, Body
 from kvpass.fx_passes.capture.alone import alone
 from kvpass.fx_passes.capture.quiet_export import quiet_export
 
@@ -34,7 +34,7 @@ def onnx_model(program: ExportedProgram, inputs: Sequence[Port], outputs: Sequen
 def add_bodies(model: Any, bodies: Bodies) -> None:
     """Give each op of ``ai.kvpass`` its function."""
     for signature, name in bodies.names.items():
-        function = _function(signature, name, model.opset_imports[""])
+        function = _function(bodies.body(signature), name, model.opset_imports[""])
         model.functions[function.identifier()] = function
     if bodies.names:
         model.opset_imports[DOMAIN] = 1
@@ -76,10 +76,11 @@ def _name(values: Sequence[Any], ports: Sequence[Port]) -> None:
         value.name, value.shape = port.name, onnx_ir.Shape(port.shape)
 
 
-def _function(signature: Signature, name: str, opset: int) -> Any:
+def _function(body: Body, name: str, opset: int) -> Any:
     import onnx_ir
 
-    graph = _translate(_trace(signature)).graph
+    signature = body.signature
+    graph = _translate(_trace(body)).graph
     for number, (value, given) in enumerate(zip(graph.inputs, signature.names, strict=True)):
         value.name = given or f"input_{number}"
     for value in list(graph.initializers.values()):
@@ -101,10 +102,10 @@ def _kind(value: float | int) -> Any:
 
 
 @alone()
-def _trace(signature: Signature) -> ExportedProgram:
+def _trace(body: Body) -> ExportedProgram:
     dims = {name: Dim(name, min=1) for name in ("tokens", "sequences", "columns", "blocks")}
     dims["starts"] = dims["sequences"] + 1
-    shapes = tuple({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)} for _, shape in signature.inputs)
-    body = Body(signature)
+    inputs = body.signature.inputs
+    shapes = tuple({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)} for _, shape in inputs)
     with torch.no_grad(), quiet_export():
         return export(body, tuple(body.examples()), dynamic_shapes=(shapes,), strict=False)
