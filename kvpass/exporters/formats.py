@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.fx import Graph
 
 import kvpass.exporters.dialects.foreign_ops
 import kvpass.exporters.dialects.native_ops
@@ -15,6 +17,7 @@ import kvpass.exporters.dialects.onnx_paged
 import kvpass.exporters.dialects.onnx_rows
 import kvpass.exporters.dialects.plain_ops  # noqa: F401 - the rows of the table
 from kvpass.errors import ConfigError
+from kvpass.exporters.dialects.coded_caches import INT4, INT8
 from kvpass.exporters.dialects.contracts import Contract, Growing, Paged, Port, Static
 from kvpass.exporters.dialects.exported_step import ExportedStep, export_step, refusals
 from kvpass.exporters.dialects.foreign_ops import modules_of, unknown_ops
@@ -88,12 +91,14 @@ class Format:
     def contract(self, context: int) -> Contract:
         """The inputs."""
         if self.caches == "paged":
-            return Paged(says_widest=self.dialect == PLAIN)
+            return Paged(says_widest=self.dialect == PLAIN, apart=self.dialect != NATIVE)
         return Static(context) if self.is_static else Growing()
 
     def refusals(self, module: PagedModule) -> list[Refusal]:
         """What of a rewritten model the format cannot express."""
         reasons, graph = [self.cannot(module.plan)], module.graph_module.graph
+        if self.is_onnx and computes_in(graph, torch.bfloat16):
+            reasons.append("a model that computes in bfloat16")
         if self.dialect == NATIVE:
             reasons += [f"the op {name}, which is registered by no module" for name in unknown_ops(graph)]
         found = [Refusal(reason, pass_name="export") for reason in reasons if reason]
@@ -102,6 +107,12 @@ class Format:
     def imports(self, module: PagedModule) -> tuple[str, ...]:
         """Modules that have to be imported where the file is run."""
         return modules_of(module.graph_module.graph) if self.dialect == NATIVE else ()
+
+
+def computes_in(graph: Graph, dtype: torch.dtype) -> bool:
+    """Whether a node of a graph has numbers of a dtype; its caches, which are inputs, do not count."""
+    values = (node.meta.get("val") for node in graph.nodes if node.op == "call_function")
+    return any(isinstance(value, Tensor) and value.dtype is dtype for value in values)
 
 
 def write_pt2(source: Source, folder: Path) -> None:
@@ -133,14 +144,21 @@ def write_genai(source: Source, folder: Path) -> None:
 
 
 def no_onnx_numbers(plan: CachePlan) -> str | None:
-    """Caches in numbers for which ONNX Runtime has no kernels on a CPU."""
-    formats = [form for spec in plan.caches for form in (spec.key_format, spec.value_format)]
-    return next((f"a cache in {form}" for form in formats if form not in ("float32", "float16")), None)
+    """Caches in numbers for which ONNX Runtime has no kernels on a CPU: it can neither gather nor scatter fp8.
+
+    bfloat16 it can store and cast, which is all that a cache asks for.
+    """
+    return _cache_beyond(plan, ("float32", "float16", "bfloat16", INT8, INT4))
 
 
 def no_genai_caches(plan: CachePlan) -> str | None:
-    """These, and caches that GenAI cannot hand on."""
-    return no_onnx_numbers(plan) or cannot_hold(plan)
+    """Caches that GenAI cannot hand on: it knows two tensors of a layer, and no scales."""
+    return _cache_beyond(plan, ("float32", "float16")) or cannot_hold(plan)
+
+
+def _cache_beyond(plan: CachePlan, formats: tuple[str, ...]) -> str | None:
+    found = [form for spec in plan.caches for form in (spec.key_format, spec.value_format)]
+    return next((f"a cache in {form}" for form in found if form not in formats), None)
 
 
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
