@@ -90,7 +90,8 @@ def spread(module: PagedModule, tokens: Sequence[int], reads: Sequence[int], by_
         for sign in (1, -1):
             mode = InTorch(by_reference, NUDGE[still.dtype], seed, sign)
             moved = (_logits(module, tokens, reads, mode) - still).abs().amax(-1)
-            worst = torch.maximum(worst, (moved / still.abs().amax(-1).clamp(min=1e-6)).float())
+            part = moved / still.abs().amax(-1).clamp(min=1e-6)
+            worst = torch.maximum(worst, part.float().nan_to_num(0.0, 0.0, 0.0))  # what cannot be told gives no room
     return worst.tolist()
 
 
