@@ -45,11 +45,10 @@ def fit_codes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             codes = torch.where(better, tried, codes)
             slopes = torch.where(better, along / spread, slopes)
             means = torch.where(better, mean_code, means)
-    # Filled as float32: exported, this runs where nothing but casts knows bfloat16.
+    scales = (slopes * half).to(torch.bfloat16)
+    offsets = (mean * half + middle - scales.float() * means).to(torch.bfloat16)
     strange = ~rows.isfinite().all(-1, keepdim=True)
-    scales = (slopes * half).masked_fill(strange, torch.nan).squeeze(-1).to(torch.bfloat16)
-    offsets = mean * half + middle - scales.float().unsqueeze(-1) * means
-    offsets = offsets.masked_fill(strange, torch.nan).squeeze(-1).to(torch.bfloat16)
+    scales, offsets = (part.masked_fill(strange, torch.nan).squeeze(-1) for part in (scales, offsets))
     return codes.masked_fill_(strange, 0.0).to(torch.int8), scales, offsets
 
 

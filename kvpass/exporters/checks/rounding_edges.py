@@ -44,7 +44,7 @@ class InTorch(TorchDispatchMode):
     """
 
     def __init__(self, by_reference: bool, nudge: float = 0.0, seed: int = 0, sign: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._by_reference, self._size = by_reference, nudge * sign
         self._generator = torch.Generator().manual_seed(seed)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvpass.exporters.dialects.fitted_at_once import fit_at_once
 from kvpass.kernels.formats.cache_formats import CacheFormat, find_format, format_of
-from kvpass.kernels.formats.fitted_codes import fit_codes
 
 INT8, INT4 = "int8", "int4"
 
@@ -84,10 +84,10 @@ def _int4_pieces(dim: int) -> tuple[Piece, ...]:
 
 def encode_int4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of codes uint8 ``[..., D / 2]``, scales and offsets bfloat16 ``[..., 1]``."""
-    codes, scales, offsets = fit_codes(rows.float())
+    codes, scales, offsets = fit_at_once(rows.float())
     # In numbers, not in bits: not every dialect has shifts, and up to 255 they are exact.
-    low, high = (codes.float() + 8.0).chunk(2, -1)
-    return (low + 16.0 * high).to(torch.uint8), scales.unsqueeze(-1), offsets.unsqueeze(-1)
+    low, high = (codes + 8.0).chunk(2, -1)
+    return (low + 16.0 * high).to(torch.uint8), scales, offsets
 
 
 def decode_int4(held: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
