@@ -129,12 +129,12 @@ def scales_exchanged_between_keys_and_values(patch: Patch) -> None:
 def scale_left_as_it_was_where_one_is(patch: Patch) -> None:
     before = plain_ops.write_rows
 
-    def write(cache: Tensor, rows: Tensor, slots: Tensor, in_place: bool) -> Tensor:
+    def write(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
         if rows.shape[2] == 1:
             size = cache.shape[2]
             old = cache[slots // size, :, slots % size]
             rows = torch.where(old != 0, old, rows)
-        return before(cache, rows, slots, in_place)
+        return before(cache, rows, slots)
 
     patch.setattr(plain_ops, "write_rows", write)
 

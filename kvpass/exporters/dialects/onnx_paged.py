@@ -24,7 +24,6 @@ from kvpass.exporters.dialects.plain_ops import (
     no_trees,
     norm_rotary_write,
 )
-from kvpass.exporters.dialects.plain_ops import write_rows as written
 
 ONNX_PAGED = "onnx-paged"
 DOMAIN = "ai.kvpass"
@@ -137,6 +136,13 @@ def _attention(call: Call, caches: Sequence[str], width: int) -> Tensor:
     return found
 
 
+def written(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """As ``plain_ops.write_rows``, and not in place; by an op of the standard that runs for numbers of any dtype."""
+    blocks, offsets, heads = slots // cache.shape[2], slots % cache.shape[2], torch.arange(cache.shape[1])
+    index = torch.stack(torch.broadcast_tensors(blocks[:, None], heads[None], offsets[:, None]), -1)  # [T, H, 3]
+    return torch.onnx.ops.symbolic("ScatterND", [cache, index, rows], dtype=cache.dtype, shape=cache.shape)
+
+
 class Body(nn.Module):
     """What the nodes of a signature compute, of their inputs."""
 
@@ -150,7 +156,7 @@ class Body(nn.Module):
         if self.signature.op == "WriteCache":
             held, form = self._held(given, "cache", "format")
             new, slots = encode(given["rows"], held, form), given["slot_mapping"]
-            return tuple(written(*pair, slots, in_place=False) for pair in zip(held, new, strict=True))
+            return tuple(written(*pair, slots) for pair in zip(held, new, strict=True))
         query = given["query"]
         grid = lay_out(given["query_start"], given["seq_lens"], query.shape[0])
         if "cache" in given:

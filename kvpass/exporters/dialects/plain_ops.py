@@ -84,13 +84,13 @@ def grid_of(step: Step) -> Grid:
     return found
 
 
-def write_rows(cache: Tensor, rows: Tensor, slots: Tensor, in_place: bool) -> Tensor:
-    """The cache ``[B, H, P, W]`` with ``rows [T, H, W]`` at the slots ``[T]``, ``block * P + offset``."""
+def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """In place, the cache ``[B, H, P, W]`` with ``rows [T, H, W]`` at the slots ``[T]``, ``block * P + offset``."""
     size = cache.shape[2]
     heads = torch.arange(cache.shape[1], device=cache.device)
     index = ((slots // size)[:, None], heads[None, :], (slots % size)[:, None])
     rows = rows.to(cache.dtype)
-    return cache.index_put_(index, rows) if in_place else cache.index_put(index, rows)
+    return cache.index_put_(index, rows)
 
 
 def gather_rows(cache: Tensor, block_tables: Tensor) -> Tensor:
@@ -217,9 +217,7 @@ def _write(call: Call) -> None:
         if call[name][0].shape[3]:  # else values are part of the keys
             new = encode(call[part], call[name], call.format_of(name))
             slots = call["slot_mapping"]
-            written = (
-                write_rows(cache, rows, slots, in_place=True) for cache, rows in zip(call[name], new, strict=True)
-            )
+            written = (write_rows(cache, rows, slots) for cache, rows in zip(call[name], new, strict=True))
             call.write(name, tuple(written))
 
 
