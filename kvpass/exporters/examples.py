@@ -21,6 +21,8 @@ SCALARS = {
     torch.bfloat16: "BFloat16",
     torch.float8_e4m3fn: "Float8_e4m3fn",
     torch.float8_e5m2: "Float8_e5m2",
+    torch.int8: "Char",
+    torch.uint8: "Byte",
 }
 
 

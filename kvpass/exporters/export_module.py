@@ -17,6 +17,7 @@ from kvpass.exporters.audit import AuditResult, audit
 from kvpass.exporters.checks.probes import make_probe
 from kvpass.exporters.dialects.contracts import Port
 from kvpass.exporters.dialects.exported_step import ExportedStep, refuse, untranslated
+from kvpass.exporters.dialects.native_ops import NATIVE
 from kvpass.exporters.examples import example_of
 from kvpass.exporters.extras import require
 from kvpass.exporters.formats import FORMATS, Format, Source, find_format
@@ -99,7 +100,8 @@ def export_module(
             raise untranslated(form.name, error) from error
         begin("probe")
         limit = context if form.is_static else None
-        (folder / PROBE_FILE).write_text(json.dumps(make_probe(module, limit)), encoding="utf-8")
+        probe = make_probe(module, limit, by_reference=form.dialect != NATIVE)
+        (folder / PROBE_FILE).write_text(json.dumps(probe), encoding="utf-8")
         (folder / EXAMPLE_FILE).write_text(example_of(form.name), encoding="utf-8")
         how = type(step.contract).__doc__ or ""
         data = report.to_dict()

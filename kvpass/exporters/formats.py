@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.fx import Graph
 
 from kvpass.errors import ConfigError
 from kvpass.exporters.checks.onnx_checks import check_onnx
 from kvpass.exporters.checks.tensorrt_checks import check_tensorrt
+from kvpass.exporters.dialects.coded_caches import INT4, INT8
 from kvpass.exporters.dialects.contracts import Contract, Growing, Paged, Port, Static
 from kvpass.exporters.dialects.contrib_paged import ONNX_CONTRIB_PAGED, PagedRows, no_paged_caches
 from kvpass.exporters.dialects.contrib_rows import ONNX_CONTRIB, EvenRows
@@ -97,6 +100,8 @@ class Format:
     def refusals(self, module: PagedModule) -> list[Refusal]:
         """What of a rewritten model the format cannot express."""
         reasons, graph = [self.cannot(module.plan)], module.graph_module.graph
+        if check_onnx in self.checks and computes_in(graph, torch.bfloat16):
+            reasons.append("a model that computes in bfloat16")
         if self.dialect == NATIVE:
             reasons += [f"the op {name}, which is registered by no module" for name in unknown_ops(graph)]
         found = [Refusal(reason, pass_name="export") for reason in reasons if reason]
@@ -105,6 +110,12 @@ class Format:
     def imports(self, module: PagedModule) -> tuple[str, ...]:
         """Modules that have to be imported where the file is run."""
         return modules_of(module.graph_module.graph) if self.dialect == NATIVE else ()
+
+
+def computes_in(graph: Graph, dtype: torch.dtype) -> bool:
+    """Whether a node of a graph has numbers of a dtype; its caches, which are inputs, do not count."""
+    values = (node.meta.get("val") for node in graph.nodes if node.op == "call_function")
+    return any(isinstance(value, Tensor) and value.dtype is dtype for value in values)
 
 
 def write_pt2(source: Source, folder: Path) -> None:
@@ -142,14 +153,26 @@ def write_genai(source: Source, folder: Path) -> None:
 
 
 def no_onnx_numbers(plan: CachePlan) -> str | None:
-    """Caches in numbers for which ONNX Runtime has no kernels on a CPU."""
-    formats = [form for spec in plan.caches for form in (spec.key_format, spec.value_format)]
-    return next((f"a cache in {form}" for form in formats if form not in ("float32", "float16")), None)
+    """Caches in numbers for which ONNX Runtime has no kernels on a CPU: it can neither gather nor scatter fp8.
+
+    bfloat16 it can store and cast, which is all that a cache asks for.
+    """
+    return _cache_beyond(plan, ("float32", "float16", "bfloat16", INT8, INT4))
 
 
 def no_genai_caches(plan: CachePlan) -> str | None:
-    """These, and caches that GenAI cannot hand on."""
-    return no_onnx_numbers(plan) or cannot_hold(plan)
+    """Caches that GenAI cannot hand on: it knows two tensors of a layer, and no scales."""
+    return no_codes(plan) or cannot_hold(plan)
+
+
+def no_codes(plan: CachePlan) -> str | None:
+    """Caches in other numbers than those that every runtime computes in."""
+    return _cache_beyond(plan, ("float32", "float16"))
+
+
+def _cache_beyond(plan: CachePlan, formats: tuple[str, ...]) -> str | None:
+    found = [form for spec in plan.caches for form in (spec.key_format, spec.value_format)]
+    return next((f"a cache in {form}" for form in found if form not in formats), None)
 
 
 def write_tensorrt(source: Source, folder: Path) -> None:
@@ -167,7 +190,7 @@ CUDA_NOT_RUN = (
     "standard ops in their place"
 )
 CONTRACTS: dict[str, Callable[[int], Contract]] = {
-    NATIVE: lambda context: Paged(),
+    NATIVE: lambda context: Paged(apart=False),
     PLAIN: lambda context: Paged(says_widest=True),
     ONNX_PAGED: lambda context: Paged(),
     ONNX_CONTRIB_PAGED: lambda context: PagedRows(),
@@ -190,14 +213,14 @@ FORMATS: dict[str, Format] = {
         Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, PAGED_PARTS, ONNX_NEEDS, (check_onnx,),
                cannot=no_onnx_numbers),
         Format("ort-contrib", ONNX_CONTRIB, "static", True, write_onnx, STATIC_PARTS, ONNX_NEEDS, (check_onnx,),
-               cannot=no_onnx_numbers),
+               cannot=no_codes),
         Format("ort-contrib-paged", ONNX_CONTRIB_PAGED, "paged", True, write_contrib_paged,
                ("contrib_program", "paged_decoder"), ONNX_NEEDS, (check_onnx,), cannot=no_paged_caches,
                not_run=CUDA_NOT_RUN),
         Format("ort-genai", ONNX_GROWING, "growing", True, write_genai, ("genai_decoder",), GENAI_NEEDS, (check_onnx,),
                cannot=no_genai_caches),
         Format("tensorrt", ONNX_TENSORRT, "static", True, write_tensorrt, ("tensorrt_program", "static_decoder"),
-               TENSORRT_NEEDS, (check_onnx, check_tensorrt), STATIC_PARTS, BATCH, no_onnx_numbers, TENSORRT_NOT_RUN),
+               TENSORRT_NEEDS, (check_onnx, check_tensorrt), STATIC_PARTS, BATCH, no_codes, TENSORRT_NOT_RUN),
     )
 }  # fmt: skip
 

@@ -21,12 +21,20 @@ def play(folder: Path) -> list[list[dict[str, Any]]]:
     probe = json.loads((folder / PROBE_FILE).read_text(encoding="utf-8"))
     place: dict[str, Any] = {"__name__": "an_exported_step", "__file__": str(folder / "run.py")}
     exec(compile(example_of(manifest["format"], played=True), "run.py", "exec"), place)
-    decoder = place["Decoder"](folder)
+    return ask(place["Decoder"](folder), probe["script"])
+
+
+def ask(decoder: Any, script: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The same of a decoder that runs."""
     sequences = {number: decoder.start() for number in (0, 1)}
     answers = []
-    for entry in probe["script"]:
+    for entry in script:
+        if "end" in entry:
+            decoder.end(sequences.pop(entry["end"]))
+            continue
         if "start" in entry:
-            sequences[entry["start"]] = decoder.start(sequences[entry["from"]], entry["tokens"])
+            other = (sequences[entry["from"]], entry["tokens"]) if "from" in entry else ()
+            sequences[entry["start"]] = decoder.start(*other)
             continue
         rows = entry["rows"]
         logits = decoder.step([sequences[row["sequence"]] for row in rows], [row["tokens"] for row in rows])

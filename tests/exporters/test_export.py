@@ -225,8 +225,9 @@ def test_a_context_beyond_the_proof_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_format_cannot_say_is_refused_with_those_that_can(tmp_path: Path) -> None:
-    with kvpass.compile(DECODERS[MODELS[0]](6), kvpass.CacheConfig(block_size=8, num_blocks=1, dtype="int8")) as engine:
-        message = r"format onnx cannot express a cache in int8; format pt2 can\. Nothing was written"
+    config = kvpass.CacheConfig(block_size=8, num_blocks=1, dtype="fp8_e4m3")
+    with kvpass.compile(DECODERS[MODELS[0]](6), config, verify=False) as engine:
+        message = r"format onnx cannot express a cache in fp8_e4m3; format pt2 or aoti can\. Nothing was written"
         with pytest.raises(kvpass.RefusedError, match=message) as caught:
             engine.export(tmp_path / "out", "onnx")
         assert {refusal.pass_name for refusal in caught.value.report.refusals} == {"export"}
@@ -235,7 +236,7 @@ def test_what_a_format_cannot_say_is_refused_with_those_that_can(tmp_path: Path)
 
 def test_numbers_that_onnx_runtime_has_no_kernels_for_are_refused(tmp_path: Path) -> None:
     with kvpass.compile(DECODERS[MODELS[0]](6).bfloat16(), CONFIG, verify=False) as engine:
-        words = r"onnx-paged cannot express a cache in bfloat16; format pt2 or aoti can\."
+        words = r"onnx-paged cannot express a model that computes in bfloat16; format pt2 or aoti can\."
         with pytest.raises(kvpass.RefusedError, match=words):
             engine.export(tmp_path / "out", "onnx-paged")
 

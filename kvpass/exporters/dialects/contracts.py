@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kvpass.exporters.dialects.coded_caches import Piece, pieces
 from kvpass.exporters.dialects.lowerings import Step
 from kvpass.exporters.dialects.onnx_rows import KEYS, PAST
 from kvpass.exporters.dialects.plain_ops import Keys, sequence_of
@@ -82,16 +83,20 @@ def proven(plan: CachePlan, token_ids: Tensor, seq_lens: Tensor, is_token: Tenso
     return holds
 
 
-def cache_ports(plan: CachePlan, leading: tuple[int | str, ...], length: int | str) -> list[Port]:
-    """The tensors of all caches, ``[leading, heads, length, width]``; none for rows without numbers."""
+def cache_ports(plan: CachePlan, leading: tuple[int | str, ...], length: int | str, apart: bool = True) -> list[Port]:
+    """The tensors of all caches, ``[leading, heads, length, width]``; none for rows without numbers.
+
+    Codes, scales and offsets are tensors of their own where they lie ``apart``, else one tensor of bytes.
+    """
     ports = []
     for number, spec in enumerate(plan.caches):
         for part, dim, form in _parts(spec):
-            if dim:
-                name, row = f"{part}_cache_{number}", find_format(form)
-                sites = ", ".join(spec.sites)
-                shape = (*leading, spec.num_kv_heads, length, row.stored_width(dim))
-                ports.append(Port(name, row.dtype, shape, f"{part}s of {sites}, as {form}", name))
+            row, meaning = find_format(form), f"{part}s of {', '.join(spec.sites)}, as {form}"
+            for piece in (pieces(row, dim) if apart else (Piece("", row.dtype, row.stored_width(dim)),)) if dim else ():
+                name = f"{part}_cache_{number}"
+                shape = (*leading, spec.num_kv_heads, length, piece.width)
+                more = f": {piece.meaning}" if piece.meaning else ""
+                ports.append(Port(name + piece.suffix, piece.dtype, shape, meaning + more, name))
     return ports
 
 
@@ -105,9 +110,11 @@ class Paged:
 
     Attributes:
         says_widest: whether the most new tokens of a sequence are an input, for compilers that have to know each size.
+        apart: whether codes and scales of a cache are tensors of their own, for runtimes that cannot take bytes apart.
     """
 
     says_widest: bool = False
+    apart: bool = True
 
     def inputs(self, plan: CachePlan) -> list[Port]:
         """All inputs in order, the caches last."""
@@ -123,7 +130,7 @@ class Paged:
             ),
             Port("logits_index", int64, ("rows",), "the tokens, as rows of token_ids, whose logits are wanted"),
             *([Port("columns", int64, ("widest",), WIDEST)] if self.says_widest else []),
-            *cache_ports(plan, ("blocks",), size),
+            *cache_ports(plan, ("blocks",), size, self.apart),
         ]  # fmt: skip
 
     def step(self, plan: CachePlan, values: Sequence[Tensor], caches: Sequence[Tensor]) -> Step:

@@ -27,7 +27,7 @@ from kvpass.exporters.dialects.contrib_rows import (
 )
 from kvpass.exporters.dialects.lowerings import Call, Facts, Step, lowers
 from kvpass.exporters.dialects.onnx_paged import DOMAIN, Bodies, Body, Signature
-from kvpass.exporters.dialects.plain_ops import attend, from_the_start, lay_out, no_trees, norm_rotary_write
+from kvpass.exporters.dialects.plain_ops import attend, from_the_start, lay_out, no_trees_or_codes, norm_rotary_write
 from kvpass.types import CachePlan
 
 ONNX_CONTRIB_PAGED = "onnx-contrib-paged"
@@ -77,7 +77,7 @@ def cannot_page_latents(facts: Facts) -> str | None:
     return "sinks of a latent attention" if facts.get("sinks") is not None else cannot_page(facts)
 
 
-@lowers("write_cache", ONNX_CONTRIB_PAGED, no_trees)
+@lowers("write_cache", ONNX_CONTRIB_PAGED, no_trees_or_codes)
 def _write(call: Call) -> None:
     waiting = call.step.once(WAITING, dict)
     for part in ("key", "value"):
@@ -87,7 +87,7 @@ def _write(call: Call) -> None:
             waiting[call.caches[f"{part}_cache"]] = rows.shape[2], given, call["slot_mapping"]
 
 
-@lowers("norm_rotary_write", ONNX_CONTRIB_PAGED, no_trees)
+@lowers("norm_rotary_write", ONNX_CONTRIB_PAGED, no_trees_or_codes)
 def _fused(call: Call) -> Tensor:
     return norm_rotary_write(call, _write)
 

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from kvpass.exporters.dialects.contracts import Port, Static
 from kvpass.exporters.dialects.lowerings import Call, Facts, Step, lowers
 from kvpass.exporters.dialects.onnx_rows import KEYS, PAST
-from kvpass.exporters.dialects.plain_ops import Keys, no_trees, norm_rotary_write, position_bias, visible
+from kvpass.exporters.dialects.plain_ops import Keys, no_trees_or_codes, norm_rotary_write, position_bias, visible
 from kvpass.types import CachePlan
 
 ONNX_CONTRIB = "onnx-contrib"
@@ -72,7 +72,7 @@ def cannot_attend(facts: Facts) -> str | None:
         return "a cache whose keys are its values"
     caches = [facts[name] for name in ("key_cache", "value_cache", "cache") if name in facts]
     dtypes = {_example(tensor).dtype for tensor in (facts["query"], *caches)}
-    return no_trees(facts) or ("a cache of other numbers than the model's" if len(dtypes) > 1 else None)
+    return no_trees_or_codes(facts) or ("a cache of other numbers than the model's" if len(dtypes) > 1 else None)
 
 
 def _example(tensor: Any) -> Tensor:
@@ -91,7 +91,7 @@ def flat_rows(tokens: Tensor, width: int, step: Step) -> Tensor:
     return wide(tokens, width).reshape(-1, step.width, tokens.shape[1] * width)
 
 
-@lowers("write_cache", ONNX_CONTRIB, no_trees)
+@lowers("write_cache", ONNX_CONTRIB, no_trees_or_codes)
 def _write(call: Call) -> None:
     waiting = call.step.once(WAITING, dict)
     for part in ("key", "value"):
@@ -108,7 +108,7 @@ def waiting_rows(call: Call, name: str) -> Any:
     return waiting[cache]
 
 
-@lowers("norm_rotary_write", ONNX_CONTRIB, no_trees)
+@lowers("norm_rotary_write", ONNX_CONTRIB, no_trees_or_codes)
 def _fused(call: Call) -> Tensor:
     return norm_rotary_write(call, _write)
 

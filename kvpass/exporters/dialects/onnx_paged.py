@@ -6,29 +6,30 @@ what :mod:`~kvpass.exporters.dialects.plain_ops` computes, translated by itself,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvpass.exporters.dialects.coded_caches import CODINGS, decode, encode, row_width, suffixes, uncoded
 from kvpass.exporters.dialects.lowerings import Call, lowers
 from kvpass.exporters.dialects.plain_ops import (
     attend,
-    float_formats_alone,
+    compute_dtype,
     from_the_start,
     gather_rows,
     lay_out,
     no_trees,
     norm_rotary_write,
 )
-from kvpass.exporters.dialects.plain_ops import write_rows as written
 
 ONNX_PAGED = "onnx-paged"
 DOMAIN = "ai.kvpass"
 TABLES = ("slopes", "sinks", "bias")
 NUMBERS = ("scale", "softcap", "window", "chunk", "value_dim")
+FORMATS = ("key_format", "value_format", "format")
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,20 @@ class Signature:
 
     Attributes:
         op: the node's op.
-        numbers: its attributes.
+        facts: its attributes.
         inputs: dtype and shape of each input, with names for the sizes that may change.
         names: of the inputs.
     """
 
     op: str
-    numbers: tuple[tuple[str, float | int], ...]
+    facts: tuple[tuple[str, float | int | str], ...]
     inputs: tuple[tuple[torch.dtype, tuple[int | str, ...]], ...]
     names: tuple[str, ...]
 
     @property
-    def attributes(self) -> dict[str, float | int]:
+    def attributes(self) -> dict[str, float | int | str]:
         """The attributes by name."""
-        return dict(self.numbers)
+        return dict(self.facts)
 
 
 class Bodies:
@@ -72,61 +73,79 @@ class Bodies:
         return self.names[signature]
 
 
-def node(call: Call, op: str, inputs: Mapping[str, tuple[Tensor, tuple[str, ...]]], shape: Any, like: Tensor) -> Tensor:
-    """A node of ``ai.kvpass``; ``inputs`` are tensors with the names of their first dims, which may change."""
-    numbers = {name: call.given[name] for name in NUMBERS if call.given.get(name) is not None}
+Inputs = dict[str, tuple[Tensor, tuple[str, ...]]]  # tensors, with the names of their first dims, which may change
+
+
+def node(
+    call: Call, op: str, facts: Mapping[str, Any], inputs: Inputs, outputs: Sequence[tuple[torch.dtype, Any]]
+) -> Sequence[Tensor]:
+    """A node of ``ai.kvpass``, by its attributes, its inputs, and dtype and shape of each output."""
     described: list[tuple[torch.dtype, tuple[int | str, ...]]] = [
         (tensor.dtype, (*open_dims, *(int(size) for size in tensor.shape[len(open_dims) :])))
         for tensor, open_dims in inputs.values()
     ]
-    signature = Signature(op, tuple(numbers.items()) if op != "WriteCache" else (), tuple(described), tuple(inputs))
+    signature = Signature(op, tuple(facts.items()), tuple(described), tuple(inputs))
     bodies = call.step.once("bodies", Bodies)
-    name = bodies.name_of(signature)
-    tensors = [tensor for tensor, _ in inputs.values()]
-    found = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", tensors, dict(signature.numbers), dtype=like.dtype, shape=shape, version=1
+    tensors, (dtypes, shapes) = [tensor for tensor, _ in inputs.values()], zip(*outputs, strict=True)
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{bodies.name_of(signature)}", tensors, dict(facts), dtypes=dtypes, shapes=shapes, version=1
     )
-    assert isinstance(found, Tensor)
-    return found
 
 
-@lowers("write_cache", ONNX_PAGED, float_formats_alone)
+def held_by(name: str, tensors: Sequence[Tensor], form: str | None) -> Inputs:
+    """The tensors of a pool of blocks, as inputs of a node."""
+    return {f"{name}{end}": (held, ("blocks",)) for end, held in zip(suffixes(form), tensors, strict=True)}
+
+
+@lowers("write_cache", ONNX_PAGED, uncoded)
 def _write(call: Call) -> None:
     for part in ("key", "value"):
-        (cache,) = call[f"{part}_cache"]
-        if cache.shape[3]:  # else values are part of the keys
-            rows, slots = call[part].to(cache.dtype), call["slot_mapping"]
-            inputs = {"cache": (cache, ("blocks",)), "rows": (rows, ("tokens",)), "slot_mapping": (slots, ("tokens",))}
-            call.write(f"{part}_cache", (node(call, "WriteCache", inputs, cache.shape, cache),))
+        held, form = call[f"{part}_cache"], call.format_of(f"{part}_cache")
+        if held[0].shape[3]:  # else values are part of the keys
+            rows = call[part] if form in CODINGS else call[part].to(held[0].dtype)
+            inputs: Inputs = held_by("cache", held, form)
+            inputs |= {"rows": (rows, ("tokens",)), "slot_mapping": (call["slot_mapping"], ("tokens",))}
+            facts = {} if form is None else {"format": form}
+            outputs = [(tensor.dtype, tensor.shape) for tensor in held]
+            call.write(f"{part}_cache", tuple(node(call, "WriteCache", facts, inputs, outputs)))
 
 
-@lowers("norm_rotary_write", ONNX_PAGED, float_formats_alone)
+@lowers("norm_rotary_write", ONNX_PAGED, uncoded)
 def _fused(call: Call) -> Tensor:
     return norm_rotary_write(call, _write)
 
 
 @lowers("paged_attention", ONNX_PAGED, no_trees)
 def _paged(call: Call) -> Tensor:
-    (keys,), (values,) = call["key_cache"], call["value_cache"]
-    return _attention(call, {"key_cache": keys, "value_cache": values}, values.shape[3])
+    width = row_width(call["value_cache"], call.format_of("value_cache"))
+    return _attention(call, ("key_cache", "value_cache"), width)
 
 
-@lowers("latent_attention", ONNX_PAGED, float_formats_alone)
+@lowers("latent_attention", ONNX_PAGED, uncoded)
 def _latent(call: Call) -> Tensor:
-    (cache,) = call["cache"]
-    return _attention(call, {"cache": cache}, call["value_dim"])
+    return _attention(call, ("cache",), call["value_dim"])
 
 
-def _attention(call: Call, caches: Mapping[str, Tensor], width: int) -> Tensor:
+def _attention(call: Call, caches: Sequence[str], width: int) -> Tensor:
     query = call["query"]
-    inputs: dict[str, tuple[Tensor, tuple[str, ...]]] = {"query": (query, ("tokens",))}
-    inputs |= {name: (cache, ("blocks",)) for name, cache in caches.items()}
+    inputs: Inputs = {"query": (query, ("tokens",))}
+    for name in caches:
+        inputs |= held_by(name, call[name], call.format_of(name))
     inputs["block_tables"] = call["block_tables"], ("sequences", "columns")
     inputs["seq_lens"] = call["seq_lens"], ("sequences",)
     inputs["query_start"] = call["query_start"], ("starts",)
     inputs |= {name: (call[name], ()) for name in TABLES if call.given.get(name) is not None}
+    facts = {name: call.given[name] for name in (*NUMBERS, *FORMATS) if call.given.get(name) is not None}
     op = "LatentAttention" if "cache" in caches else "PagedAttention"
-    return node(call, op, inputs, (*query.shape[:2], width), query)
+    (found,) = node(call, op, facts, inputs, [(query.dtype, (*query.shape[:2], width))])
+    return found
+
+
+def written(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """As ``plain_ops.write_rows``, and not in place; by an op of the standard that runs for numbers of any dtype."""
+    blocks, offsets, heads = slots // cache.shape[2], slots % cache.shape[2], torch.arange(cache.shape[1])
+    index = torch.stack(torch.broadcast_tensors(blocks[:, None], heads[None], offsets[:, None]), -1)  # [T, H, 3]
+    return torch.onnx.ops.symbolic("ScatterND", [cache, index, rows], dtype=cache.dtype, shape=cache.shape)
 
 
 class Body(nn.Module):
@@ -137,17 +156,32 @@ class Body(nn.Module):
         self.signature = signature
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The node's output."""
+        """The node's output, or outputs."""
         given: dict[str, Any] = {**dict(zip(self.signature.names, inputs, strict=True)), **self.signature.attributes}
         if self.signature.op == "WriteCache":
-            return written(given["cache"], given["rows"], given["slot_mapping"], in_place=False)
-        query, tables = given["query"], given["block_tables"]
+            held, form = self._held(given, "cache", "format")
+            new, slots = encode(given["rows"], held, form), given["slot_mapping"]
+            return tuple(written(*pair, slots) for pair in zip(held, new, strict=True))
+        query = given["query"]
         grid = lay_out(given["query_start"], given["seq_lens"], query.shape[0])
-        keys = gather_rows(given["cache"] if "cache" in given else given["key_cache"], tables)
-        values = keys[..., : given["value_dim"]] if "cache" in given else gather_rows(given["value_cache"], tables)
+        if "cache" in given:
+            keys = self._gathered(given, "cache", "format")
+            values = keys[..., : given["value_dim"]]
+        else:
+            keys = self._gathered(given, "key_cache", "key_format")
+            values = self._gathered(given, "value_cache", "value_format")
         where = from_the_start(keys.shape[2], given["seq_lens"])
         out = attend(query[grid.rows], keys, values, grid.positions, where, given)
         return out.flatten(0, 1)[grid.places].to(query.dtype)
+
+    def _held(self, given: Mapping[str, Any], name: str, form: str) -> tuple[list[Tensor], str | None]:
+        found = given.get(form)
+        return [given[f"{name}{end}"] for end in suffixes(found)], found
+
+    def _gathered(self, given: Mapping[str, Any], name: str, form: str) -> Tensor:
+        held, found = self._held(given, name, form)
+        rows = [gather_rows(tensor, given["block_tables"]) for tensor in held]
+        return decode(rows, found, compute_dtype(given["query"]))
 
     def examples(self) -> list[Tensor]:
         """Values of all inputs: three sequences of 4, 2 and 3 tokens."""

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvpass.exporters.dialects.coded_caches import INT8, coded, decode, encode, uncoded
 from kvpass.exporters.dialects.lowerings import Call, Step, lowers
 from kvpass.exporters.dialects.plain_ops import (
     Keys,
     attend,
-    float_formats_alone,
+    compute_dtype,
     no_trees,
     norm_rotary_write,
     position_bias,
@@ -56,18 +57,19 @@ def write_by(put: Callable[[Tensor, Tensor, Step], Tensor]) -> Callable[[Call], 
 
     def write(call: Call) -> None:
         for part in ("key", "value"):
-            (cache,) = call[f"{part}_cache"]
-            if cache.shape[3]:  # else values are part of the keys
-                rows = _by_row(call, call[part]).to(cache.dtype)
-                call.write(f"{part}_cache", (put(cache, rows, call.step),))
+            name = f"{part}_cache"
+            if call[name][0].shape[3]:  # else values are part of the keys
+                new = encode(_by_row(call, call[part]), call[name], call.format_of(name))
+                call.write(name, tuple(put(*pair, call.step) for pair in zip(call[name], new, strict=True)))
 
     return write
 
 
-for _dialect, _put in ((ONNX_STATIC, scattered), (ONNX_GROWING, appended)):
+# Who hands growing caches on knows two tensors of a layer, and no scales.
+for _dialect, _put, _cannot in ((ONNX_STATIC, scattered, uncoded), (ONNX_GROWING, appended, coded)):
     _write = write_by(_put)
-    lowers("write_cache", _dialect, float_formats_alone)(_write)
-    lowers("norm_rotary_write", _dialect, float_formats_alone)(
+    lowers("write_cache", _dialect, _cannot)(_write)
+    lowers("norm_rotary_write", _dialect, _cannot)(
         lambda call, write=_write: norm_rotary_write(call, write)  # type: ignore[misc]
     )
 
@@ -75,15 +77,24 @@ for _dialect, _put in ((ONNX_STATIC, scattered), (ONNX_GROWING, appended)):
 @lowers("paged_attention", ONNX_STATIC, no_trees)
 @lowers("paged_attention", ONNX_GROWING, no_trees)
 def _paged(call: Call) -> Tensor:
-    (keys,), (values,) = call["key_cache"], call["value_cache"]
-    return _attend(call, keys, values)
+    return _attend(call, _read(call, "key_cache"), _read(call, "value_cache"))
 
 
-@lowers("latent_attention", ONNX_STATIC, float_formats_alone)
-@lowers("latent_attention", ONNX_GROWING, float_formats_alone)
+@lowers("latent_attention", ONNX_STATIC, uncoded)
+@lowers("latent_attention", ONNX_GROWING, uncoded)
 def _latent(call: Call) -> Tensor:
-    (cache,) = call["cache"]
-    return _attend(call, cache, cache[..., : call["value_dim"]])
+    rows = _read(call, "cache")
+    return _attend(call, rows, rows[..., : call["value_dim"]])
+
+
+def _read(call: Call, name: str) -> Tensor:
+    """The numbers ``[batch, H, K, D]`` of a cache that is an argument."""
+    held, form = call[name], call.format_of(name)
+    if form != INT8:
+        return decode(held, form, compute_dtype(call["query"]))
+    # A row is a block that has one scale, which makes what the format means an op of the standard.
+    facts = {"axis": 3, "block_size": held[0].shape[3]}
+    return torch.onnx.ops.symbolic("DequantizeLinear", held, facts, dtype=torch.float32, shape=held[0].shape)
 
 
 def has_no_node(call: Call) -> bool:

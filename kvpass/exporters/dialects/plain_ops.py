@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpass.exporters.dialects.coded_caches import coded, decode, encode, uncoded
 from kvpass.exporters.dialects.lowerings import Call, Facts, Step, lowers
-from kvpass.kernels.formats.cache_formats import FORMATS
 from kvpass.kernels.reference.cache import norm_rows, rotate_rows
 
 PLAIN = "plain"
@@ -84,13 +84,13 @@ def grid_of(step: Step) -> Grid:
     return found
 
 
-def write_rows(cache: Tensor, rows: Tensor, slots: Tensor, in_place: bool) -> Tensor:
-    """The cache ``[B, H, P, W]`` with ``rows [T, H, W]`` at the slots ``[T]``, ``block * P + offset``."""
+def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """In place, the cache ``[B, H, P, W]`` with ``rows [T, H, W]`` at the slots ``[T]``, ``block * P + offset``."""
     size = cache.shape[2]
     heads = torch.arange(cache.shape[1], device=cache.device)
     index = ((slots // size)[:, None], heads[None, :], (slots % size)[:, None])
     rows = rows.to(cache.dtype)
-    return cache.index_put_(index, rows) if in_place else cache.index_put(index, rows)
+    return cache.index_put_(index, rows)
 
 
 def gather_rows(cache: Tensor, block_tables: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, query_positions: Tensor,
     Returns:
         ``[N, M, Hq, Dv]`` in float32 (float64 of a float64 query).
     """
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(query)
     sequences, width, query_heads, dim = query.shape
     heads, length = keys.shape[1], keys.shape[2]
     group = query_heads // heads
@@ -141,6 +141,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, query_positions: Tensor,
     out = weights.reshape(sequences, heads, group * width, length) @ values
     out = out.reshape(sequences, heads, group, width, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(sequences, width, query_heads, -1)
+
+
+def compute_dtype(query: Tensor) -> torch.dtype:
+    """In what an attention is computed: at least float32."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def visible(query: Tensor, where: Keys, given: Facts) -> Tensor:
@@ -189,17 +194,14 @@ def paged(call: Call, keys: Tensor, values: Tensor) -> Tensor:
     return out.flatten(0, 1)[grid.places].to(call["query"].dtype)
 
 
-def float_formats_alone(facts: Facts) -> str | None:
-    """What of a call's caches is no plain number."""
-    for name in ("key_format", "value_format", "format"):
-        if facts.get(name) is not None and FORMATS[facts[name]].coded:
-            return f"a cache in {facts[name]}"
-    return None
-
-
 def no_trees(facts: Facts) -> str | None:
-    """A mask of a tree of drafts, or the formats that are no plain numbers."""
-    return "a tree mask" if facts.get("tree_mask") is not None else float_formats_alone(facts)
+    """A mask of a tree of drafts, or formats that have no tensors of their own."""
+    return "a tree mask" if facts.get("tree_mask") is not None else uncoded(facts)
+
+
+def no_trees_or_codes(facts: Facts) -> str | None:
+    """A mask of a tree of drafts, or caches that are no plain numbers."""
+    return "a tree mask" if facts.get("tree_mask") is not None else coded(facts)
 
 
 def norm_rotary_write(call: Call, write: Any) -> Tensor:
@@ -213,28 +215,34 @@ def norm_rotary_write(call: Call, write: Any) -> Tensor:
     return rows[0].to(query.dtype)
 
 
-@lowers("write_cache", PLAIN, float_formats_alone)
+@lowers("write_cache", PLAIN, uncoded)
 def _write(call: Call) -> None:
     for part in ("key", "value"):
-        (cache,) = call[f"{part}_cache"]
-        if cache.shape[3]:  # else values are part of the keys
-            call.write(f"{part}_cache", (write_rows(cache, call[part], call["slot_mapping"], in_place=True),))
+        name = f"{part}_cache"
+        if call[name][0].shape[3]:  # else values are part of the keys
+            new = encode(call[part], call[name], call.format_of(name))
+            slots = call["slot_mapping"]
+            written = (write_rows(cache, rows, slots) for cache, rows in zip(call[name], new, strict=True))
+            call.write(name, tuple(written))
 
 
-@lowers("norm_rotary_write", PLAIN, float_formats_alone)
+@lowers("norm_rotary_write", PLAIN, uncoded)
 def _fused(call: Call) -> Tensor:
     return norm_rotary_write(call, _write)
 
 
 @lowers("paged_attention", PLAIN, no_trees)
 def _paged(call: Call) -> Tensor:
-    (keys,), (values,) = call["key_cache"], call["value_cache"]
-    tables = call["block_tables"]
-    return paged(call, gather_rows(keys, tables), gather_rows(values, tables))
+    return paged(call, _gather(call, "key_cache"), _gather(call, "value_cache"))
 
 
-@lowers("latent_attention", PLAIN, float_formats_alone)
+@lowers("latent_attention", PLAIN, uncoded)
 def _latent(call: Call) -> Tensor:
-    (cache,) = call["cache"]
-    rows = gather_rows(cache, call["block_tables"])
+    rows = _gather(call, "cache")
     return paged(call, rows, rows[..., : call["value_dim"]])
+
+
+def _gather(call: Call, name: str) -> Tensor:
+    """The numbers ``[N, H, W * P, D]`` of a cache that is an argument."""
+    held = [gather_rows(tensor, call["block_tables"]) for tensor in call[name]]
+    return decode(held, call.format_of(name), compute_dtype(call["query"]))

@@ -11,26 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpass.exporters.dialects.coded_caches import coded
 from kvpass.exporters.dialects.lowerings import Call, lowers
 from kvpass.exporters.dialects.onnx_rows import attend_by_node, attend_by_ops, has_no_node, scattered, write_by
-from kvpass.exporters.dialects.plain_ops import float_formats_alone, no_trees, norm_rotary_write
+from kvpass.exporters.dialects.plain_ops import no_trees_or_codes, norm_rotary_write
 
 ONNX_TENSORRT = "onnx-tensorrt"
 HALVES = (torch.float16, torch.bfloat16)
 WIDTHS = range(8, 257, 8)
 
 _write = write_by(scattered)
-lowers("write_cache", ONNX_TENSORRT, float_formats_alone)(_write)
-lowers("norm_rotary_write", ONNX_TENSORRT, float_formats_alone)(lambda call: norm_rotary_write(call, _write))
+lowers("write_cache", ONNX_TENSORRT, coded)(_write)
+lowers("norm_rotary_write", ONNX_TENSORRT, coded)(lambda call: norm_rotary_write(call, _write))
 
 
-@lowers("paged_attention", ONNX_TENSORRT, no_trees)
+@lowers("paged_attention", ONNX_TENSORRT, no_trees_or_codes)
 def _paged(call: Call) -> Tensor:
     (keys,), (values,) = call["key_cache"], call["value_cache"]
     return _attend(call, keys, values)
 
 
-@lowers("latent_attention", ONNX_TENSORRT, float_formats_alone)
+@lowers("latent_attention", ONNX_TENSORRT, coded)
 def _latent(call: Call) -> Tensor:
     (cache,) = call["cache"]
     if _has_kernel(call, cache):  # with values as wide as keys, of which what is no value is cut off

@@ -95,10 +95,11 @@ def _function(body: Body, name: str, opset: int) -> Any:
     return onnx_ir.Function(DOMAIN, name, graph=graph, attributes=attributes)
 
 
-def _kind(value: float | int) -> Any:
+def _kind(value: float | int | str) -> Any:
     import onnx_ir
 
-    return onnx_ir.AttributeType.INT if isinstance(value, int) else onnx_ir.AttributeType.FLOAT
+    kinds = {int: onnx_ir.AttributeType.INT, float: onnx_ir.AttributeType.FLOAT, str: onnx_ir.AttributeType.STRING}
+    return kinds[type(value)]
 
 
 @alone()
