@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from kvpass.errors import ConfigError
+from kvpass.exporters.checks.contrib_checks import check_contrib_nodes, check_contrib_twin
 from kvpass.exporters.checks.onnx_checks import check_onnx
 from kvpass.exporters.checks.tensorrt_checks import check_tensorrt
 from kvpass.exporters.dialects.coded_caches import INT4, INT8
@@ -212,11 +213,11 @@ FORMATS: dict[str, Format] = {
                cannot=no_onnx_numbers),
         Format("onnx-paged", ONNX_PAGED, "paged", True, write_onnx, PAGED_PARTS, ONNX_NEEDS, (check_onnx,),
                cannot=no_onnx_numbers),
-        Format("ort-contrib", ONNX_CONTRIB, "static", True, write_onnx, STATIC_PARTS, ONNX_NEEDS, (check_onnx,),
-               cannot=no_codes),
+        Format("ort-contrib", ONNX_CONTRIB, "static", True, write_onnx, STATIC_PARTS, ONNX_NEEDS,
+               (check_onnx, check_contrib_nodes), cannot=no_codes),
         Format("ort-contrib-paged", ONNX_CONTRIB_PAGED, "paged", True, write_contrib_paged,
-               ("contrib_program", "paged_decoder"), ONNX_NEEDS, (check_onnx,), cannot=no_paged_caches,
-               not_run=CUDA_NOT_RUN),
+               ("contrib_program", "paged_decoder"), ONNX_NEEDS, (check_onnx, check_contrib_nodes, check_contrib_twin),
+               cannot=no_paged_caches, not_run=CUDA_NOT_RUN),
         Format("ort-genai", ONNX_GROWING, "growing", True, write_genai, ("genai_decoder",), GENAI_NEEDS, (check_onnx,),
                cannot=no_genai_caches),
         Format("tensorrt", ONNX_TENSORRT, "static", True, write_tensorrt, ("tensorrt_program", "static_decoder"),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvpass.exporters import export_module as export_room
 from kvpass.exporters.formats import FORMATS
 from tests.decoders.catalogue import DECODERS
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = kvpass.CacheConfig(block_size=8, num_blocks=1)
 # Each holds what an exporter may lose: a window, a latent row that is key and value at once, sinks.
 MODELS = ("window by distance, float mask", "latent by einsum, low-rank queries", "sinks as gates")
@@ -35,7 +37,15 @@ def options(format: str) -> dict[str, Any]:
     return {"context": 96} if FORMATS[format].is_static else {}
 
 
-@pytest.mark.sampled(20, 3)
+def files_of(folder: Path) -> list[Path]:
+    """The files in a folder, with those that lie packed in one."""
+    for entry in list(folder.glob("*.pt2")):
+        with zipfile.ZipFile(entry) as packed:
+            packed.extractall(folder / "packed")
+    return [entry for entry in folder.rglob("*") if entry.is_file()]
+
+
+@pytest.mark.sampled(24, 3)
 @pytest.mark.parametrize("format", AUDITED)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_gives_the_logits_of_the_model(
@@ -48,6 +58,7 @@ def test_the_file_gives_the_logits_of_the_model(
     assert result.audit is not None and result.audit.rows >= 20
     assert set(result.files) >= {"manifest.json", "probe.json", "run.py"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]  # nothing is left of where it was made
+    assert not [entry.name for entry in files_of(tmp_path / "out") if str(ROOT).encode() in entry.read_bytes()]
 
 
 @pytest.mark.sampled(9)

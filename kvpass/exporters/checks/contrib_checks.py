@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from kvpass.exporters.writers.contrib_files import TWIN_FILE
+from kvpass.exporters.writers.onnx_file import MODEL_FILE
+
 DOMAIN = "com.microsoft"
-BY_TWINS = ("PagedAttention",)  # ops that no CPU runs, whose models have a twin
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,28 @@ SAID = {
         2,
     ),
 }
+
+
+def check_contrib_nodes(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Complaints about the nodes of ``com.microsoft`` in the file in a folder, which has to have some."""
+    import onnx
+
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    if not any(node.domain == DOMAIN for node in model.graph.node):
+        return [f"{MODEL_FILE} has no node of {DOMAIN}"]
+    return check_contrib(model)
+
+
+def check_contrib_twin(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Complaints about the twin in a folder: that it is no valid model, or another than the file beside it."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(folder / TWIN_FILE))
+        model, twin = (onnx.load(folder / name, load_external_data=False) for name in (MODEL_FILE, TWIN_FILE))
+    except Exception as error:  # the checker and protobuf raise classes of their own
+        return [f"{TWIN_FILE} is no valid model: {' '.join(str(error).split())[:300]}"]
+    return check_twin(model, twin)
 
 
 def check_contrib(model: Any) -> list[str]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvpass.exporters.checks.contrib_checks import BY_TWINS, check_contrib, check_twin
-from kvpass.exporters.writers.contrib_files import TWIN_FILE
 from kvpass.exporters.writers.onnx_file import MODEL_FILE
 
 # Attributes that runtimes are known to leave out without a word, or whose meaning has moved: none may be written.
@@ -24,11 +22,7 @@ def check_onnx(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     try:
         onnx.checker.check_model(str(folder / MODEL_FILE))
         model = onnx.load(folder / MODEL_FILE, load_external_data=False)
-        found = [*_ports(model, manifest), *_unread(model), *_attributes(model), *check_contrib(model)]
-        if not any(node.op_type in BY_TWINS for node in model.graph.node):
-            return found
-        onnx.checker.check_model(str(folder / TWIN_FILE))
-        return [*found, *check_twin(model, onnx.load(folder / TWIN_FILE, load_external_data=False))]
+        return [*_ports(model, manifest), *_unread(model), *_attributes(model)]
     except Exception as error:  # the checker and protobuf raise classes of their own
         return [f"{MODEL_FILE} is no valid model: {' '.join(str(error).split())[:300]}"]
 

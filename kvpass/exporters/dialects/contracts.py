@@ -185,7 +185,7 @@ class Static:
         rows, width = token_ids.shape
         columns = torch.arange(width, device=token_ids.device)
         positions = (past_lens[:, None] + columns).flatten()
-        last = torch.arange(rows, device=token_ids.device) * width + new_lens - 1
+        last = torch.arange(rows, device=token_ids.device) * width + new_lens.clamp(1, width) - 1
         seq_lens, is_new = past_lens + new_lens, columns < new_lens[:, None]
         fits = (new_lens >= 1).all() & (new_lens <= width).all() & (past_lens >= 0).all()
         fits = fits & (past_lens + width <= self.context).all() & proven(plan, token_ids, seq_lens, is_new)

@@ -194,7 +194,11 @@ def export_step(step: ExportedStep) -> ExportedProgram:
     dims = {name: Dim(name, min=1) for name in sizes}
     shapes = tuple({i: dims[s] for i, s in enumerate(port.shape) if isinstance(s, str)} for port in ports)
     with torch.no_grad(), quiet_export():
-        return export(step, tuple(t.to(device) for t in (*values, *caches)), dynamic_shapes=(shapes,), strict=False)
+        given = tuple(t.to(device) for t in (*values, *caches))
+        program = export(step, given, dynamic_shapes=(shapes,), strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine have no business in a file
+    return program
 
 
 def _sizes(ports: Sequence[Port], values: Sequence[Tensor]) -> dict[str, int]:

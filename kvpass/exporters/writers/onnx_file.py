@@ -66,7 +66,15 @@ def _translate(program: ExportedProgram) -> Any:
     with quiet_export(), _without_advice(), torch.no_grad():
         done = torch.onnx.export(program, dynamo=True, opset_version=TRANSLATED_OPSET, verbose=False)
     assert done is not None
+    _forget_where_it_was_made(done.model.graph)
     return done.model
+
+
+def _forget_where_it_was_made(graph: Any) -> None:
+    """Take out what a translator notes beside nodes: lines of source with the paths of this machine."""
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
 
 
 def _name(values: Sequence[Any], ports: Sequence[Port]) -> None:
