@@ -2,7 +2,7 @@
 
     python -m benchmarks.export_matrix [--only TEXT] [--formats pt2,onnx]
 
-Each cell is one `kvpass.export`: the model is compiled and verified, written, and the file is audited in a fresh
+Each model is compiled and verified once; each cell is one `engine.export`: the file is audited in a fresh
 process over prefill, chunks, decode, ragged batches and a prefix that two sequences share. What is already in the
 results for this version of the exporters is kept, so that a run can be broken off.
 """
@@ -49,14 +49,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
-def cell(make: Callable[[], nn.Module], format: str, options: dict[str, Any]) -> dict[str, Any]:
+def cell(engine: kvpass.Engine, format: str) -> dict[str, Any]:
     """What comes of one model in one format."""
-    config = kvpass.CacheConfig(block_size=16, num_blocks=1, **options)
     began = time.perf_counter()
     context = 256 if FORMATS[format].is_static else None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = kvpass.export(make(), Path(folder) / "out", format, config=config, context=context)
+            found = engine.export(Path(folder) / "out", format, context=context)
             assert found.audit is not None
             row = {"status": "right", "error": found.audit.error, "bytes": sum(found.files.values())}
         except kvpass.VerificationError as error:
@@ -105,12 +104,18 @@ def main() -> None:
     options = {name: version(name) for name in ("onnx", "onnxruntime", "transformers")}
     command = ["git", "rev-parse", "--short", "HEAD"]
     options["revision"] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    for format in given.formats.split(","):
-        for name, (make, config) in MODELS.items():
-            if given.only in name and cells.get((name, format), {}).get("status") not in ("right", "refused"):
-                found = {"model": name, "format": format, **cell(make, format, config)}
-                cells[name, format] = found
-                print(" ".join(f"{value}" for value in found.values()), flush=True)
+    for name, (make, config) in MODELS.items():
+        wanted = [
+            format
+            for format in given.formats.split(",")
+            if given.only in name and cells.get((name, format), {}).get("status") not in ("right", "refused")
+        ]
+        if not wanted:
+            continue
+        with kvpass.compile(make(), kvpass.CacheConfig(block_size=16, num_blocks=1, **config)) as engine:
+            for format in wanted:
+                cells[name, format] = {"model": name, "format": format, **cell(engine, format)}
+                print(*cells[name, format].values(), flush=True)
                 write_result(given.results, NAME, options, list(cells.values()))
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]

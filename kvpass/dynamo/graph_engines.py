@@ -74,9 +74,9 @@ class GraphEngine:
 
     @property
     def bound(self) -> float:
-        """How far logits may be from the model's, relative to the largest."""
+        """How far logits may be from the model's, relative to the largest; of other texts formats may lose twice."""
         checked = self.engine.report.verification
-        formats = 0.0 if checked is None else max(checked.tolerance, checked.format_tolerance or 0.0)
+        formats = 0.0 if checked is None else max(checked.tolerance, 2 * (checked.format_tolerance or 0.0))
         return max(LEAST_BOUND, formats)
 
     def try_short(self, model: nn.Module, call: ModelCall, session: RowSession, row: Row) -> None:
