@@ -78,11 +78,12 @@ def audited(engine: kvpass.Engine, patch: Patch, plant: Callable[[Patch], None] 
 CASES = [(name, dtype) for dtype in ("int8", "int4", MIXED, "fp8_e4m3", "fp8_e5m2") for name in (WINDOW, LATENT, SINKS)]
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(16, 5)
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_a_step_gives_the_logits_of_the_model(name: str, dtype: Any, engine_of: EngineOf, monkeypatch: Patch) -> None:
     found = audited(engine_of(name, dtype), monkeypatch)
-    assert found.rows >= 25 and found.error <= found.bound < 0.05
+    assert found.rows >= 25 and found.error <= found.bound < (0.2 if "fp8" in str(dtype) else 0.05)
+    assert found.error < 1e-3
 
 
 def recode(patch: Patch, name: str, encode: Any = None, decode: Any = None) -> None:
@@ -165,14 +166,7 @@ def test_a_fault_is_caught(dtype: Any, plant: Callable[[Patch], None], engine_of
         audited(engine_of(WINDOW, dtype), monkeypatch, plant)
 
 
-FILES = [
-    ("onnx-paged", "int8", LATENT),
-    ("onnx-paged", MIXED, WINDOW),
-    ("onnx", "int8", WINDOW),
-    ("onnx", "int4", SINKS),
-    ("onnx", "bfloat16", WINDOW),
-    ("aoti", MIXED, WINDOW),
-]
+FILES = [("onnx-paged", "int8", LATENT), ("onnx", "int8", WINDOW)]
 REST = [
     (format, dtype, name)
     for format in ("onnx-paged", "onnx", "aoti")

@@ -316,6 +316,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Patch], None], str]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(4, 100)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
     model, format, plant, words = FAULTS[name]
@@ -326,6 +327,7 @@ def test_a_planted_fault_is_caught(name: str, tmp_path: Path, monkeypatch: Patch
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(4, 100)
 @pytest.mark.parametrize("format", ["ort-contrib", "ort-contrib-paged"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_decoder(name: str, format: str, tmp_path: Path) -> None:

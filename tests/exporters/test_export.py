@@ -45,7 +45,7 @@ def files_of(folder: Path) -> list[Path]:
     return [entry for entry in folder.rglob("*") if entry.is_file()]
 
 
-@pytest.mark.sampled(24, 3)
+@pytest.mark.sampled(24, 6)
 @pytest.mark.parametrize("format", AUDITED)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_gives_the_logits_of_the_model(
@@ -61,7 +61,7 @@ def test_the_file_gives_the_logits_of_the_model(
     assert not [entry.name for entry in files_of(tmp_path / "out") if str(ROOT).encode() in entry.read_bytes()]
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(9, 3)
 @pytest.mark.parametrize("format", EXAMPLES)
 def test_the_example_says_the_tokens_of_the_original(
     format: str, engines: Callable[[str], kvpass.Engine], tmp_path: Path

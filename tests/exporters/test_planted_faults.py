@@ -167,7 +167,7 @@ FAULTS: dict[str, tuple[str, Callable[[Patch], None], str]] = {
 }
 
 
-@pytest.mark.sampled(13)
+@pytest.mark.sampled(13, 3)
 @pytest.mark.parametrize("name", FAULTS)
 def test_caught(name: str, engines: Callable[[str], kvpass.Engine], tmp_path: Path, monkeypatch: Patch) -> None:
     model, plant, words = FAULTS[name]

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 CONFIG = kvpass.CacheConfig(block_size=16, num_blocks=2)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_deepseek_v3_at_its_real_widths_holds_576_numbers_instead_of_40960() -> None:
     """One layer with the widths of the published config; vocabulary and feed-forward, which no cache sees, cut down."""
     model = deepseek_v3_layer()
