@@ -28,10 +28,13 @@ class RoundedCaches(TorchDispatchMode):
     Args:
         caches: the tensors that the graph is given, ``[B, H, P, D]`` of exact formats.
         specs: in which formats they are to be stored.
+        nudge: by how much of a row's largest number each of its numbers is moved, up or down by chance, before it is
+            rounded: what falls between two codes then falls the other way.
     """
 
-    def __init__(self, caches: Sequence[tuple[Tensor, Tensor]], specs: Sequence[CacheSpec]) -> None:
+    def __init__(self, caches: Sequence[tuple[Tensor, Tensor]], specs: Sequence[CacheSpec], nudge: float = 0.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._nudge, self._generator = nudge, torch.Generator().manual_seed(0)
         self.unexplained: dict[str, list[int]] = {}
         """By cache: rows that lost more than their format rounds, and all rows."""
         self._held: dict[int, tuple[Tensor, CacheFormat, str]] = {}
@@ -69,7 +72,11 @@ class RoundedCaches(TorchDispatchMode):
         slots = slots[slots >= 0]
         block, offset = slots.div(held.shape[2], rounding_mode="floor"), slots % held.shape[2]
         rows = held[block, :, offset]
-        rounded = dequantise_rows(*quantise_rows(rows, form), form)
+        moved = rows
+        if self._nudge:
+            signs = torch.randint(0, 2, rows.shape, generator=self._generator).to(rows.device) * 2 - 1
+            moved = rows + signs * self._nudge * rows.abs().amax(-1, keepdim=True)
+        rounded = dequantise_rows(*quantise_rows(moved, form), form)
         held[block, :, offset] = rounded
         count = self.unexplained.setdefault(cache, [0, 0])
         count[0] += int((~_explained(rows, rounded, form)).sum())
