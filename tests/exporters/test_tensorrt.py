@@ -14,6 +14,7 @@ from kvpass.exporters.dialects.contracts import Port
 from kvpass.exporters.manifest import MANIFEST_FILE
 from kvpass.exporters.writers.onnx_file import MODEL_FILE
 from kvpass.exporters.writers.tensorrt_engine import write_engine
+from kvpass.models import zoo
 from tests.decoders.catalogue import DECODERS
 
 onnx = pytest.importorskip("onnx")
@@ -125,3 +126,15 @@ def test_a_decoder_becomes_an_engine_and_its_model_is_right(name: str, tmp_path:
     manifest = json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())
     assert manifest["largest_batch"] == 8 and "tensorrt-rtx" in manifest["versions"]
     assert "deserialize_cuda_engine" in (tmp_path / "out" / "run.py").read_text()
+
+
+@pytest.mark.slow
+def test_latents_in_half_precision_are_nodes_whose_values_are_the_keys(tmp_path: Path) -> None:
+    model, _ = zoo.tiny("deepseek_v3")
+    config = kvpass.CacheConfig(block_size=16, num_blocks=1)
+    with kvpass.compile(model.half(), config, verify=False) as engine:
+        result = engine.export(tmp_path / "out", "tensorrt", context=96)
+    assert result.audit is not None and result.audit.rows >= 20
+    nodes = onnx.load(tmp_path / "out" / MODEL_FILE, load_external_data=False).graph.node
+    attentions = [node for node in nodes if node.op_type == "Attention"]
+    assert attentions and all(node.input[1] == node.input[2] for node in attentions)

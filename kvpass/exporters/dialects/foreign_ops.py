@@ -15,6 +15,7 @@ from kvpass.exporters.dialects.native_ops import NATIVE, as_it_is
 from kvpass.exporters.dialects.onnx_paged import ONNX_PAGED
 from kvpass.exporters.dialects.onnx_rows import ONNX_GROWING, ONNX_STATIC
 from kvpass.exporters.dialects.plain_ops import PLAIN
+from kvpass.exporters.dialects.tensorrt_rows import ONNX_TENSORRT
 
 lowers("grouped_product", NATIVE)(as_it_is)
 
@@ -25,6 +26,7 @@ lowers("grouped_product", NATIVE)(as_it_is)
 @lowers("grouped_product", ONNX_GROWING)
 @lowers("grouped_product", ONNX_CONTRIB)
 @lowers("grouped_product", ONNX_CONTRIB_PAGED)
+@lowers("grouped_product", ONNX_TENSORRT)
 def _grouped_product(call: Call) -> Tensor:
     """Rows ``[T, in]`` times the matrix of their group, of ``[G, in, out]``; groups end where ``offs [G]`` says.
 
